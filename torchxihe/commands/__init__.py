@@ -1,0 +1,1 @@
+"""One file a command, imported on demand by `torchxihe.__main__`."""

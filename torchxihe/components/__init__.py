@@ -1,0 +1,1 @@
+"""What the step uses beside the model: optimizer, schedule, checkpoints, metrics, validation."""

@@ -1,0 +1,431 @@
+"""Every option of torchxihe, once: its type, its default and what it means.
+
+One frozen pydantic model per TOML section. A TOML file is read in four steps: the files it `extends` are merged under
+it (tables merge, lists replace), `--section.key=value` overrides are put on top, the result is checked whole, and
+every mistake is reported at once with the file or flag it stands in. Nothing here imports torch, so that a bad file
+fails in milliseconds.
+
+TOML has no null: no option is ever `None`. 0, -1 or "" means "off", and the docstring says so.
+"""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class UserError(ValueError):
+    """What a user did and can mend: one line a mistake, naming the file, the key and the remedy. Exit code 1."""
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys and silent conversions are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """The run and where it lives: `<dir>/<name>/` holds its config, metrics, checkpoints and tokenizer."""
+
+    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
+    """Name of the run directory. "": the stem of the config file."""
+    dir: str = "runs"
+    """Directory that holds the run directories; all nodes must share it."""
+
+
+class Model(Section):
+    """The decoder's shape, in the names of a Hugging Face `config.json`."""
+
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_hidden_layers: PositiveInt
+    """Number of decoder blocks."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_key_value_heads: PositiveInt
+    """Key and value heads; fewer than the query heads is grouped-query attention. Must divide them."""
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Width of one head; even, because rotary embeddings turn pairs."""
+    intermediate_size: PositiveInt
+    """Width of the SwiGLU feed-forward."""
+    vocab_size: PositiveInt
+    """Rows of the embedding table. At least the tokenizer's size; the rows above it are padding."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, a head at a time. true is Qwen3, false is Llama."""
+    tie_word_embeddings: bool = False
+    """Use the embedding table as the output head: no head parameter exists."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    rms_norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square inside every RMSNorm."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the truncated normal (cut at 3 sigma) that weights start from. Projections back into
+    the residual stream get it divided by sqrt(2 * num_hidden_layers)."""
+    attention: Literal["auto", "sdpa", "varlen"] = "auto"
+    """Attention backend. "auto": varlen where documents are masked on a GPU in bfloat16, else sdpa."""
+
+
+class Tokenizer(Section):
+    """The tokenizer: an existing one, or a byte-level BPE trained on the run's own sources."""
+
+    path: str = ""
+    """A `tokenizer.json`, a folder that holds one, or a Hugging Face hub id. "": train one on `data.sources`."""
+    revision: str = ""
+    """Hub revision (branch, tag or commit) of `path`. "": the default branch."""
+    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    """With `path = ""`: the trained vocabulary's size at most, special token included; a small corpus may yield less."""
+    train_bytes: PositiveInt = 16_000_000
+    """With `path = ""`: bytes of text at most that the tokenizer is trained on, spread evenly over the sources."""
+
+
+class Source(Section):
+    """One source of documents: local files, a saved dataset or a Hugging Face hub dataset."""
+
+    path: str
+    """A file, a directory, a glob, a hub id, "{stdlib}" (this Python's standard library) or "{site-packages}"."""
+    name: str = ""
+    """Name in logs and metrics. "": derived from `path` and `subset`."""
+    glob: str = ""
+    """With a directory as `path`: which files below it. "": every readable file."""
+    format: Literal["auto", "text", "json", "parquet", "arrow", "csv", "dataset"] = "auto"
+    """How files are read. "auto": by their endings (.jsonl and .json, .parquet, .arrow, .csv, everything else one
+    text document a file; a directory written by `save_to_disk` is a "dataset"). "json" covers JSON lines."""
+    subset: str = ""
+    """Hub only: the configuration's name, such as "20231101.en". "": the default one."""
+    split: str = "train"
+    """Hub and saved datasets: the split to read."""
+    revision: str = ""
+    """Hub only: branch, tag or commit. "": the default branch."""
+    stream: bool = False
+    """Hub only: read over the network without downloading the whole dataset first; give `max_tokens` with it."""
+    max_tokens: NonNegativeInt = 0
+    """Stop after the document that reaches this many tokens. 0: no limit."""
+    template: str = "{text}"
+    """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
+    weight: PositiveFloat = 1.0
+    """Share of the training tokens, relative to the other sources' weights."""
+
+
+class Data(Section):
+    """Documents, how they are packed into rows, and in which mixture."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]
+    """Where documents come from: one `[[data.sources]]` table each."""
+    seq_len: Annotated[int, Field(ge=2)]
+    """Tokens of one training sequence. A stored row has one more, the last target."""
+    packing: Literal["concat", "best_fit"] = "best_fit"
+    """How documents become rows. "best_fit": best-fit-decreasing over whole documents, long ones split;
+    "concat": consecutive windows of the token stream."""
+    document_mask: bool = True
+    """Documents in a row do not attend to each other. false: plain causal attention over the row."""
+    cache_dir: str = ".cache/torchxihe"
+    """Where prepared token stores and trained tokenizers are kept; all nodes must share it."""
+    max_epochs: NonNegativeInt = 0
+    """Refuse to start a run that would pass over any source more often than this. 0: no limit."""
+
+
+class Validation(Section):
+    """Loss on documents that training never sees."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
+    """Share of the documents held out, chosen by a hash of their content, per source. 0: none."""
+    every: NonNegativeInt = 0
+    """Steps between two validations; the last step is always validated. 0: never, not even at the end."""
+    max_tokens: NonNegativeInt = 1_000_000
+    """Tokens at most of each validation, spread over the sources by their size. 0: all that are held out."""
+
+
+class Training(Section):
+    """The step and the horizon."""
+
+    steps: NonNegativeInt = 0
+    """Optimizer steps to train for. Give this or `tokens`, not both."""
+    tokens: NonNegativeInt = 0
+    """Tokens to train for; rounded up to whole steps. Give this or `steps`, not both."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step, over all GPUs and micro-batches."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per forward pass on one GPU at most. What is left of the global batch is accumulated."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights and of the data order."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of activations and matrix multiplications. Master weights, gradients' sums and optimizer stay float32."""
+    compile: bool = True
+    """torch.compile: the whole model in one process, each block under DDP and FSDP2."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the global gradient norm to this. 0: measure it, never clip."""
+    deterministic: bool = False
+    """Bitwise reproducible on a GPU too, at some cost in speed. The CPU is so anyway."""
+
+
+class Optimizer(Section):
+    """The optimizer; its hyper-parameters always come from here, never from a checkpoint."""
+
+    name: Literal["adamw"] = "adamw"
+    """"adamw": fused AdamW, weight decay on matrices only (none on embeddings and norms)."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's denominator offset."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+
+
+class LRScheduler(Section):
+    """The learning rate as a pure function of the step."""
+
+    name: Literal["wsd", "cosine"] = "wsd"
+    """"wsd": warmup, stable, decay. "cosine": warmup, then cosine over the rest."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warmup from 0; the first step already has lr / warmup_steps."""
+    decay_fraction: Fraction = 0.2
+    """wsd: share of all steps, at the end, in which the rate decays."""
+    decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
+    """wsd: shape of the decay: linear, 1 - sqrt(progress), or half a cosine."""
+    min_lr_fraction: Fraction = 0.0
+    """The decay ends at this fraction of the peak rate."""
+
+
+class Parallelism(Section):
+    """How many GPUs do what. `dp_replicate * dp_shard` must equal the number of processes."""
+
+    dp_replicate: PositiveInt = 1
+    """Full copies of the parameters, whose gradients are summed over the copies (DDP, HSDP)."""
+    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    """Processes that share one copy of the parameters (FSDP2). -1: all that `dp_replicate` leaves. 1: DDP."""
+    reshard_after_forward: bool = True
+    """FSDP2: free a block's gathered parameters between forward and backward. false: more memory, less traffic."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute in the backward pass: nothing, all but matrix products and attention, or whole blocks."""
+
+
+class Checkpoint(Section):
+    """Saving and resuming. A run always resumes from its own newest valid checkpoint."""
+
+    every: NonNegativeInt = 0
+    """Steps between two checkpoints; the last step is always saved. 0: only the last."""
+    load: str = ""
+    """Start a new run from this step directory (or the newest in this run or checkpoints directory). "": from scratch.
+    Ignored once the run has a checkpoint of its own."""
+    keep_last: NonNegativeInt = 3
+    """Newest checkpoints to keep. 0: all."""
+    keep_every: NonNegativeInt = 0
+    """Keep for ever the checkpoints of steps divisible by this. 0: none beyond `keep_last`."""
+
+
+class Metrics(Section):
+    """What is written while training."""
+
+    log_every: PositiveInt = 10
+    """Steps between two lines on the console and in `metrics.jsonl`; the host waits for the GPU only there."""
+    sample_prompt: str = ""
+    """Prompt of the text sampled when the run has finished; "" starts from the end-of-document token."""
+    sample_tokens: NonNegativeInt = 100
+    """Tokens of that sample. 0: none."""
+
+
+class Config(Section):
+    """A whole run. `torchxihe config CONFIG` prints it resolved; the run directory keeps that as `config.toml`."""
+
+    run: Run = Run()
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    validation: Validation = Validation()
+    training: Training
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    parallelism: Parallelism = Parallelism()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch, padding included."""
+        return self.training.global_batch_size * self.data.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """The horizon in optimizer steps."""
+        return self.training.steps or -(-self.training.tokens // self.tokens_per_step)
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of this run."""
+        return Path(self.run.dir) / self.run.name
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read `path`, apply `--section.key=value` overrides and check everything.
+
+    Raises UserError with one line per mistake.
+    """
+    values, origins = _read_toml(Path(path), ())
+    mistakes = []
+    for flag in overrides or []:
+        mistakes += _apply_override(values, origins, flag)
+    run = values.setdefault("run", {})
+    if isinstance(run, dict) and not run.get("name"):
+        run["name"] = Path(path).stem
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        mistakes += [_explain(dict(e), origins, str(path)) for e in error.errors()]
+    else:
+        mistakes += [f"{_origin(key, origins, str(path))}: {'.'.join(key)}: {why}" for key, why in _conflicts(config)]
+        if not mistakes:
+            return config
+    raise UserError("\n".join(mistakes))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as TOML; `load_config` of it gives the same config."""
+    return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+Key = tuple[str, ...]
+
+
+def _read_toml(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key, str]]:
+    """The merged values of `path` and what it extends, and for each leaf the file it stands in."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends: the files extend each other in a circle; remove one `extends`")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        here = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        hint = f"; there are {', '.join(here)}" if here else ""
+        raise UserError(f"{path}: no such file{hint}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    parent = values.pop("extends", "")
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends: must be the path of one TOML file, relative to this one")
+    base, origins = _read_toml(path.parent / parent, (*seen, path.resolve())) if parent else ({}, {})
+    _merge(base, values, origins, str(path), ())
+    return base, origins
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any], origins: dict[Key, str], origin: str, at: Key) -> None:
+    """Lay `values` over `into`: tables merge, everything else replaces."""
+    for name, value in values.items():
+        key = (*at, name)
+        if isinstance(value, dict):
+            if not isinstance(into.get(name), dict):
+                into[name] = {}
+            _merge(into[name], value, origins, origin, key)
+        else:
+            into[name] = value
+        origins[key] = origin
+
+
+def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) -> list[str]:
+    """Lay one `--section.key=value` over `values`; what is wrong with it, if anything."""
+    match = re.fullmatch(r"--([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)+)=(.*)", flag, re.DOTALL)
+    if not match:
+        return [f"{flag}: not understood; overrides look like --section.key=value"]
+    key = tuple(match[1].replace("-", "_").split("."))
+    try:
+        value = tomllib.loads(f"value = {match[2]}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = match[2]
+    if not isinstance(value, (bool, int, float, str, list, dict)):  # a date or a time: a bare word to us
+        value = match[2]
+    place: Any = values
+    for i, name in enumerate(key[:-1]):
+        if isinstance(place, list):
+            if not name.isdigit() or int(name) >= len(place):
+                return [f"{flag}: {'.'.join(key[:i])} has {len(place)} entries, counted from 0; there is no {name}"]
+            place = place[int(name)]
+        else:
+            place = place.setdefault(name, {})
+        if not isinstance(place, (dict, list)):
+            return [f"{flag}: {'.'.join(key[: i + 1])} is a single value; nothing stands below it"]
+    if isinstance(place, list):
+        return [f"{flag}: an entry of a list cannot be replaced whole; name a key of it"]
+    place[key[-1]] = value
+    origins[key] = "--" + match[1]
+    return []
+
+
+def _origin(key: Key, origins: dict[Key, str], default: str) -> str:
+    """The file or flag that `key`, or the nearest table above it, was written in."""
+    for end in range(len(key), 0, -1):
+        if key[:end] in origins:
+            return origins[key[:end]]
+    return default
+
+
+def _section_at(key: Key) -> type[Section] | None:
+    """The section class that a dotted path leads to."""
+    section: Any = Config
+    for name in key:
+        if name.isdigit():
+            continue
+        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, Section) else None
+        if field is None:
+            return None
+        section = field.annotation
+        if get_origin(section) is tuple:
+            section = get_args(section)[0]
+    return section if isinstance(section, type) and issubclass(section, Section) else None
+
+
+def _explain(error: dict[str, Any], origins: dict[Key, str], default: str) -> str:
+    """One line for one of pydantic's findings."""
+    key = tuple(str(part) for part in error["loc"])
+    where, dotted = _origin(key, origins, default), ".".join(key)
+    if error["type"] == "extra_forbidden":
+        section = _section_at(key[:-1])
+        close = difflib.get_close_matches(key[-1], section.model_fields, n=1, cutoff=0.6) if section else []
+        if not close:  # right name, wrong section?
+            close = [f"{s}.{key[-1]}" for s in Config.model_fields if key[-1] in getattr(_section_at((s,)), "model_fields", {})]
+            hint = f"; did you mean {close[0]}?" if close else f"; see `torchxihe config --docs` or docs/config.md"
+        else:
+            hint = f"; did you mean {'.'.join((*key[:-1], close[0]))}?"
+        return f"{where}: {dotted}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{where}: {dotted}: required, but missing"
+    message = error["msg"].removeprefix("Input should be ")
+    return f"{where}: {dotted}: must be {message}, got {error['input']!r}" if message != error["msg"] else f"{where}: {dotted}: {message}"
+
+
+def _conflicts(config: Config) -> list[tuple[Key, str]]:
+    """Options that are fine alone and wrong together."""
+    found: list[tuple[Key, str]] = []
+    model, training, schedule = config.model, config.training, config.lr_scheduler
+    if model.num_attention_heads % model.num_key_value_heads:
+        why = f"{model.num_key_value_heads} does not divide the {model.num_attention_heads} query heads"
+        found.append((("model", "num_key_value_heads"), f"{why} of model.num_attention_heads"))
+    if bool(training.steps) == bool(training.tokens):
+        found.append((("training", "steps"), "give training.steps or training.tokens, one of the two (0: not given)"))
+    elif schedule.warmup_steps > config.total_steps:
+        why = f"{schedule.warmup_steps} steps of warmup in a run of {config.total_steps}"
+        found.append((("lr_scheduler", "warmup_steps"), f"{why}; shorten the warmup or lengthen the run"))
+    names = [source.name for source in config.data.sources if source.name]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        found.append((("data", "sources"), f"two sources are named {name!r}; names must differ"))
+    for i, source in enumerate(config.data.sources):
+        if source.stream and not source.max_tokens:
+            found.append((("data", "sources", str(i), "stream"), "a streamed source needs max_tokens, or it never ends"))
+    return found

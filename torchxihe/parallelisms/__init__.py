@@ -1,0 +1,1 @@
+"""One plain function a technique, applied to the model from outside."""

@@ -1,0 +1,93 @@
+"""Processes: who this one is, how they start, speak and leave. Everything works in one process without a group."""
+
+import datetime
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchxihe.utils.device import default_device
+
+
+def rank() -> int:
+    """This process's number among all, from torchrun's environment; 0 when there is only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's number on its node, which is also its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(timeout_seconds: float = 600) -> Iterator[torch.device]:
+    """Start the processes' group (if there is more than one), yield this process's device, leave in good order.
+
+    With a GPU, collectives on GPU tensors go through NCCL and those on CPU tensors through gloo.
+    """
+    device = default_device(local_rank())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size() > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    try:
+        yield device
+    except BaseException:
+        raise  # the others may be gone: no barrier on the way out of an error
+    else:
+        if dist.is_initialized():
+            # FSDP2 over gloo aborts at interpreter exit now and then unless everybody arrives here and the model,
+            # which the caller has dropped by now, is collected first.
+            barrier()
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum `value` over all processes, in place and on its device; the host does not wait for a GPU."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def all_gather_object(value: object) -> list[object]:
+    """`value` of every process, by rank. Pickles: for what we made ourselves, never for a file's content."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[object] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's `value`, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
