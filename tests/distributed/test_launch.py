@@ -1,0 +1,51 @@
+"""The helper that every multi-process test leans on must itself be able to fail."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from tests.distributed.launch import run_distributed
+from torchxihe.utils.distributed import all_reduce_sum, rank
+
+
+def _sum_of_ranks() -> float:
+    return all_reduce_sum(torch.tensor(float(rank()))).item()
+
+
+def _rank_one_raises() -> None:
+    if rank() == 1:
+        raise KeyError("deliberate")
+    all_reduce_sum(torch.zeros(()))
+
+
+def _rank_one_dies() -> None:
+    if rank() == 1:
+        os._exit(3)
+    all_reduce_sum(torch.zeros(()))
+
+
+def _rank_one_sleeps() -> None:
+    if rank() == 1:
+        time.sleep(60)
+
+
+def test_results_come_back_by_rank() -> None:
+    assert run_distributed(_sum_of_ranks, 2) == [1.0, 1.0]
+    assert run_distributed(_sum_of_ranks, 1) == [0.0]
+
+
+def test_the_failing_rank_is_shown() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 failed.*deliberate"):
+        run_distributed(_rank_one_raises, 2)
+
+
+def test_a_dead_rank_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="rank . "):
+        run_distributed(_rank_one_dies, 2)
+
+
+def test_a_hang_ends_with_stacks() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 ---.*_rank_one_sleeps"):
+        run_distributed(_rank_one_sleeps, 2, timeout=2)
