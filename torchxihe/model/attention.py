@@ -1,0 +1,76 @@
+"""Causal attention, one signature over several kernels: `attention(q, k, v, docs)`.
+
+Axes: B batch, T position in the row, H query heads, K key and value heads (K divides H), D head dimension.
+`docs` holds the documents' cumulative lengths over the B·T tokens, int32, padded at the end with B·T; a document never
+crosses a row. None: one document a row.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+# Fastest first on an H100 (docs/performance.md); PyTorch's own order has flash before cuDNN.
+CAUSAL_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def document_mask(docs: Tensor, batch: int, seq_len: int) -> Tensor:
+    """Which position may look at which: bool [B, 1, T, T], causal and inside one document."""
+    position_N = torch.arange(batch * seq_len, device=docs.device, dtype=docs.dtype)
+    document_BT = torch.searchsorted(docs, position_N, right=True).view(batch, seq_len)
+    same = document_BT[:, :, None] == document_BT[:, None, :]
+    return (same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=docs.device).tril()).unsqueeze(1)
+
+
+def sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) -> Tensor:
+    """`F.scaled_dot_product_attention`, with a block-diagonal mask for documents: the reference, and the CPU's.
+
+    Returns [B, T, H, D] in q's dtype.
+    """
+    batch, seq_len, heads = q_BTHD.shape[:3]
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    gqa = heads != k_BTKD.shape[2]
+    if docs is not None:
+        out = F.scaled_dot_product_attention(q, k, v, document_mask(docs, batch, seq_len), enable_gqa=gqa)
+    elif q.is_cuda:
+        with sdpa_kernel(CAUSAL_KERNELS, set_priority=True):  # a compiled graph keeps only what is named inside it
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    return out.transpose(1, 2)
+
+
+def varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) -> Tensor:
+    """PyTorch's variable-length flash attention (CUDA, 16-bit): documents cost nothing but their own scores.
+
+    Returns [B, T, H, D] in q's dtype. Documents that `docs` pads with have length zero.
+    """
+    if docs is None:
+        return sdpa(q_BTHD, k_BTKD, v_BTKD, None)
+    # It needs CUDA's libraries: imported here so that a machine without them can use the rest.
+    from torch.nn.attention.varlen import varlen_attn
+
+    seq_len = q_BTHD.shape[1]
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # since torch 2.12
+    out = varlen_attn(q, k, v, docs, docs, seq_len, seq_len, window_size=(-1, 0), **gqa)
+    assert isinstance(out, Tensor)
+    return out.view_as(q_BTHD)
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, document_masking: bool) -> Attention:
+    """The kernel for `model.attention`; "auto" takes the fastest that works here."""
+    usable = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if name == "varlen" or (name == "auto" and document_masking and usable):
+        return varlen
+    return sdpa

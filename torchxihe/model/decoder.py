@@ -1,0 +1,218 @@
+"""The decoder: Llama and Qwen3 in one class.
+
+RMSNorm, rotary embeddings, grouped-query attention with optional QK-norm, SwiGLU, tied or untied head, no biases.
+Parameters have Hugging Face's names and shapes, so that export is a prefix (see `hf.py`).
+
+Axes: B batch, T position in the row, N = B·T tokens, C hidden size, H query heads, K key and value heads,
+D head dimension, F feed-forward width, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torchxihe.config import Model
+from torchxihe.model.attention import Attention
+from torchxihe.model.linear_cross_entropy import linear_cross_entropy
+from torchxihe.model.rope import apply_rope, rope_tables
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, cast to the activations' dtype: one rule for mixed precision under every parallelism."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out], in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, in float32; the result has x's dtype (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] to [..., size]."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise over the last axis in float32, scale by `weight`; returns x's dtype."""
+    x32 = x.float()
+    scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    # The weight passes through x's dtype, because under FSDP2 a block's weights arrive in it.
+    return (x32 * scale * weight.to(x.dtype).float()).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with grouped keys and values and rotary positions."""
+
+    def __init__(self, config: Model, attention: Attention) -> None:
+        super().__init__()
+        self.head_dim, self.attention = config.head_dim, attention
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = Linear(config.hidden_size, queries)
+        self.k_proj = Linear(config.hidden_size, keys)
+        self.v_proj = Linear(config.hidden_size, keys)
+        self.o_proj = Linear(queries, config.hidden_size)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        q, k, v = (p(x_BTC).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = self.attention(apply_rope(q, cos_TD, sin_TD), apply_rope(k, cos_TD, sin_TD), v, docs)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv:2002.05202)."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """[B, T, C] to [B, T, C]."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+
+
+class Block(nn.Module):
+    """One decoder layer: attention, then feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: Model, attention: Attention) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, attention)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.checkpoint: Callable[..., Tensor] | None = None  # set from outside to recompute `body` in the backward pass
+
+    def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
+        """What the block computes: [B, T, C] to [B, T, C]."""
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos_TD, sin_TD, docs)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+
+    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
+        """`body`, checkpointed if so set."""
+        if self.checkpoint is not None:
+            return self.checkpoint(self.body, x_BTC, cos_TD, sin_TD, docs)
+        return self.body(x_BTC, cos_TD, sin_TD, docs)
+
+
+class Head(nn.Module):
+    """Final norm, then the summed loss or the logits. It owns no parameter: those are the decoder's, wherever tied."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x_BTC: Tensor, norm_C: Tensor, w_VC: Tensor, targets_BT: Tensor | None) -> Tensor:
+        """With targets the summed cross-entropy (float32 scalar), without them logits [B, T, V] in x's dtype."""
+        x_BTC = rms_norm(x_BTC, norm_C, self.eps)
+        if targets_BT is None:
+            return F.linear(x_BTC, w_VC.to(x_BTC.dtype))
+        return linear_cross_entropy(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model. Build it on the meta device, then `to_empty(device=...)` and `init_weights()`."""
+
+    cos_TD: Tensor
+    sin_TD: Tensor
+
+    def __init__(self, config: Model, *, seq_len: int, dtype: torch.dtype, attention: Attention) -> None:
+        super().__init__()
+        self.config, self.seq_len, self.dtype = config, seq_len, dtype
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Head(config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        cos, sin = rope_tables(seq_len, config.head_dim, config.rope_theta, torch.device("meta"))
+        self.register_buffer("cos_TD", cos, persistent=False)
+        self.register_buffer("sin_TD", sin, persistent=False)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
+        """Summed cross-entropy over the valid targets (float32 scalar), or logits [B, T, V] without targets.
+
+        tokens, targets: int64 [B, T], T at most `seq_len`; targets of -100 count nothing. docs: see `attention.py`.
+        The loss is computed in here, so that FSDP2 gathers the head with the root and nothing reaches around it.
+        """
+        seq_len = tokens_BT.shape[1]
+        x_BTC = self.embed_tokens(tokens_BT).to(self.dtype)
+        cos_TD, sin_TD = self.cos_TD[:seq_len], self.sin_TD[:seq_len]
+        for layer in self.layers:
+            x_BTC = layer(x_BTC, cos_TD, sin_TD, docs)
+        w_VC = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return self.head(x_BTC, self.norm.weight, w_VC, targets_BT)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Initialise every parameter and table, in place.
+
+        Norms are one. Matrices and the embedding are truncated normals of sigma `initializer_range`, cut at 3 sigma;
+        the two projections that write to the residual stream get sigma / sqrt(2 layers), so that its variance does
+        not grow with depth (GPT-2). Each parameter has a generator of its own, keyed by seed and name: the weights
+        do not depend on how they are sharded, nor on what else is initialised.
+        """
+        device = self.cos_TD.device
+        cos, sin = rope_tables(self.seq_len, self.config.head_dim, self.config.rope_theta, device)
+        self.cos_TD.copy_(cos)
+        self.sin_TD.copy_(sin)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            std = self.config.initializer_range
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
+            key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator(device).manual_seed(int.from_bytes(key[:8], "big") >> 1)
+            whole = torch.empty(parameter.shape, device=device)
+            nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
+            if isinstance(parameter, DTensor):  # every rank has drawn the same: each keeps its shard, nothing is sent
+                mesh, placements = parameter.device_mesh, parameter.placements
+                whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+            parameter.copy_(whole)
+
+
+def parameter_counts(config: Model) -> tuple[int, int]:
+    """(all parameters, those that multiply every token: head included, embedding lookup and norms excluded)."""
+    c, f, heads, kv_heads = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    matrices = config.num_hidden_layers * (c * config.head_dim * 2 * (heads + kv_heads) + 3 * c * f)
+    norms = config.num_hidden_layers * (2 * c + (2 * config.head_dim if config.qk_norm else 0)) + c
+    table = config.vocab_size * c
+    return matrices + norms + table * (1 if config.tie_word_embeddings else 2), matrices + table
+
+
+def flops_per_token(config: Model, seq_len: int, *, causal: bool = False) -> float:
+    """Training FLOPs per token: 6 per multiplying parameter + 12 · layers · heads · head_dim · seq_len of attention.
+
+    Forward 2, backward 4 per parameter (PaLM's appendix B, arXiv:2204.02311). `causal` halves the attention term:
+    what the masked half would cost is not counted as work. Documents and recomputation never change the figure.
+    """
+    attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 6.0 * parameter_counts(config)[1] + (attention / 2 if causal else attention)

@@ -1,0 +1,108 @@
+"""Output head and cross-entropy in one operator: logits never exist whole.
+
+Rows go through in chunks. A chunk's logits give its part of the loss, of dX and of dW at once, in the forward pass;
+the backward pass only multiplies by the incoming gradient. At 65,536 rows and a vocabulary of 50,304 whole float32
+logits would take 13 GB, twice.
+
+Axes: N rows (tokens), C hidden size, V vocabulary, n rows of one chunk.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+CHUNK_LOGITS = 2**29  # logits of one chunk at most: 1 GiB in bfloat16
+
+
+def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tensor:
+    """Sum over rows of -log softmax(x wᵀ)[target]; rows whose target is -100 count nothing.
+
+    x: float32 or bfloat16 [N, C]. w: [V, C], cast to x's dtype for the products; its gradient is accumulated and
+    returned in float32. targets: int64 [N]. Returns a float32 scalar.
+    """
+    gradients = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
+    # Inside torch.compile this operator is opaque, so it compiles its elementwise part itself.
+    loss, _, _ = _chunked(x_NC, w_VC, targets_N, gradients, torch.compiler.is_compiling())
+    return loss
+
+
+def linear_cross_entropy_reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tensor:
+    """The same by definition: full float32 logits."""
+    logits_NV = F.linear(x_NC.float(), w_VC.float())
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _softmax_parts(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk (float32 scalar) and its gradient with respect to the logits (their dtype)."""
+    logits = logits_nV.float()
+    lse_n = torch.logsumexp(logits, dim=-1)
+    valid_n = targets_n != IGNORE_INDEX
+    index_n1 = torch.where(valid_n, targets_n, 0).unsqueeze(-1)
+    loss = torch.where(valid_n, lse_n - logits.gather(-1, index_n1).squeeze(-1), 0.0).sum()
+    hit_nV = torch.arange(logits.shape[-1], device=logits.device) == index_n1
+    gradient = torch.where(valid_n.unsqueeze(-1), torch.exp(logits - lse_n.unsqueeze(-1)) - hit_nV.float(), 0.0)
+    return loss, gradient.to(logits_nV.dtype)
+
+
+@functools.cache
+def _softmax_parts_compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_softmax_parts, fullgraph=True, dynamic=False)
+
+
+@torch.library.custom_op("torchxihe::linear_cross_entropy", mutates_args=())
+def _chunked(
+    x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool, compiled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (float32 scalar), dX [N, C] in x's dtype, dW [V, C] in float32; both empty unless `gradients`."""
+    rows, vocab = x_NC.shape[0], w_VC.shape[0]
+    w = w_VC.to(x_NC.dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=x_NC.device)
+    dx = torch.empty_like(x_NC) if gradients else x_NC.new_empty(0)
+    dw = torch.zeros_like(w_VC, dtype=torch.float32) if gradients else w_VC.new_empty(0, dtype=torch.float32)
+    parts = _softmax_parts_compiled() if compiled else _softmax_parts
+    size = -(-rows // -(-rows * vocab // CHUNK_LOGITS))  # equal chunks, so that at most two shapes are compiled
+    for start in range(0, rows, size):
+        chunk = slice(start, start + size)
+        part, dlogits_nV = parts(x_NC[chunk] @ w.t(), targets_N[chunk])
+        loss += part
+        if gradients:
+            torch.mm(dlogits_nV, w, out=dx[chunk])
+            _add_product(dw, dlogits_nV.t(), x_NC[chunk])
+    return loss, dx, dw
+
+
+def _add_product(sum_VC: Tensor, a_Vn: Tensor, b_nC: Tensor) -> None:
+    """sum += a @ b, with the sum in float32 whatever the factors' dtype."""
+    if a_Vn.dtype == torch.float32:
+        sum_VC.addmm_(a_Vn, b_nC)
+    elif a_Vn.is_cuda:
+        torch.addmm(sum_VC, a_Vn, b_nC, out_dtype=torch.float32, out=sum_VC)
+    else:
+        sum_VC += a_Vn @ b_nC
+
+
+@_chunked.register_fake
+def _(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x_NC.new_empty((), dtype=torch.float32)
+    if not gradients:
+        return loss, x_NC.new_empty(0), w_VC.new_empty(0, dtype=torch.float32)
+    return loss, torch.empty_like(x_NC), torch.empty_like(w_VC, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # or zeros of dX's and dW's size are made for nobody
+    ctx.w_dtype = inputs[1].dtype
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None, None]:
+    dx, dw = ctx.saved_tensors
+    return dx * grad.to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None, None
+
+
+_chunked.register_autograd(_backward, setup_context=_setup_context)
