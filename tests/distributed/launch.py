@@ -110,7 +110,7 @@ def _rank(
                 result = fn(*args)
             # Plain pickle: multiprocessing's own would share a tensor's memory, which dies with this process.
             writer.send_bytes(pickle.dumps((True, result)))
-        except BaseException:  # noqa: BLE001 (whatever it was, the parent shows it)
+        except BaseException:
             writer.send_bytes(pickle.dumps((False, traceback.format_exc())))
         finally:
             faulthandler.cancel_dump_traceback_later()

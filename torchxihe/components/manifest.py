@@ -1,0 +1,132 @@
+"""What makes a directory a checkpoint: MANIFEST.json, written last, with the size and hash of every other file.
+
+```
+checkpoints/step-00001000.tmp/   being written, never chosen (in an object store there is none: the manifest commits)
+checkpoints/step-00001000/       committed, if MANIFEST.json is there and CORRUPT is not
+    __0_0.distcp ... .metadata   tensors (DCP)
+    train_state.json             everything else
+    MANIFEST.json
+    CORRUPT                      the reason why this one is passed over; put there by whoever found out
+```
+"""
+
+import json
+import re
+from typing import Any
+
+import xxhash
+
+from torchxihe.components.storage import Location, hash_file, with_retries
+from torchxihe.config import UserError
+
+MANIFEST = "MANIFEST.json"
+CORRUPT = "CORRUPT"
+FORMAT = 1
+STEP_NAME = re.compile(r"step-(\d{8,})")
+
+Files = dict[str, tuple[int, str]]
+"""Size in bytes and xxh3_128 by file name."""
+
+
+class CorruptError(Exception):
+    """The content of a checkpoint is not what was written; the message is one line that names the file."""
+
+
+def step_name(step: int) -> str:
+    """Directory name of a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """The step that a directory is named for; -1 if it is not named for one."""
+    match = STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def steps_in(directory: Location) -> list[Location]:
+    """Step directories of any state but half-written, newest (the highest number) first."""
+    return [directory / name for name in sorted(directory.names(), key=step_of, reverse=True) if step_of(name) >= 0]
+
+
+def is_committed(directory: Location) -> bool:
+    """Whether the directory was written to its end and nobody has marked it; says nothing of its files' content."""
+    names = directory.names()
+    return MANIFEST in names and CORRUPT not in names
+
+
+def write_manifest(directory: Location, step: int, files: Files) -> None:
+    """Write MANIFEST.json, after all other files."""
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "files": {name: {"size": size, "xxh3_128": digest} for name, (size, digest) in sorted(files.items())},
+    }
+    with (directory / MANIFEST).create() as file:
+        file.write(json.dumps(content | {"xxh3_128": _digest(content)}, indent=1).encode())
+
+
+def read_manifest(directory: Location) -> Files:
+    """The files that belong to a step directory. Raises CorruptError, OSError (unreadable) or UserError (format)."""
+    try:
+        text = with_retries((directory / MANIFEST).read)
+    except FileNotFoundError:
+        raise CorruptError(f"{MANIFEST} is missing") from None
+    try:
+        content = json.loads(text)
+        claimed = content.pop("xxh3_128")
+        files = {name: (entry["size"], entry["xxh3_128"]) for name, entry in content["files"].items()}
+        step, version = content["step"], content["format"]
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CorruptError(f"{MANIFEST} is damaged") from None
+    if claimed != _digest(content):
+        raise CorruptError(f"{MANIFEST} is damaged: its own hash differs")
+    if version != FORMAT:
+        raise UserError(
+            f"{directory}: has checkpoint format {version}, this torchxihe reads {FORMAT}; use another version"
+        )
+    if step != step_of(directory.name):
+        raise CorruptError(f"{MANIFEST} is of step {step}, the directory is named {directory.name}")
+    return files
+
+
+def step_flaws(directory: Location, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with the manifest or with every `parts`-th file from the `part`-th on, one line each.
+
+    Raises OSError for a file that cannot be read although it is there: that says nothing of its content.
+    """
+    try:
+        files = read_manifest(directory)
+    except CorruptError as error:
+        return [str(error)]
+    found = []
+    for name in sorted(files, key=lambda name: (-files[name][0], name))[part::parts]:  # large ones spread evenly
+        size, digest = files[name]
+        try:
+            actual_size, actual_digest = with_retries(lambda name=name: hash_file(directory / name))
+        except (FileNotFoundError, IsADirectoryError):
+            found.append(f"{name} is missing")
+            continue
+        if actual_size != size:
+            found.append(f"{name} has {actual_size:,} bytes instead of {size:,}")
+        elif actual_digest != digest:
+            found.append(f"{name} has another content than was written (its hash differs)")
+    return found
+
+
+def mark_corrupt(directory: Location, reason: str) -> None:
+    """Leave a CORRUPT file with the reason; nothing is moved or deleted."""
+    with (directory / CORRUPT).create() as file:
+        file.write(f"{reason}\n".encode())
+
+
+def remove_step(directory: Location) -> None:
+    """Delete a step directory, its manifest first: what is left if we die half-way is no checkpoint."""
+    (directory / MANIFEST).remove()
+    if directory.local:
+        directory.sync()
+    directory.remove()
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """xxh3_128 of a JSON value, independent of its formatting."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
