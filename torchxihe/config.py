@@ -1,15 +1,17 @@
 """Every option of torchxihe, once: its type, its default and what it means.
 
-One frozen pydantic model per TOML section. A TOML file is read in four steps: the files it `extends` are merged under
-it (tables merge, lists replace), `--section.key=value` overrides are put on top, the result is checked whole, and
-every mistake is reported at once with the file or flag it stands in. Nothing here imports torch, so that a bad file
-fails in milliseconds.
+One frozen pydantic model per TOML section. A TOML file is read in four steps: the file it `extends` is merged under it
+(tables merge, lists replace), `--section.key=value` overrides are put on top, the result is checked whole, and every
+mistake is reported at once with the file or flag it stands in. Nothing here imports torch, so that a bad file fails in
+milliseconds.
 
 TOML has no null: no option is ever `None`. 0, -1 or "" means "off", and the docstring says so.
 """
 
 import difflib
+import os
 import re
+import string
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -87,7 +89,7 @@ class Tokenizer(Section):
     revision: str = ""
     """Hub revision (branch, tag or commit) of `path`. "": the default branch."""
     vocab_size: Annotated[int, Field(ge=257)] = 4096
-    """With `path = ""`: the trained vocabulary's size at most, special token included; a small corpus may yield less."""
+    """With `path = ""`: size of the trained vocabulary at most, special token included; a small corpus yields less."""
     train_bytes: PositiveInt = 16_000_000
     """With `path = ""`: bytes of text at most that the tokenizer is trained on, spread evenly over the sources."""
 
@@ -95,7 +97,7 @@ class Tokenizer(Section):
 class Source(Section):
     """One source of documents: local files, a saved dataset or a Hugging Face hub dataset."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A file, a directory, a glob, a hub id, "{stdlib}" (this Python's standard library) or "{site-packages}"."""
     name: str = ""
     """Name in logs and metrics. "": derived from `path` and `subset`."""
@@ -123,7 +125,7 @@ class Source(Section):
 class Data(Section):
     """Documents, how they are packed into rows, and in which mixture."""
 
-    sources: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]
+    sources: Annotated[tuple[Source, ...], Field(strict=False)]
     """Where documents come from: one `[[data.sources]]` table each."""
     seq_len: Annotated[int, Field(ge=2)]
     """Tokens of one training sequence. A stored row has one more, the last target."""
@@ -214,6 +216,15 @@ class Parallelism(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute in the backward pass: nothing, all but matrix products and attention, or whole blocks."""
 
+    def degrees(self, world_size: int) -> tuple[int, int]:
+        """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the legal ones."""
+        shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
+        if self.dp_replicate * shard == world_size:
+            return self.dp_replicate, shard
+        legal = ", ".join(f"{n} * {world_size // n}" for n in range(1, world_size + 1) if world_size % n == 0)
+        product = f"dp_replicate * dp_shard = {self.dp_replicate} * {self.dp_shard}"
+        raise UserError(f"{product} does not make {world_size} processes; legal are {legal}")
+
 
 class Checkpoint(Section):
     """Saving and resuming. A run always resumes from its own newest valid checkpoint."""
@@ -271,27 +282,35 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None, world_size: int = 0) -> Config:
     """Read `path`, apply `--section.key=value` overrides and check everything.
 
-    Raises UserError with one line per mistake.
+    With a `world_size`, the parallelism must fit that many processes too. Raises UserError with one line per mistake.
     """
-    values, origins = _read_toml(Path(path), ())
-    mistakes = []
-    for flag in overrides or []:
-        mistakes += _apply_override(values, origins, flag)
+    file = str(path)
+    values, origins = _read_toml(file, ())
+    mistakes = [mistake for flag in overrides or [] for mistake in _apply_override(values, origins, flag)]
     run = values.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
-        run["name"] = Path(path).stem
+        run["name"] = Path(file).stem
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        mistakes += [_explain(dict(e), origins, str(path)) for e in error.errors()]
+        found = [_explain(dict(finding)) for finding in error.errors()]
     else:
-        mistakes += [f"{_origin(key, origins, str(path))}: {'.'.join(key)}: {why}" for key, why in _conflicts(config)]
-        if not mistakes:
+        found = _conflicts(config, world_size)
+        if not found and not mistakes:
             return config
-    raise UserError("\n".join(mistakes))
+    raise UserError("\n".join(mistakes + [_line(key, why, origins, file) for key, why in found]))
+
+
+def config_from_args(args: list[str], world_size: int = 0) -> Config:
+    """The config of a command line `CONFIG [--section.key=value ...]`; see `load_config`."""
+    files = [arg for arg in args if not arg.startswith("--")]
+    if len(files) != 1:
+        what = "no config file" if not files else "more than one config file: " + " ".join(files)
+        raise UserError(f"{what}; expected CONFIG [--section.key=value ...], such as configs/xihe_debug.toml")
+    return load_config(files[0], [arg for arg in args if arg.startswith("--")], world_size)
 
 
 def dump_config(config: Config) -> str:
@@ -302,28 +321,37 @@ def dump_config(config: Config) -> str:
 Key = tuple[str, ...]
 
 
-def _read_toml(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Key, str]]:
-    """The merged values of `path` and what it extends, and for each leaf the file it stands in."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends: the files extend each other in a circle; remove one `extends`")
+def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, str]]:
+    """The merged values of `file` and what it extends, and for each table and leaf the file it was last written in."""
+    where = f"{extended_by[-1]}: extends: {file}" if extended_by else file
+    if os.path.realpath(file) in map(os.path.realpath, extended_by):
+        raise UserError(f"{where}: the files extend each other in a circle; remove one `extends`")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        here = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        hint = f"; there are {', '.join(here)}" if here else ""
-        raise UserError(f"{path}: no such file{hint}") from None
+        raise UserError(f"{where}: no such file{_other_files(file)}") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{where}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        raise UserError(f"{where}: not valid TOML: {error}") from None
     parent = values.pop("extends", "")
     if not isinstance(parent, str):
-        raise UserError(f"{path}: extends: must be the path of one TOML file, relative to this one")
-    base, origins = _read_toml(path.parent / parent, (*seen, path.resolve())) if parent else ({}, {})
-    _merge(base, values, origins, str(path), ())
-    return base, origins
+        raise UserError(f"{where}: extends: must be the path of one TOML file, relative to this one")
+    merged, origins = {}, {}
+    if parent:
+        merged, origins = _read_toml(os.path.normpath(Path(file).parent / parent), (*extended_by, file))
+    _merge(merged, values, origins, file, ())
+    return merged, origins
+
+
+def _other_files(missing: str) -> str:
+    """A hint for a config file that is not there."""
+    folder = Path(missing).parent
+    there = sorted(map(str, folder.glob("*.toml"))) or sorted(map(str, Path("configs").glob("*.toml")))
+    close = difflib.get_close_matches(missing, there, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(there)}" if there else ""
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any], origins: dict[Key, str], origin: str, at: Key) -> None:
@@ -341,91 +369,170 @@ def _merge(into: dict[str, Any], values: dict[str, Any], origins: dict[Key, str]
 
 def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) -> list[str]:
     """Lay one `--section.key=value` over `values`; what is wrong with it, if anything."""
-    match = re.fullmatch(r"--([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)+)=(.*)", flag, re.DOTALL)
+    match = re.fullmatch(r"--([\w-]+(?:\.[\w-]+)*)=(.*)", flag, re.DOTALL)
     if not match:
         return [f"{flag}: not understood; overrides look like --section.key=value"]
     key = tuple(match[1].replace("-", "_").split("."))
-    try:
-        value = tomllib.loads(f"value = {match[2]}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = match[2]
-    if not isinstance(value, (bool, int, float, str, list, dict)):  # a date or a time: a bare word to us
-        value = match[2]
+    name = "--" + ".".join(key)
     place: Any = values
-    for i, name in enumerate(key[:-1]):
+    for i, part in enumerate(key[:-1]):
+        above = ".".join(key[:i])
         if isinstance(place, list):
-            if not name.isdigit() or int(name) >= len(place):
-                return [f"{flag}: {'.'.join(key[:i])} has {len(place)} entries, counted from 0; there is no {name}"]
-            place = place[int(name)]
+            if not part.isdecimal() or int(part) >= len(place):
+                return [f"{name}: {above} has {len(place)} entries, counted from 0; there is no {part}"]
+            place = place[int(part)]
         else:
-            place = place.setdefault(name, {})
+            if part not in place:
+                origins[key[: i + 1]] = name
+            place = place.setdefault(part, {})
         if not isinstance(place, (dict, list)):
-            return [f"{flag}: {'.'.join(key[: i + 1])} is a single value; nothing stands below it"]
+            return [f"{name}: {'.'.join(key[: i + 1])} is a single value; nothing stands below it"]
     if isinstance(place, list):
-        return [f"{flag}: an entry of a list cannot be replaced whole; name a key of it"]
-    place[key[-1]] = value
-    origins[key] = "--" + match[1]
+        return [f"{name}: an entry of a list cannot be replaced whole; name a key of it"]
+    place[key[-1]] = _override_value(key, match[2])
+    origins[key] = name
     return []
 
 
-def _origin(key: Key, origins: dict[Key, str], default: str) -> str:
-    """The file or flag that `key`, or the nearest table above it, was written in."""
-    for end in range(len(key), 0, -1):
-        if key[:end] in origins:
-            return origins[key[:end]]
-    return default
+def _override_value(key: Key, text: str) -> Any:
+    """What a flag's text means: a TOML value, else (a bare word, or anything that a text option gets) the text."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    section = _section_at(key[:-1])
+    field = section.model_fields.get(key[-1]) if section else None
+    kept = str if field and field.annotation is str else (bool, int, float, str, list, dict)  # not a date or a time
+    return value if isinstance(value, kept) else text
 
 
 def _section_at(key: Key) -> type[Section] | None:
     """The section class that a dotted path leads to."""
     section: Any = Config
     for name in key:
-        if name.isdigit():
+        if name.isdecimal():  # an entry of a list: the path so far has led to the entries' class
             continue
-        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, Section) else None
-        if field is None:
-            return None
-        section = field.annotation
+        field = section.model_fields.get(name)
+        section = field.annotation if field else None
         if get_origin(section) is tuple:
             section = get_args(section)[0]
-    return section if isinstance(section, type) and issubclass(section, Section) else None
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return None
+    return section
 
 
-def _explain(error: dict[str, Any], origins: dict[Key, str], default: str) -> str:
-    """One line for one of pydantic's findings."""
-    key = tuple(str(part) for part in error["loc"])
-    where, dotted = _origin(key, origins, default), ".".join(key)
-    if error["type"] == "extra_forbidden":
-        section = _section_at(key[:-1])
-        close = difflib.get_close_matches(key[-1], section.model_fields, n=1, cutoff=0.6) if section else []
-        if not close:  # right name, wrong section?
-            close = [f"{s}.{key[-1]}" for s in Config.model_fields if key[-1] in getattr(_section_at((s,)), "model_fields", {})]
-            hint = f"; did you mean {close[0]}?" if close else f"; see `torchxihe config --docs` or docs/config.md"
-        else:
-            hint = f"; did you mean {'.'.join((*key[:-1], close[0]))}?"
-        return f"{where}: {dotted}: unknown key{hint}"
-    if error["type"] == "missing":
-        return f"{where}: {dotted}: required, but missing"
-    message = error["msg"].removeprefix("Input should be ")
-    return f"{where}: {dotted}: must be {message}, got {error['input']!r}" if message != error["msg"] else f"{where}: {dotted}: {message}"
+def _line(key: Key, why: str, origins: dict[Key, str], file: str) -> str:
+    """One mistake as a line that names the file or flag that `key`, or the nearest table above it, was written in."""
+    dotted = ".".join(key)
+    origin = next((origins[key[:end]] for end in range(len(key), 0, -1) if key[:end] in origins), file)
+    return f"{origin}: {why}" if origin == "--" + dotted else f"{origin}: {dotted}: {why}"
 
 
-def _conflicts(config: Config) -> list[tuple[Key, str]]:
-    """Options that are fine alone and wrong together."""
+# pydantic's findings in the words of a TOML file; those not named here keep pydantic's own.
+MEANINGS = {
+    "missing": "required, but missing",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "model_type": "must be a table",
+    "tuple_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be greater than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-'",
+}
+
+
+def _explain(finding: dict[str, Any]) -> tuple[Key, str]:
+    """The key of one of pydantic's findings, and what is wrong there."""
+    key = tuple(str(part) for part in finding["loc"])
+    kind: str = finding["type"]
+    if kind == "extra_forbidden":
+        return key, f"unknown key{_meant(key)}"
+    why = MEANINGS[kind].format(**finding.get("ctx", {})) if kind in MEANINGS else str(finding["msg"])
+    return key, why if kind in ("missing", "string_too_short") else f"{why}, got {finding['input']!r}"
+
+
+def _meant(key: Key) -> str:
+    """A hint for an unknown key: a similar one beside it, or the same in another section."""
+    section = _section_at(key[:-1])
+    close = difflib.get_close_matches(key[-1], section.model_fields, n=1, cutoff=0.6) if section else []
+    if close:
+        return f"; did you mean {'.'.join((*key[:-1], close[0]))}?"
+    for name in Config.model_fields:
+        inner = _section_at((name,))
+        if inner and key[-1] in inner.model_fields:
+            return f"; did you mean {name}.{key[-1]}?"
+    return "; docs/config.md lists all of them"
+
+
+def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
+    """Options that are fine alone and wrong together, or on this many processes (0: unknown)."""
     found: list[tuple[Key, str]] = []
-    model, training, schedule = config.model, config.training, config.lr_scheduler
-    if model.num_attention_heads % model.num_key_value_heads:
-        why = f"{model.num_key_value_heads} does not divide the {model.num_attention_heads} query heads"
-        found.append((("model", "num_key_value_heads"), f"{why} of model.num_attention_heads"))
-    if bool(training.steps) == bool(training.tokens):
-        found.append((("training", "steps"), "give training.steps or training.tokens, one of the two (0: not given)"))
-    elif schedule.warmup_steps > config.total_steps:
-        why = f"{schedule.warmup_steps} steps of warmup in a run of {config.total_steps}"
-        found.append((("lr_scheduler", "warmup_steps"), f"{why}; shorten the warmup or lengthen the run"))
-    names = [source.name for source in config.data.sources if source.name]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        found.append((("data", "sources"), f"two sources are named {name!r}; names must differ"))
+
+    def check(right: bool, key: str, why: str) -> None:
+        if not right:
+            found.append((tuple(key.split(".")), why))
+
+    model, tokenizer, training = config.model, config.tokenizer, config.training
+    check(
+        model.num_attention_heads % model.num_key_value_heads == 0,
+        "model.num_key_value_heads",
+        f"{model.num_key_value_heads} does not divide model.num_attention_heads = {model.num_attention_heads}",
+    )
+    check(
+        bool(tokenizer.path) or tokenizer.vocab_size <= model.vocab_size,
+        "tokenizer.vocab_size",
+        f"{tokenizer.vocab_size} is more than model.vocab_size = {model.vocab_size}",
+    )
+    check(
+        bool(training.steps) != bool(training.tokens),
+        "training.steps",
+        "give training.steps or training.tokens, one of the two (0: not given)",
+    )
+    check(
+        not config.validation.every or config.validation.fraction > 0,
+        "validation.fraction",
+        "0 holds no documents out, so there is nothing to validate on; set it, or validation.every = 0",
+    )
+    check(config.parallelism.dp_shard != 0, "parallelism.dp_shard", "must be -1 or at least 1, got 0")
+    if world_size and config.parallelism.dp_shard:
+        try:
+            config.parallelism.degrees(world_size)
+        except UserError as error:
+            check(
+                False, f"parallelism.{'dp_replicate' if config.parallelism.dp_shard == -1 else 'dp_shard'}", str(error)
+            )
+    check(bool(config.data.sources), "data.sources", "needs at least one entry")
+    names = [source.name for source in config.data.sources]
     for i, source in enumerate(config.data.sources):
-        if source.stream and not source.max_tokens:
-            found.append((("data", "sources", str(i), "stream"), "a streamed source needs max_tokens, or it never ends"))
+        at = f"data.sources.{i}"
+        check(
+            not source.name or source.name not in names[:i],
+            f"{at}.name",
+            f"two sources are named {source.name!r}; names must differ",
+        )
+        check(
+            not source.stream or source.max_tokens > 0,
+            f"{at}.stream",
+            "a streamed source needs max_tokens, or it never ends",
+        )
+        why = _template_mistake(source.template)
+        check(not why, f"{at}.template", why)
     return found
+
+
+def _template_mistake(template: str) -> str:
+    """What is wrong with a source's template, if anything."""
+    try:
+        columns = [column for _, column, _, _ in string.Formatter().parse(template) if column is not None]
+    except ValueError as error:
+        return f"{error} in {template!r}; write {{{{ and }}}} for braces that are text"
+    return "" if columns and all(columns) else f"{template!r} names no column; write one in braces, such as {{text}}"

@@ -1,0 +1,337 @@
+"""config.py and the commands around it: what is read, what is refused, and in which words."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchxihe.commands.config import DOCS, reference
+from torchxihe.config import Config, Parallelism, UserError, config_from_args, dump_config, load_config
+
+ROOT = Path(__file__).parents[2]
+PRESETS = sorted((ROOT / "configs").glob("*.toml"))
+
+MODEL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "vocab_size": 4096,
+}
+SMALL: dict[str, Any] = {
+    "model": MODEL,
+    "data": {"sources": [{"path": "{stdlib}", "glob": "**/*.py"}], "seq_len": 64},
+    "training": {"steps": 10, "global_batch_size": 4},
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A valid config file in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.toml").write_text(tomli_w.dumps(SMALL))
+    return "small.toml"
+
+
+def mistakes(*args: Any, **kwargs: Any) -> list[str]:
+    """The lines of the UserError that loading raises."""
+    with pytest.raises(UserError) as caught:
+        load_config(*args, **kwargs)
+    return str(caught.value).splitlines()
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torchxihe", *args],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+
+
+# Reading
+
+
+def test_defaults_and_the_name_of_the_run(small: str) -> None:
+    config = load_config(small)
+    assert (config.run.name, config.run_dir) == ("small", Path("runs/small"))
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert load_config(small, ["--run.name=other"]).run_dir == Path("runs/other")
+
+
+def test_the_horizon_in_steps_or_tokens(small: str) -> None:
+    assert load_config(small).total_steps == 10
+    tokens = ["--training.steps=0", "--training.tokens=1025"]  # 4 * 64 a step
+    assert load_config(small, tokens).total_steps == 5
+    for flags in (["--training.tokens=5"], ["--training.steps=0"]):
+        assert mistakes(small, flags)[0].endswith(
+            "training.steps: give training.steps or training.tokens, one of the two (0: not given)"
+        ) or mistakes(small, flags)[0].startswith("--training.steps: give")
+
+
+def test_extends_merges_tables_and_replaces_lists(small: str) -> None:
+    child = {
+        "extends": "../small.toml",  # relative to the file it stands in
+        "model": {"hidden_size": 32},
+        "data": {"sources": [{"path": "a.txt"}, {"path": "b.txt"}]},
+    }
+    Path("sub").mkdir()
+    Path("sub/child.toml").write_text(tomli_w.dumps(child))
+    config = load_config("sub/child.toml")
+    assert (config.model.hidden_size, config.model.head_dim, config.run.name) == (32, 16, "child")
+    assert [source.path for source in config.data.sources] == ["a.txt", "b.txt"]
+
+
+def test_overrides_are_toml_values_or_bare_words(small: str) -> None:
+    config = load_config(
+        small,
+        [
+            "--optimizer.lr=1e-3",
+            "--optimizer.betas=[0.8, 0.9]",
+            "--training.compile=false",
+            "--training.dtype=float32",
+            "--data.seq-len=32",
+            "--data.sources.0.weight=2",
+            "--data.sources.0.subset=20231101",  # a number, but the option is a string
+            '--metrics.sample_prompt="a b"',
+            "--metrics.sample_prompt=2026-11-24",
+            "--data.sources.0.template={a}\n{b}",
+        ],
+    )
+    assert (config.optimizer.lr, config.optimizer.betas) == (1e-3, (0.8, 0.9))
+    assert (config.training.compile, config.training.dtype, config.data.seq_len) == (False, "float32", 32)
+    source = config.data.sources[0]
+    assert (source.weight, source.subset, source.template, source.glob) == (2.0, "20231101", "{a}\n{b}", "**/*.py")
+    assert config.metrics.sample_prompt == "2026-11-24"
+
+
+def test_configs_do_not_change(small: str) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(small).training.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_valid_and_survive_the_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "config.toml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+    assert config.run.name == path.stem
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(path=texts, prompt=texts, lr=st.floats(1e-300, 1e300), betas=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_any_values_survive_the_round_trip(
+    path: str, prompt: str, lr: float, betas: tuple[float, float], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    values = SMALL | {
+        "data": {"seq_len": 64, "sources": [{"path": path}]},
+        "metrics": {"sample_prompt": prompt},
+        "optimizer": {"lr": lr, "betas": betas},
+        "run": {"name": "x"},
+    }
+    config = Config.model_validate(values)
+    copy = tmp_path_factory.mktemp("copy") / "config.toml"
+    copy.write_text(dump_config(config), encoding="utf-8", newline="")
+    assert load_config(copy) == config
+
+
+# Refusing: the wording is the interface here
+
+
+@pytest.mark.parametrize(
+    ("flag", "why"),
+    [
+        ("--training.stepz=3", "unknown key; did you mean training.steps?"),
+        ("--trainig.steps=3", "trainig: unknown key; did you mean training?"),
+        ("--steps=3", "unknown key; did you mean training.steps?"),
+        ("--model.seq_len=3", "unknown key; did you mean data.seq_len?"),
+        ("--model.zzz=3", "unknown key; docs/config.md lists all of them"),
+        ("--training.steps=many", "must be an integer, got 'many'"),
+        ("--training.steps=2.5", "must be an integer, got 2.5"),
+        ("--training.steps=true", "must be an integer, got True"),
+        ("--training.steps=-1", "must be at least 0, got -1"),
+        ("--training.compile=False", "must be true or false, got 'False'"),
+        ("--training.compile=1", "must be true or false, got 1"),
+        ("--training.dtype=bf16", "must be 'bfloat16' or 'float32', got 'bf16'"),
+        ("--optimizer.lr=0", "must be greater than 0, got 0"),
+        ("--optimizer.lr=inf", "must be a finite number, got inf"),
+        ("--optimizer.betas=0.9", "must be a list, got 0.9"),
+        ("--model=3", "must be a table, got 3"),
+        ("--model.head_dim=5", "must be a multiple of 2, got 5"),
+        ("--model.num_key_value_heads=3", "3 does not divide model.num_attention_heads = 4"),
+        ("--tokenizer.vocab_size=5000", "5000 is more than model.vocab_size = 4096"),
+        ("--parallelism.dp_shard=0", "must be -1 or at least 1, got 0"),
+        (
+            "--run.name=a/b",
+            "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-', got 'a/b'",
+        ),
+        ("--data.sources=[]", "needs at least one entry"),
+        ("--data.sources=[{path='x', pth='y'}]", "data.sources.0.pth: unknown key; did you mean data.sources.0.path?"),
+        ("--data.sources.0.pth=x", "unknown key; did you mean data.sources.0.path?"),
+        ("--data.sources.1.path=x", "data.sources has 1 entries, counted from 0; there is no 1"),
+        ("--data.sources.0=x", "an entry of a list cannot be replaced whole; name a key of it"),
+        ("--data.seq_len.x=1", "data.seq_len is a single value; nothing stands below it"),
+        ("--data.sources.0.path=", "must not be empty"),
+        ("--data.sources.0.template=text", "'text' names no column; write one in braces, such as {text}"),
+        ("--data.sources.0.stream=true", "a streamed source needs max_tokens, or it never ends"),
+        ("--training.steps", "not understood; overrides look like --section.key=value"),
+    ],
+)
+def test_a_wrong_override_is_one_line(small: str, flag: str, why: str) -> None:
+    assert mistakes(small, [flag]) == [f"{flag.split('=')[0]}: {why}"]
+
+
+def test_all_mistakes_of_file_and_flags_at_once(small: str) -> None:
+    values = SMALL | {"training": {"stepz": 10, "global_batch_size": "4"}, "optimiser": {"lr": 1.0}}
+    del values["data"]
+    Path(small).write_text(tomli_w.dumps(values))
+    assert mistakes(small, ["--metrics.log_every=0", "--nonsense"]) == [
+        "--nonsense: not understood; overrides look like --section.key=value",
+        "small.toml: data: required, but missing",
+        "small.toml: training.global_batch_size: must be an integer, got '4'",
+        "small.toml: training.stepz: unknown key; did you mean training.steps?",
+        "--metrics.log_every: must be at least 1, got 0",
+        "small.toml: optimiser: unknown key; did you mean optimizer?",
+    ]
+
+
+def test_a_mistake_names_the_file_it_stands_in(small: str) -> None:
+    Path("child.toml").write_text('extends = "small.toml"\n[training]\nsteps = "9"\n[model]\nhead_dim = 3\n')
+    Path(small).write_text(tomli_w.dumps(SMALL | {"metrics": {"log_every": 0}}))
+    assert mistakes("child.toml") == [
+        "child.toml: model.head_dim: must be a multiple of 2, got 3",
+        "child.toml: training.steps: must be an integer, got '9'",
+        "small.toml: metrics.log_every: must be at least 1, got 0",
+    ]
+
+
+def test_files_that_cannot_be_read(small: str) -> None:
+    assert mistakes("smal.toml") == ["smal.toml: no such file; did you mean small.toml?"]
+    Path("broken.toml").write_text("[model\n")
+    assert mistakes("broken.toml")[0].startswith("broken.toml: not valid TOML: ")
+    Path("latin.toml").write_bytes(b'a = "\xe9"')
+    assert mistakes("latin.toml") == ["latin.toml: not UTF-8 at byte 5"]
+    Path("folder.toml").mkdir()
+    assert mistakes("folder.toml") == ["folder.toml: Is a directory"]
+    Path("orphan.toml").write_text('extends = "gone/away.toml"')
+    assert mistakes("orphan.toml")[0].startswith("orphan.toml: extends: gone/away.toml: no such file")
+    Path("a.toml").write_text('extends = "b.toml"')
+    Path("b.toml").write_text('extends = "./a.toml"')
+    assert mistakes("a.toml") == [
+        "b.toml: extends: a.toml: the files extend each other in a circle; remove one `extends`"
+    ]
+    Path("list.toml").write_text('extends = ["small.toml"]')
+    assert mistakes("list.toml") == ["list.toml: extends: must be the path of one TOML file, relative to this one"]
+
+
+def test_two_sources_of_one_name(small: str) -> None:
+    sources = '--data.sources=[{path="a", name="x"}, {path="b", name="x"}]'
+    assert mistakes(small, [sources]) == [
+        "--data.sources: data.sources.1.name: two sources are named 'x'; names must differ"
+    ]
+
+
+def test_validation_needs_documents(small: str) -> None:
+    flags = ["--validation.every=5", "--validation.fraction=0"]
+    assert mistakes(small, flags)[0].startswith("--validation.fraction: 0 holds no documents out")
+
+
+def test_command_lines(small: str) -> None:
+    assert config_from_args(["--training.steps=3", small]).training.steps == 3
+    for args in ([], [small, small]):
+        with pytest.raises(UserError, match="config file"):
+            config_from_args(args)
+
+
+# Parallelism
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "world_size", "degrees"),
+    [(1, -1, 1, (1, 1)), (1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (8, 1, 8, (8, 1)), (2, 4, 8, (2, 4))],
+)
+def test_degrees(replicate: int, shard: int, world_size: int, degrees: tuple[int, int]) -> None:
+    assert Parallelism(dp_replicate=replicate, dp_shard=shard).degrees(world_size) == degrees
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "world_size"), [(3, -1, 8), (16, -1, 8), (1, 1, 8), (2, 8, 8), (1, 2, 1)]
+)
+def test_degrees_that_do_not_fit(replicate: int, shard: int, world_size: int) -> None:
+    with pytest.raises(UserError, match=f"does not make {world_size} processes; legal are 1 \\* {world_size}"):
+        Parallelism(dp_replicate=replicate, dp_shard=shard).degrees(world_size)
+
+
+def test_degrees_are_checked_with_the_file(small: str) -> None:
+    load_config(small, ["--parallelism.dp_replicate=2"], world_size=4)
+    assert mistakes(small, ["--parallelism.dp_replicate=3"], world_size=4) == [
+        "--parallelism.dp_replicate: dp_replicate * dp_shard = 3 * -1 does not make 4 processes; "
+        "legal are 1 * 4, 2 * 2, 4 * 1"
+    ]
+
+
+# Commands
+
+
+def test_docs_are_current() -> None:
+    assert DOCS.read_text(encoding="utf-8") == reference(), "run `torchxihe config --docs`"
+
+
+def test_every_option_is_documented() -> None:
+    assert "|  |" not in reference()
+
+
+def test_config_prints_what_can_be_run_again(small: str) -> None:
+    done = run("config", small, "--training.steps=3")
+    assert (done.returncode, done.stderr) == (0, "")
+    Path("again.toml").write_text(done.stdout)
+    assert load_config("again.toml") == load_config(small, ["--training.steps=3"])
+
+
+def test_a_mistake_is_lines_on_stderr_and_exit_code_1(small: str) -> None:
+    done = run("config", small, "--training.stepz=3", "--optimizer.lr=x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "--training.stepz: unknown key; did you mean training.steps?",
+        "--optimizer.lr: must be a number, got 'x'",
+    ]
+
+
+def test_unknown_commands_and_help() -> None:
+    done = run("confg")
+    assert (done.returncode, done.stderr) == (1, "confg: no such command; did you mean config?\n")
+    done = run("--help")
+    assert done.returncode == 0
+    for path in (ROOT / "torchxihe" / "commands").glob("[a-z]*.py"):
+        line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [path.stem])
+        assert len(line.split()) > 2, f"{path.stem} has no HELP"
+    assert "usage: torchxihe config CONFIG" in run("config", "--help").stdout
+
+
+def test_reading_a_config_is_lean(small: str) -> None:
+    code = "import sys, torchxihe.__main__ as m; m.run(['config', 'small.toml']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0
+    assert not {"torch", "numpy", "datasets", "dotenv"} & set(done.stderr.split())
+
+
+def test_dotenv_is_read_and_the_environment_wins(small: str) -> None:
+    Path(".env").write_text("HF_TOKEN=file\nWANDB_API_KEY=file\n")
+    code = "import os, torchxihe.__main__ as m; m.run(['config', 'small.toml'])\n"
+    code += "print(os.environ['HF_TOKEN'], os.environ['WANDB_API_KEY'])"
+    environment = {"PYTHONPATH": str(ROOT), "HF_TOKEN": "shell"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "shell file"
+    assert "HF_TOKEN" not in done.stdout

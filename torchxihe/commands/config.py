@@ -1,0 +1,109 @@
+"""Print a config as a run would see it, or the reference of all options.
+
+usage: torchxihe config CONFIG [--section.key=value ...]
+       torchxihe config --docs
+
+The first prints the config resolved (what it extends, the overrides and the defaults in one TOML file, which can be
+run as it is) or says what is wrong with it. The second writes docs/config.md from the docstrings of
+torchxihe/config.py.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from torchxihe.config import Config, Section, config_from_args, dump_config
+
+HELP = "print a config with everything resolved; --docs writes docs/config.md"
+DOCS = Path(__file__).parents[2] / "docs" / "config.md"
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `torchxihe config --docs` from torchxihe/config.py: change the docstrings there. -->
+
+A run is one TOML file: `./run_train.sh configs/xihe_debug.toml`. It may start from another one with
+`extends = "other.toml"`, a path relative to itself: tables are merged, lists are replaced whole.
+`--section.key=value` on the command line goes on top of both. The value is read as TOML, a bare word as a string, and
+an entry of a list is named by its number:
+
+    --training.steps=100 --run.name=short --data.sources.0.weight=2 --optimizer.betas=[0.9,0.99]
+
+An unknown key or a value of the wrong type is an error, and all errors are reported at once. `torchxihe config CONFIG`
+prints the result; a run keeps it as `config.toml` in its directory, which can be run again as it is.
+All other paths are relative to the working directory. TOML has no null: 0, -1 or "" means "off".
+"""
+
+
+def main(args: list[str]) -> None:
+    """Print the config that `args` name, or write the reference."""
+    if args == ["--docs"]:
+        DOCS.write_text(reference(), encoding="utf-8")
+        print(DOCS)
+    else:
+        print(dump_config(config_from_args(args)), end="")
+
+
+def reference() -> str:
+    """docs/config.md: one table a section, in the order of the source."""
+    parts = [INTRODUCTION]
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        assert isinstance(section, type) and issubclass(section, Section)
+        parts.append(_table(f"[{name}]", section))
+        for key, inner in section.model_fields.items():
+            entries = [arg for arg in get_args(inner.annotation) if isinstance(arg, type) and issubclass(arg, Section)]
+            parts += [_table(f"[[{name}.{key}]]", entry) for entry in entries]
+    return "\n".join(parts)
+
+
+def _table(title: str, section: type[Section]) -> str:
+    """One section: its docstring and a row an option."""
+    rows = [
+        f"| `{key}` | {_type(field)} | {_default(field)} | {_cell(field.description or '')} |"
+        for key, field in section.model_fields.items()
+    ]
+    head = "| Key | Type | Default | Meaning |\n| --- | --- | --- | --- |"
+    return f"## `{title}`\n\n{(section.__doc__ or '').strip()}\n\n{head}\n" + "\n".join(rows) + "\n"
+
+
+def _type(field: FieldInfo) -> str:
+    """The type in a reader's words, with its bounds."""
+    signs = {
+        Ge: ("≥", "ge"),
+        Gt: (">", "gt"),
+        Le: ("≤", "le"),
+        Lt: ("<", "lt"),
+        MultipleOf: ("multiple of", "multiple_of"),
+    }
+    known = [(signs[type(bound)], bound) for bound in field.metadata if type(bound) in signs]
+    bounds = [f"{sign} {getattr(bound, attribute)}" for (sign, attribute), bound in known]
+    return _cell(" ".join([_name(field.annotation), ", ".join(bounds)]).strip())
+
+
+def _name(annotation: Any) -> str:
+    """The type's name as a TOML file knows it."""
+    if get_origin(annotation) is Literal:
+        return ", ".join(f'`"{value}"`' for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        entries = [arg for arg in get_args(annotation) if arg is not ...]
+        return "tables" if isinstance(entries[0], type) and issubclass(entries[0], Section) else "list of numbers"
+    return {"int": "integer", "float": "number", "str": "string", "bool": "boolean"}[annotation.__name__]
+
+
+def _default(field: FieldInfo) -> str:
+    """The default as TOML writes it."""
+    if field.default is PydanticUndefined:
+        return "required"
+    if isinstance(field.default, str):
+        return f'`"{field.default}"`'
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{str(value).lower()}`"
+
+
+def _cell(text: str) -> str:
+    """`text` as one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
