@@ -22,7 +22,8 @@ from torch.distributed import TCPStore
 
 from torchxihe.utils.distributed import process_group
 
-PRELOAD = ["pytest", "torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torchxihe.utils.distributed"]
+# DTensor imports dynamo, 1.5 s a process, when it is first made.
+PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torchxihe.components.checkpoint"]
 
 
 def run_distributed(

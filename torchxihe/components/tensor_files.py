@@ -108,7 +108,7 @@ class _Unpickler(pickle.Unpickler):
     """Knows the classes that tensor metadata consists of, and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _METADATA_CLASSES:
+        if (module, name) in METADATA_CLASSES:
             return super().find_class(module, name)
         value = getattr(torch, name, None)
         if module == "torch" and isinstance(value, torch.dtype):
@@ -116,7 +116,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-_METADATA_CLASSES = {
+METADATA_CLASSES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),

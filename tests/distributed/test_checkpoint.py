@@ -1,0 +1,153 @@
+"""Several processes: any layout's checkpoint loads into any other's, and all ranks agree on what is broken."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.distributed.launch import run_distributed
+from torchxihe.components.checkpoint import Checkpointer, flat_state, load_model_only
+from torchxihe.components.manifest import CORRUPT
+from torchxihe.components.storage import HashedFile
+from torchxihe.config import Checkpoint, UserError
+from torchxihe.utils.distributed import rank
+
+LAYOUTS = {"none": 1, "ddp2": 2, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "hsdp4": 4}  # processes
+
+
+def build(layout: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model with a dimension that no world size divides and an optimizer that has made two steps."""
+    torch.manual_seed(seed)
+    model: nn.Module = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 7), nn.Linear(7, 11, bias=False))
+    if layout.startswith("ddp"):
+        model = DistributedDataParallel(model)
+    elif layout != "none":
+        size = LAYOUTS[layout]
+        shape = (2, size // 2) if layout.startswith("hsdp") else (size,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        for child in model.children():
+            fully_shard(child, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    return model, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        model(torch.randint(0, 11, (4, 6))).square().mean().backward()
+        optimizer.step()
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """sha256 of all keys and whole tensors."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        whole = state[key].full_tensor() if isinstance(state[key], DTensor) else state[key]  # type: ignore[operator]
+        digest.update(key.encode() + whole.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(layouts: list[str], root: Path) -> dict[str, str]:
+    prints = {}
+    for layout in layouts:
+        model, optimizer = build(layout)
+        step(model, optimizer)
+        state = flat_state(model, optimizer)
+        Checkpointer(root / layout, Checkpoint()).save(2, state, {"step": 2, "layout": layout})
+        prints[layout] = fingerprint(state)
+    return prints
+
+
+def _load(layouts: list[str], root: Path) -> dict[tuple[str, str], str]:
+    """By (saved under, loaded into) what is in memory afterwards."""
+    prints = {}
+    for into in layouts:
+        for saved_under in LAYOUTS:
+            model, optimizer = build(into, seed=9)
+            checkpointer = Checkpointer(root / saved_under, Checkpoint())
+            state = flat_state(model, optimizer)
+            newest = checkpointer.newest()
+            assert newest is not None
+            assert checkpointer.load(newest, state) == {"step": 2, "layout": saved_under}
+            prints[saved_under, into] = fingerprint(flat_state(model, optimizer))
+    return prints
+
+
+@pytest.mark.timeout(120)
+def test_any_layout_loads_into_any_other(tmp_path: Path) -> None:
+    """Weights, moments and step counts, bit for bit. 36 pairs on 1, 2, 3 and 4 processes."""
+    worlds = {size: [name for name, n in LAYOUTS.items() if n == size] for size in set(LAYOUTS.values())}
+    saved: dict[str, str] = {}
+    for size, layouts in worlds.items():
+        prints = run_distributed(_save, size, layouts, tmp_path)
+        assert all(other == prints[0] for other in prints)
+        saved |= prints[0]
+    for size, layouts in worlds.items():
+        for prints in run_distributed(_load, size, layouts, tmp_path):
+            for (saved_under, into), found in prints.items():
+                assert found == saved[saved_under], f"{saved_under} -> {into}"
+    model, _ = build("none", seed=9)
+    load_model_only(tmp_path / "fsdp4", model)
+    assert fingerprint(flat_state(model, None)) != fingerprint(flat_state(build("none", seed=9)[0], None))
+
+
+def _fall_back(root: Path) -> tuple[str, dict[str, Any], bool]:
+    checkpointer = Checkpointer(root, Checkpoint())
+    model, optimizer = build("fsdp2", seed=9)
+    newest = checkpointer.newest()
+    assert newest is not None
+    return newest.name, checkpointer.load(newest, flat_state(model, optimizer)), (root / "marked").exists()
+
+
+def _save_three(root: Path) -> None:
+    model, optimizer = build("fsdp2")
+    checkpointer = Checkpointer(root, Checkpoint())
+    for number in (1, 2, 3):
+        checkpointer.save(number, flat_state(model, optimizer), {"step": number})
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", "MANIFEST.json"])
+def test_all_ranks_pass_over_what_one_found_corrupt(tmp_path: Path, name: str) -> None:
+    run_distributed(_save_three, 2, tmp_path)
+    file = tmp_path / "step-00000003" / name
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 64
+    file.write_bytes(content)
+    results = run_distributed(_fall_back, 2, tmp_path)
+    assert results == [("step-00000002", {"step": 2}, False)] * 2
+    assert (tmp_path / "step-00000003" / CORRUPT).read_text().startswith(name)
+
+
+def _save_on_a_broken_disk(root: Path) -> str:
+    """Rank 1 cannot write; what does every rank see?"""
+    if rank() == 1:
+
+        def write(self: HashedFile, data: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        HashedFile.write = write  # type: ignore[method-assign]
+    model, optimizer = build("fsdp2")
+    try:
+        Checkpointer(root, Checkpoint()).save(4, flat_state(model, optimizer), {"step": 4})
+    except UserError as error:
+        return str(error)
+    return "saved"
+
+
+def test_an_error_of_one_ranks_disk_is_raised_on_all(tmp_path: Path) -> None:
+    run_distributed(_save_three, 2, tmp_path)
+    for message in run_distributed(_save_on_a_broken_disk, 2, tmp_path):
+        assert "step-00000004.tmp/__1_0.distcp: Input/output error" in message
+    assert not (tmp_path / "step-00000004").exists()
+    assert run_distributed(_fall_back, 2, tmp_path)[0][0] == "step-00000003"
