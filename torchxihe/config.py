@@ -103,9 +103,10 @@ class Source(Section):
     """Name in logs and metrics. "": derived from `path` and `subset`."""
     glob: str = ""
     """With a directory as `path`: which files below it. "": every readable file."""
-    format: Literal["auto", "text", "json", "parquet", "arrow", "csv", "dataset"] = "auto"
+    format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset"] = "auto"
     """How files are read. "auto": by their endings (.jsonl and .json, .parquet, .arrow, .csv, everything else one
-    text document a file; a directory written by `save_to_disk` is a "dataset"). "json" covers JSON lines."""
+    text document a file; a directory written by `save_to_disk` is a "dataset"). "lines": a text document a line;
+    "json" covers JSON lines. Files ending in .gz or .zst besides are decompressed."""
     subset: str = ""
     """Hub only: the configuration's name, such as "20231101.en". "": the default one."""
     split: str = "train"
@@ -136,6 +137,10 @@ class Data(Section):
     """Documents in a row do not attend to each other. false: plain causal attention over the row."""
     cache_dir: str = ".cache/torchxihe"
     """Where prepared token stores and trained tokenizers are kept; all nodes must share it."""
+    on_bad_rows: Literal["skip", "error"] = "skip"
+    """A row that cannot be read (malformed, not UTF-8, a column missing or no string): skip and count it, or stop."""
+    max_bad_rows: Fraction = 0.01
+    """With `on_bad_rows = "skip"`: stop all the same if more than this share of a source's rows is bad."""
     max_epochs: NonNegativeInt = 0
     """Refuse to start a run that would pass over any source more often than this. 0: no limit."""
 

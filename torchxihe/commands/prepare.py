@@ -1,0 +1,24 @@
+"""`torchxihe prepare`: make everything that training with a config reads."""
+
+import argparse
+
+from torchxihe.config import UserError, load_config
+from torchxihe.data.prepare import prepare, prepare_part
+
+HELP = "tokenise and pack the data of a config, once"
+
+
+def main(args: list[str]) -> None:
+    """Run the command with its arguments. Raises UserError."""
+    parser = argparse.ArgumentParser("torchxihe prepare", description=HELP)
+    parser.add_argument("config", help="a TOML file; --section.key=value overrides it")
+    parser.add_argument("--shard", metavar="I/N", default="", help="only part I (from 0) of N, on one of N machines")
+    known, overrides = parser.parse_known_args(args)
+    config = load_config(known.config, overrides)
+    if not known.shard:
+        prepare(config)
+        return
+    part, _, parts = known.shard.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise UserError(f"--shard={known.shard}: must be I/N with I from 0 to N - 1, such as 0/4")
+    prepare_part(config, int(part), int(parts))

@@ -1,0 +1,225 @@
+"""From rows on disk to batches on the device: the last step of the data path.
+
+A batch is [B, T]: B rows of a micro-batch, T = seq_len. A stored row has T + 1 tokens: inputs are the first T, targets
+the last T. A target is masked where it is padding or the first token of another document than its input's.
+"""
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchxihe.data.order import Order
+from torchxihe.data.store import Prepared, Split
+
+IGNORE = -100
+"""Target that carries no loss."""
+AHEAD = 4
+"""Batches that the prefetch thread keeps ready."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    tokens: Tensor
+    """int64 [B, T], on the device."""
+    targets: Tensor
+    """int64 [B, T], on the device; -100: no loss there."""
+    docs: Tensor | None
+    """Cumulative document lengths over the B * T tokens laid end to end, int32 [B * max_documents + 1], the end filled
+    up with B * T; padding counts as a document. None: documents are not masked."""
+    samples: tuple[int, ...]
+    """Sample number of each row; -1: padding."""
+    sources: tuple[int, ...]
+    """Source of each row; -1: padding."""
+    valid: int
+    """Targets that carry a loss."""
+
+
+class _Reader:
+    """Reads rows into batches in host memory, pinned where the device is a GPU."""
+
+    def __init__(
+        self, prepared: Prepared, split: Split, *, seq_len: int, document_mask: bool, rows: int, device: torch.device
+    ) -> None:
+        self.rows = rows
+        self._seq_len = seq_len
+        self._pin = device.type == "cuda"
+        self._eos = prepared.eos_id
+        self._documents = rows * prepared.max_documents + 1 if document_mask else 0
+        self._sources = [source.rows(split) for source in prepared.sources]
+        self._buffers = [np.empty(seq_len + 1, rows.dtype) for rows in self._sources]
+
+    def read(self, samples: list[int], sources: list[int], rows: list[int]) -> Batch:
+        """The batch of `rows` of `sources`; what is missing to a whole micro-batch is padding."""
+        seq_len, missing = self._seq_len, self.rows - len(samples)
+        tokens_BT = torch.empty(self.rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
+        targets_BT = torch.empty(self.rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
+        tokens, targets = tokens_BT.numpy(), targets_BT.numpy()
+        starts: list[int] = []
+        valid = 0
+        for b, (source, row) in enumerate(zip(sources, rows, strict=True)):
+            buffer = self._buffers[source]
+            lengths = self._sources[source].read(row, buffer)
+            tokens[b] = buffer[:-1]
+            targets[b] = buffer[1:]
+            at = 0
+            for length in lengths:
+                if at:
+                    targets[b, at - 1] = IGNORE
+                if at < seq_len:
+                    starts.append(b * seq_len + at)
+                at += length
+            valid += min(at, seq_len + 1) - len(lengths)
+            if at <= seq_len:
+                tokens[b, at:] = self._eos
+                targets[b, at - 1 :] = IGNORE
+                if at < seq_len:
+                    starts.append(b * seq_len + at)
+        tokens[len(samples) :] = self._eos
+        targets[len(samples) :] = IGNORE
+        starts += [b * seq_len for b in range(len(samples), self.rows)]
+        docs = None
+        if self._documents:
+            docs = torch.full((self._documents,), self.rows * seq_len, dtype=torch.int32, pin_memory=self._pin)
+            docs.numpy()[: len(starts)] = starts
+        padding = (-1,) * missing
+        return Batch(tokens_BT, targets_BT, docs, (*samples, *padding), (*sources, *padding), valid)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` on its way to the device. Pinned memory is not used again before the copy is done: the allocator that
+    it came from, and goes back to, has recorded an event on the copy's stream."""
+    if device.type == "cpu":
+        return batch
+    moved = {
+        name: value.to(device, non_blocking=True)
+        for name in ("tokens", "targets", "docs")
+        if (value := getattr(batch, name)) is not None
+    }
+    return replace(batch, **moved)
+
+
+class Loader:
+    """The training batches of one rank from `step` on, without end.
+
+    Sample j of a step is row b of micro-batch i on rank r, with j = (i * world_size + r) * micro_batch + b; where j is
+    not in the global batch, the row is padding. An error in the prefetch thread is raised by `next()`.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        order: Order,
+        *,
+        seq_len: int,
+        document_mask: bool,
+        step: int,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        micro_batch: int,
+        device: torch.device,
+    ) -> None:
+        """`step`: the first step to read. `accumulation`, `micro_batch`: from `plan_micro_batches`."""
+        self.wait_seconds = 0.0
+        """Time that `next()` has waited for the thread; the reader sets it back to 0."""
+        self._order = order
+        self._step, self._rank, self._world_size, self._accumulation = step, rank, world_size, accumulation
+        self._device = device
+        self._reader = _Reader(
+            prepared, "train", seq_len=seq_len, document_mask=document_mask, rows=micro_batch, device=device
+        )
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="data", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        batch = self._ready.get()
+        self.wait_seconds += time.perf_counter() - started
+        if isinstance(batch, BaseException):
+            self._ready.put(batch)  # every further call raises it too
+            raise batch
+        return _to_device(batch, self._device)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
+        while self._thread.is_alive():
+            with suppress(queue.Empty):
+                self._ready.get(timeout=0.01)  # the thread may be waiting for room
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # or this thread's pinned memory opens a context on GPU 0
+            for step in itertools.count(self._step):
+                for batch in self._read_step(step):
+                    self._ready.put(batch)
+                    if self._stop.is_set():
+                        return
+        except BaseException as error:  # whatever it is, the training thread must learn of it
+            self._ready.put(error)
+
+    def _read_step(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of `step`."""
+        first, global_batch = self._order.batch(step)
+        rows = self._reader.rows
+        for i in range(self._accumulation):
+            start = (i * self._world_size + self._rank) * rows
+            g = first + np.arange(start, min(start + rows, global_batch))
+            if len(g):
+                sources, row, _ = self._order.samples(g)
+                yield self._reader.read(g.tolist(), sources.tolist(), row.tolist())
+            else:
+                yield self._reader.read([], [], [])
+
+
+def validation_rows(prepared: Prepared, seq_len: int, max_tokens: int) -> list[tuple[int, int]]:
+    """The held-out rows of one validation: (source, row), spread over the sources by size and evenly within each."""
+    have = [source.valid_rows for source in prepared.sources]
+    most = min(sum(have), -(-max_tokens // seq_len)) if max_tokens else sum(have)
+    # The first `most` of an even interleave: ends of the cumulative sizes, scaled.
+    ends = [sum(have[: i + 1]) * most // max(1, sum(have)) for i in range(len(have))]
+    chosen = []
+    for source, (rows, start, end) in enumerate(zip(have, [0, *ends], ends, strict=False)):
+        chosen += [(source, i * rows // (end - start)) for i in range(end - start)]
+    return chosen
+
+
+def validation_batches(
+    prepared: Prepared,
+    *,
+    seq_len: int,
+    document_mask: bool,
+    max_tokens: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This rank's batches of one validation.
+
+    Over all ranks, each row of `validation_rows` comes once, at any world size and micro-batch; all ranks get equally
+    many batches, filled up with padding rows. `Batch.samples` counts the rows of the validation.
+    """
+    chosen = validation_rows(prepared, seq_len, max_tokens)
+    reader = _Reader(prepared, "valid", seq_len=seq_len, document_mask=document_mask, rows=micro_batch, device=device)
+    for i in range(-(-len(chosen) // (world_size * micro_batch))):
+        start = (i * world_size + rank) * micro_batch
+        samples = range(start, min(start + micro_batch, len(chosen)))
+        batch = reader.read(list(samples), [chosen[n][0] for n in samples], [chosen[n][1] for n in samples])
+        yield _to_device(batch, device)

@@ -1,0 +1,450 @@
+"""Where documents come from: which files a source means, how they are cut into shards, and what is read from them.
+
+Files are read here, a piece at a time and with the line at hand, so that a bad row can be named and skipped, one huge
+file can be read by every core, and no second copy of a corpus is written. Hub datasets go through `datasets`: what it
+has downloaded is read as the Arrow files that it leaves, and what it streams as it comes.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import string
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torchxihe.config import Source, UserError
+
+SMALLEST_SHARD, LARGEST_SHARD = 4 * 2**20, 256 * 2**20
+"""Bytes of input per shard: the unit that one core prepares and that is not done twice after a kill."""
+SHARDS = 512
+"""Shards that a source is cut into if it is neither small nor very large."""
+
+INSTALLED = {"{stdlib}": "stdlib", "{site-packages}": "purelib"}
+NOT_INSTALLED = {"test", "tests", "idlelib", "__pycache__", "site-packages"}
+"""Folders below these that are not real text, or not the same text on every machine."""
+
+SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".csv": "csv",
+}
+COMPRESSED = {".gz", ".zst"}
+
+TEMPLATES = {
+    "c4": "{text}",
+    "wikipedia": "{title}\n\n{text}",
+    "tiny-codes": "{prompt}\n\n{response}",
+    "gutenberg": "{TEXT}",
+    "oa-stackexchange": "{INSTRUCTION}\n\n{RESPONSE}",
+    "arxiv": "{text}",
+}
+"""Templates by name, for the datasets of the original XiHe."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an input that is read in one go."""
+
+    path: str
+    format: str
+    start: int = 0
+    """First byte (json, lines), row group (parquet), record batch (arrow) or stream shard (hub)."""
+    end: int = -1
+    """One past the last; -1: to the end of the file."""
+    size: int = 0
+    """Its bytes on the disk, about; 0 where nobody knows."""
+    revision: str = ""
+    """What identifies the content of a stream, which cannot be hashed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it was read: columns, or what is wrong with it."""
+
+    where: str
+    """File and line."""
+    columns: dict[str, Any]
+    bad: str = ""
+    """Why it could not be read; "" if it could."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A document's text as a function of a row's columns."""
+
+    parts: tuple[tuple[str, str], ...]
+    """(literal text, name of the column after it), the last name possibly empty."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it reads."""
+        return [name for _, name in self.parts if name]
+
+    def text(self, row: Row) -> tuple[str, str]:
+        """The document's text, and why there is none ("" if there is)."""
+        if row.bad:
+            return "", row.bad
+        out = []
+        for literal, name in self.parts:
+            out.append(literal)
+            if name:
+                value = row.columns.get(name)
+                if not isinstance(value, str):
+                    return "", f"column {name!r} is {'missing' if value is None else 'not a string'}"
+                out.append(value)
+        return "".join(out), ""
+
+
+def parse_template(text: str, key: str) -> Template:
+    """A template from its text, such as "{question}\\n{answer}", or its name in `TEMPLATES`. `key`: for the error."""
+    try:
+        parsed = list(string.Formatter().parse(TEMPLATES.get(text, text)))
+    except ValueError as error:
+        raise UserError(f"{key}: {text!r} is no template: {error}; write a brace as {{{{ or }}}}") from None
+    if any(spec or conversion or name == "" for _, name, spec, conversion in parsed):
+        raise UserError(f"{key}: {text!r}: only column names may stand in braces; write a brace as {{{{ or }}}}")
+    if not any(name for _, name, _, _ in parsed):
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"{key}: {text!r} names no column; give one in braces, or one of {known}")
+    return Template(tuple((literal, name or "") for literal, name, _, _ in parsed))
+
+
+def source_name(source: Source) -> str:
+    """Name in logs and metrics."""
+    stem = source.path.strip("{}").rstrip("/*").split("/")[-1].split(".")[0].strip("*")
+    return source.name or "-".join(part for part in (stem or "data", source.subset) if part)
+
+
+def find_pieces(source: Source, key: str) -> list[Piece]:
+    """Everything that `source` is read from, in a fixed order. `key`: "data.sources.N", for the errors.
+
+    Raises UserError if there is nothing, or if `datasets` cannot give it.
+    """
+    if is_hub(source):
+        return _hub_pieces(source, key)
+    root = Path(sysconfig.get_paths()[INSTALLED[source.path]]) if source.path in INSTALLED else Path(source.path)
+    if root.is_dir():
+        if _format(root, source) == "dataset":
+            return [Piece(str(path), "arrow", size=path.stat().st_size) for path in _saved_dataset(root, source, key)]
+        files = [path for path in root.glob(source.glob or "**/*") if path.is_file()]
+        skip = NOT_INSTALLED if source.path in INSTALLED else {"__pycache__", ".git"}
+        files = [path for path in files if not skip.intersection(path.relative_to(root).parts)]
+        files.sort(key=lambda path: path.relative_to(root).parts)
+    elif root.is_file():
+        files = [root]
+    else:
+        files = [Path(path) for path in sorted(glob(source.path, recursive=True)) if Path(path).is_file()]
+    if not files:
+        below = f" that matches {source.glob!r}" if source.glob else ""
+        raise UserError(f"{key}.path: {source.path}: no file there{below}")
+    once = {path.resolve(): path for path in reversed(files)}
+    unique = [path for path in files if once[path.resolve()] is path]
+    return [Piece(str(path), _format(path, source), size=path.stat().st_size) for path in unique]
+
+
+def is_hub(source: Source) -> bool:
+    """Whether `datasets` must find the source: it is neither here nor a pattern, or a subset of it is asked for."""
+    here = source.path in INSTALLED or Path(source.path).exists()
+    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source.path) and Path(source.path).suffix not in SUFFIXES
+    return bool(source.subset) or (not here and bool(hub_id))
+
+
+def cut_shards(pieces: list[Piece]) -> list[list[Piece]]:
+    """The pieces in groups of about equal size, in order; large files are cut, small ones share a shard.
+
+    A function of the inputs' sizes alone: not of the machine, nor of how many machines there are.
+    """
+    target = min(max(sum(piece.size for piece in pieces) // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
+    shards: list[list[Piece]] = []
+    room = 0
+    for whole in pieces:
+        for piece in _cut(whole, target):
+            if not shards or room < piece.size or piece.format == "stream":
+                shards.append([])
+                room = target
+            shards[-1].append(piece)
+            room -= piece.size
+    return shards
+
+
+def read_rows(piece: Piece, columns: list[str], source: Source) -> Iterator[Row]:
+    """The rows of `piece`, with at least `columns`.
+
+    Raises UserError, beginning with the option below `data.sources.N`, if the file as a whole cannot be read.
+    """
+    readers = {
+        "text": _read_text,
+        "lines": _read_lines,
+        "json": _read_json,
+        "csv": _read_csv,
+        "parquet": _read_parquet,
+        "arrow": _read_arrow,
+    }
+    if piece.format == "stream":
+        yield from _read_stream(piece, source)
+        return
+    try:
+        yield from readers[piece.format](piece, columns)
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"path: {piece.path}: cannot be read as {piece.format}: {error}") from error
+
+
+def _format(path: Path, source: Source) -> str:
+    """How `path` is read."""
+    if source.format != "auto":
+        return source.format
+    if path.is_dir():
+        saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+        return "dataset" if saved else "text"
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    return SUFFIXES.get(suffixes[-1], "text") if suffixes else "text"
+
+
+def _saved_dataset(root: Path, source: Source, key: str) -> list[Path]:
+    """The Arrow files of a folder that `save_to_disk` wrote."""
+    folder = root
+    if (root / "dataset_dict.json").exists():
+        splits = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
+        if source.split not in splits:
+            raise UserError(f"{key}.split: {root} has no split {source.split!r}; it has {', '.join(splits)}")
+        folder = root / source.split
+    if not (folder / "state.json").exists():
+        raise UserError(f"{key}.path: {root}: not a folder that `save_to_disk` wrote: there is no state.json")
+    return [folder / entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+
+
+def _hub_pieces(source: Source, key: str) -> list[Piece]:
+    """The Arrow files that `datasets` leaves of a hub dataset, or the shards of a stream."""
+    import datasets  # slow, and only for hub sources
+
+    try:
+        revision = _commit(source) if source.stream else source.revision
+        dataset = load_hub(source, revision)
+    except Exception as error:  # it raises all manner of things; what was asked of it is the user's, whatever it is
+        why = " ".join(str(error).split())[:300]
+        hint = "log in with `hf auth login`" if "gated" in why.lower() else "check path, subset, split and network"
+        what = f"{source.path}: not a file here, and `datasets` cannot load it"
+        raise UserError(f"{key}.path: {what} ({type(error).__name__}: {why}); {hint}") from None
+    if isinstance(dataset, datasets.Dataset):
+        paths = [file["filename"] for file in dataset.cache_files]
+        return [Piece(path, "arrow", size=os.path.getsize(path)) for path in paths]
+    return [Piece(source.path, "stream", i, i + 1, revision=revision) for i in range(dataset.num_shards)]
+
+
+def load_hub(source: Source, revision: str) -> Any:
+    """The source as a `datasets.Dataset`, or an `IterableDataset` if it is streamed."""
+    import datasets  # slow, and only for hub sources
+
+    if Path(source.path).exists():  # the folder of a dataset repository
+        revision = ""
+    return datasets.load_dataset(
+        source.path, source.subset or None, split=source.split, revision=revision or None, streaming=source.stream
+    )
+
+
+def _commit(source: Source) -> str:
+    """The commit that `source.revision` means today; for a folder, the newest change in it."""
+    import huggingface_hub  # slow, and only for hub sources
+
+    folder = Path(source.path)
+    if folder.exists():
+        return str(max(path.stat().st_mtime_ns for path in folder.rglob("*")))
+    return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision or None).sha or ""
+
+
+def _cut(piece: Piece, target: int) -> Iterator[Piece]:
+    """`piece` in parts of about `target` bytes, where its format allows that."""
+    parts = -(-piece.size // target)
+    compressed = Path(piece.path).suffix in COMPRESSED
+    if parts < 2 or compressed or piece.format not in ("json", "lines", "parquet", "arrow"):
+        yield piece
+        return
+    if piece.format in ("json", "lines"):
+        units = piece.size
+        if piece.format == "json" and _is_array(piece.path):
+            yield piece
+            return
+    else:
+        units = _count_groups(piece)
+    edges = sorted({units * i // parts for i in range(parts + 1)})
+    for start, end in itertools.pairwise(edges):
+        yield Piece(piece.path, piece.format, start, end, piece.size * (end - start) // units)
+
+
+@contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed."""
+    if path.endswith(".gz"):
+        with gzip.open(path) as file:
+            yield file  # type: ignore[misc]
+    elif path.endswith(".zst"):
+        try:
+            import zstandard  # optional: only for .zst files
+        except ImportError:
+            raise UserError(f"path: {path}: reading it needs `pip install zstandard`") from None
+        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
+            try:
+                yield io.BufferedReader(file, 2**20)  # type: ignore[arg-type]
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+    else:
+        with open(path, "rb", buffering=2**20) as file:
+            yield file
+
+
+def _decode(data: bytes, where: str) -> Row:
+    try:
+        return Row(where, {"text": data.decode()})
+    except UnicodeDecodeError as error:
+        return Row(f"{where}, byte {error.start}", {}, "not UTF-8")
+
+
+def _read_text(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    """A file is a document."""
+    with _open(piece.path) as file:
+        yield _decode(file.read(), piece.path)
+
+
+def _lines(piece: Piece) -> Iterator[tuple[str, bytes]]:
+    """The lines that begin in `piece`, without their ends, each with where it stands."""
+    with _open(piece.path) as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+            file.readline()  # the rest of a line that began before
+        at = file.tell() if piece.end >= 0 else 0
+        for number, line in enumerate(file, 1):
+            if 0 <= piece.end <= at:
+                return
+            place = f"line {number}" if not piece.start else f"byte {at}"
+            yield f"{piece.path}, {place}", line.rstrip(b"\r\n")
+            at += len(line)
+
+
+def _read_lines(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    """A line is a document."""
+    for where, line in _lines(piece):
+        yield _decode(line, where)
+
+
+def _is_array(path: str) -> bool:
+    """Whether a JSON file is one array rather than an object a line."""
+    with _open(path) as file:
+        return file.read(4096).lstrip()[:1] == b"["
+
+
+def _read_json(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    """JSON lines, or one array of objects."""
+    if not piece.start and _is_array(piece.path):
+        with _open(piece.path) as file:
+            for i, value in enumerate(json.load(file)):
+                yield _object(value, f"{piece.path}, entry {i}")
+        return
+    for where, line in _lines(piece):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except UnicodeDecodeError:
+                yield Row(where, {}, "not UTF-8")
+            except (ValueError, RecursionError):
+                yield Row(where, {}, "malformed JSON")
+            else:
+                yield _object(value, where)
+
+
+def _object(value: Any, where: str) -> Row:
+    return Row(where, value) if isinstance(value, dict) else Row(where, {}, "not a JSON object")
+
+
+def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    """CSV with a header; every value is a string."""
+    csv.field_size_limit(sys.maxsize)
+    with _open(piece.path) as file:
+        reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+        _need(columns, list(reader.fieldnames or []), piece.path)
+        for row in reader:
+            yield Row(f"{piece.path}, line {reader.line_num}", row)
+
+
+def _need(columns: list[str], have: list[str], path: str) -> None:
+    for name in columns:
+        if name not in have:
+            raise UserError(f"template: {path}: there is no column {name!r}; there are {', '.join(have)}")
+
+
+def _count_groups(piece: Piece) -> int:
+    """Row groups of a Parquet file, or record batches of an Arrow file."""
+    import pyarrow as pa  # slow, and only for these formats
+    import pyarrow.parquet as pq
+
+    if piece.format == "parquet":
+        return pq.ParquetFile(piece.path).num_row_groups
+    with pa.memory_map(piece.path) as file:
+        return sum(1 for _ in _arrow_batches(file))
+
+
+def _arrow_batches(file: Any) -> Iterator[Any]:
+    """The record batches of an Arrow stream (which is what `datasets` writes) or file."""
+    import pyarrow as pa  # slow, and only for these formats
+
+    try:
+        reader = pa.ipc.open_stream(file)
+    except pa.ArrowInvalid:
+        reader = pa.ipc.open_file(file)
+        for i in range(reader.num_record_batches):
+            yield reader.get_batch(i)
+    else:
+        yield from reader
+
+
+def _read_parquet(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    """Parquet, a row group range at a time."""
+    import pyarrow.parquet as pq  # slow, and only for this format
+
+    with pq.ParquetFile(piece.path) as file:
+        _need(columns, file.schema_arrow.names, piece.path)
+        groups = range(piece.start, file.num_row_groups if piece.end < 0 else piece.end)
+        for group in groups:
+            row = 0
+            for batch in file.iter_batches(256, row_groups=[group], columns=columns):
+                for values in batch.to_pylist():
+                    yield Row(f"{piece.path}, row {row} of row group {group}", values)
+                    row += 1
+
+
+def _read_arrow(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    """Arrow, a range of record batches at a time."""
+    import pyarrow as pa  # slow, and only for this format
+
+    with pa.memory_map(piece.path) as file:
+        for i, batch in enumerate(_arrow_batches(file)):
+            if i < piece.start:
+                continue
+            if 0 <= piece.end <= i:
+                return
+            _need(columns, batch.schema.names, piece.path)
+            for start in range(0, batch.num_rows, 256):
+                for row, values in enumerate(batch.select(columns).slice(start, 256).to_pylist()):
+                    yield Row(f"{piece.path}, row {start + row} of batch {i}", values)
+
+
+def _read_stream(piece: Piece, source: Source) -> Iterator[Row]:
+    """A shard of a dataset that is read over the network."""
+    dataset = load_hub(source, piece.revision)
+    for i, values in enumerate(dataset.shard(num_shards=dataset.num_shards, index=piece.start)):
+        yield Row(f"{piece.path}, row {i} of shard {piece.start}", values)

@@ -1,0 +1,355 @@
+"""Prepared tokens on disk: how a store is laid out, opened and read. `docs/data.md` gives the format byte by byte.
+
+A store holds one source's documents as tokens, in shards, split into `train` and `valid`; a row index beside them says
+which pieces of which documents make up each row of `seq_len + 1` tokens. Reading is `os.preadv` into the caller's
+buffer: a file that is shorter than its index says is an error with a name, where a memory map would be a SIGBUS.
+
+Nothing here imports torch, datasets or a tokenizer library: this is the data path of training.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import xxhash
+
+from torchxihe.config import Config, UserError
+
+FORMAT = 1
+"""Version of everything that this package writes below `data.cache_dir`; part of every content key."""
+
+Split = Literal["train", "valid"]
+SPLITS: tuple[Split, Split] = ("train", "valid")
+OPEN_FILES = 128
+"""Token files that one reader keeps open at most."""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A file of tokens, or the part of it that holds them."""
+
+    path: Path
+    start: int
+    """Byte at which the first token lies."""
+    tokens: int
+
+
+class Rows:
+    """The rows of one split of one source. Not to be used by two threads at once."""
+
+    def __init__(self, index: Path, split: Split, files: Sequence[TokenFile], dtype: np.dtype) -> None:
+        """`index`: the folder of a row index; `files`: the split's token files in order."""
+        self.dtype = dtype
+        self._files = files
+        self._starts = [0]
+        for file in files:
+            self._starts.append(self._starts[-1] + file.tokens)
+        self._paths = [file.path for file in files] + [index / f"{split}.rows", index / f"{split}.pieces"]
+        self._open: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        return max(0, self._paths[-2].stat().st_size // 8 - 1)
+
+    def read(self, row: int, out: np.ndarray) -> list[int]:
+        """Read row `row` into the front of `out` ([seq_len + 1], of `self.dtype`); the lengths of its pieces in order.
+
+        Each piece is a document, or a part of one. Raises OSError naming the file if that is too short.
+        """
+        size = out.itemsize
+        first, last = struct.unpack("<qq", self._read(-2, 8 * row, 16))
+        pieces = np.frombuffer(self._read(-1, 16 * first, 16 * (last - first)), "<i8").tolist()
+        view, at = out.view(np.uint8).data, 0
+        for offset, length in zip(pieces[::2], pieces[1::2], strict=True):
+            i = bisect_right(self._starts, offset) - 1
+            end = at + length * size
+            self._read_into(i, self._files[i].start + (offset - self._starts[i]) * size, view[at:end])
+            at = end
+        return pieces[1::2]
+
+    def _read(self, i: int, at: int, count: int) -> bytearray:
+        data = bytearray(count)
+        self._read_into(i, at, memoryview(data))
+        return data
+
+    def _read_into(self, i: int, at: int, view: memoryview) -> None:
+        i %= len(self._paths)
+        descriptor = self._open.get(i)
+        if descriptor is None:
+            if len(self._open) == OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            descriptor = self._open[i] = os.open(self._paths[i], os.O_RDONLY | os.O_CLOEXEC)
+        while len(view):  # more than once only where the kernel was interrupted, or caps a read at 2 GiB
+            count = os.preadv(descriptor, [view], at)
+            if not count:
+                raise OSError(
+                    f"{self._paths[i]}: ends before byte {at + len(view)}, so it is not the file that was prepared; "
+                    "delete its folder and run `torchxihe prepare` again"
+                )
+            view, at = view[count:], at + count
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """One source, ready to be read."""
+
+    name: str
+    key: str
+    """Content key: changes with every byte of the documents, the tokenizer, the template and the validation split."""
+    weight: float
+    train: Rows
+    valid: Rows
+    max_documents: int
+    """Most pieces in any row of either split, padding counted as one."""
+    manifest: dict[str, Any]
+
+    @property
+    def train_rows(self) -> int:
+        """Rows for training."""
+        return len(self.train)
+
+    @property
+    def valid_rows(self) -> int:
+        """Rows held out."""
+        return len(self.valid)
+
+    @property
+    def documents(self) -> int:
+        """Documents of both splits."""
+        return sum(self.manifest[split]["documents"] for split in SPLITS)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both splits, ends of documents included."""
+        return sum(self.manifest[split]["tokens"] for split in SPLITS)
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text of both splits."""
+        return sum(self.manifest[split]["bytes"] for split in SPLITS)
+
+    def rows(self, split: Split) -> Rows:
+        """The rows of `split`."""
+        return self.train if split == "train" else self.valid
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training reads."""
+
+    sources: tuple[SourceRows, ...]
+    tokenizer_dir: Path
+    """Folder with `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json`, `bytes_per_token.npy`."""
+    vocab_size: int
+    """Size of the tokenizer's vocabulary; the model's may be larger."""
+    eos_id: int
+    bos_id: int
+    """-1: documents do not begin with a token of their own."""
+    bytes_per_token: np.ndarray
+    """UTF-8 bytes that each token stands for, 0 for special tokens: int32 [vocab_size]."""
+
+    @property
+    def max_documents(self) -> int:
+        """Most pieces in any row of any source, padding counted as one."""
+        return max(source.max_documents for source in self.sources)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Training rows by content key."""
+        return {source.key: source.train_rows for source in self.sources}
+
+
+def open_prepared(config: Config) -> Prepared:
+    """What `torchxihe prepare` made for this config, in milliseconds; no source is looked at again.
+
+    Raises UserError if there is no such thing.
+    """
+    path = recipe_path(config)
+    try:
+        recipe = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: nothing is prepared for this config: run `torchxihe prepare CONFIG` first") from None
+    cache = Path(config.data.cache_dir)
+    folder = cache / "tokenizers" / recipe["tokenizer"]
+    tokenizer = json.loads((folder / "torchxihe.json").read_bytes())
+    check_vocab_size(config, tokenizer["vocab_size"])
+    opened = zip(config.data.sources, recipe["names"], recipe["stores"], strict=True)
+    return Prepared(
+        sources=tuple(open_source(cache / "stores" / key, config, name, source.weight) for source, name, key in opened),
+        tokenizer_dir=folder,
+        vocab_size=tokenizer["vocab_size"],
+        eos_id=tokenizer["eos_id"],
+        bos_id=tokenizer["bos_id"],
+        bytes_per_token=np.load(folder / "bytes_per_token.npy"),
+    )
+
+
+def open_source(store: Path, config: Config, name: str, weight: float) -> SourceRows:
+    """One source's store with the row index that `config` asks for."""
+    index = index_path(store, config)
+    try:
+        manifest = json.loads((store / "manifest.json").read_bytes())
+        summary = json.loads((index / "index.json").read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: is gone: run `torchxihe prepare CONFIG` again") from None
+    dtype = np.dtype(manifest["dtype"])
+    train, valid = (Rows(index, split, token_files(store, manifest, split), dtype) for split in SPLITS)
+    most = max(summary[split]["max_documents"] for split in SPLITS)
+    return SourceRows(name, manifest["key"], weight, train, valid, most, manifest)
+
+
+def token_files(store: Path, manifest: dict[str, Any], split: Split) -> list[TokenFile]:
+    """The token files of `split` in order. Files that were opened in place serve both splits."""
+    files = []
+    for shard in manifest["shards"]:
+        place = shard.get("file")
+        if place:
+            files.append(TokenFile(Path(place["path"]), place["start"], place["tokens"]))
+        else:
+            files.append(TokenFile(store / f"{split}-{shard['name']}.bin", 0, shard[split]["tokens"]))
+    return files
+
+
+def read_documents(store: Path, manifest: dict[str, Any], split: Split) -> Iterator[np.ndarray]:
+    """Where the documents of `split` lie in its token files laid end to end: (start, length), int64 [n, 2] a shard."""
+    base = 0
+    for shard, file in zip(manifest["shards"], token_files(store, manifest, split), strict=True):
+        yield np.fromfile(store / f"{split}-{shard['name']}.idx", "<i8").reshape(-1, 2) + np.array([base, 0])
+        base += file.tokens
+
+
+def check_vocab_size(config: Config, size: int) -> None:
+    """Raise UserError if the model cannot hold the tokenizer's `size` tokens."""
+    have = config.model.vocab_size
+    if have < size:
+        raise UserError(f"model.vocab_size: {have} is smaller than the tokenizer's {size}; set it to at least that")
+
+
+def recipe_path(config: Config) -> Path:
+    """The file that says which stores and tokenizer belong to this config."""
+    what = config.model_dump(mode="json", include={"data", "tokenizer", "validation"})
+    what["validation"] = {"fraction": what["validation"]["fraction"]}
+    for name in ("cache_dir", "document_mask", "max_epochs"):
+        del what["data"][name]
+    for source in what["data"]["sources"]:
+        del source["weight"]
+    return Path(config.data.cache_dir) / "recipes" / f"{digest(what)}.json"
+
+
+def index_path(store: Path, config: Config) -> Path:
+    """The folder of the row index that `config` asks for."""
+    return store / "rows" / f"{config.data.packing}-{config.data.seq_len}"
+
+
+def digest(value: Any) -> str:
+    """The first 128 bits of the SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(json.dumps([FORMAT, value], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is either whole and on the disk, or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardWriter:
+    """Writes one shard: `<split>-<name>.bin` and `.idx` for both splits, then `<name>.json`, which commits it.
+
+    Leaving the `with` block by an error leaves nothing behind that would be taken for a shard.
+    """
+
+    def __init__(self, store: Path, name: str, dtype: str) -> None:
+        self._store, self._name = store, name
+        self._dtype = np.dtype(dtype)
+        self._files: dict[str, BinaryIO] = {}
+        self._hashes = {f"{split}-{name}.{kind}": xxhash.xxh3_128() for split in SPLITS for kind in ("bin", "idx")}
+        self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+
+    def __enter__(self) -> "ShardWriter":
+        self._store.mkdir(parents=True, exist_ok=True)
+        for name in self._hashes:
+            self._files[name] = (self._store / f"{name}.tmp").open("wb", buffering=2**20)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk may fail again here; the first error is on its way
+                file.close()
+        if kind is not None:
+            for name in self._hashes:
+                (self._store / f"{name}.tmp").unlink(missing_ok=True)
+
+    def add(self, split: Split, parts: Sequence[np.ndarray], size: int) -> None:
+        """Append a document: its tokens in `parts`, laid end to end, and how many bytes of text they stand for."""
+        counts = self.counts[split]
+        length = sum(len(part) for part in parts)
+        self._write(f"{split}-{self._name}.idx", np.array([counts["tokens"], length], "<i8"))
+        for part in parts:
+            self._write(f"{split}-{self._name}.bin", part.astype(self._dtype))
+        counts["documents"] += 1
+        counts["tokens"] += length
+        counts["bytes"] += size
+
+    def _write(self, name: str, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self._files[name].write(data)
+        self._hashes[name].update(data)
+
+    def commit(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Have the shard reach the disk; its entry for the manifest, with `report` added."""
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            (self._store / f"{name}.tmp").rename(self._store / name)
+        hashes = {name: hash.hexdigest() for name, hash in self._hashes.items()}
+        entry = {"name": self._name, **self.counts, "xxh3_128": hashes, **report}
+        write_json(self._store / f"{self._name}.json", entry)
+        return entry
+
+
+def committed_shard(store: Path, name: str, dtype: str) -> dict[str, Any] | None:
+    """The manifest entry of a shard that is there already and has the right sizes."""
+    try:
+        entry = json.loads((store / f"{name}.json").read_bytes())
+        for split in SPLITS:
+            sizes = {"bin": entry[split]["tokens"] * np.dtype(dtype).itemsize, "idx": entry[split]["documents"] * 16}
+            for kind, size in sizes.items():
+                if (store / f"{split}-{name}.{kind}").stat().st_size != size:
+                    return None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return entry

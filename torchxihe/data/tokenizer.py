@@ -1,0 +1,259 @@
+"""Tokenizers: found or trained, kept in a folder of their own, and used at the speed of `tiktoken` where that is exact.
+
+`tokenizers` and `tiktoken` are imported inside functions: training imports this package's readers, never them.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchxihe.config import Tokenizer, UserError
+from torchxihe.data.store import digest, write_json
+
+END_OF_TEXT = "<|endoftext|>"
+"""The one special token of a tokenizer that is trained here."""
+WINDOW = 2**20
+"""Characters that are encoded at once: what bounds the memory that a long document takes."""
+
+# Split patterns that are known to mean the same to `tokenizers` and `tiktoken`, and to allow the cuts of `windows`.
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {
+    GPT2,
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    _CL100K % "{1,3}",  # Llama 3
+    _CL100K % "",  # Qwen 2, without its normaliser
+}
+
+_CUT = re.compile(r"(?<=[^\W_])(?=\s)|(?<=\S)(?= )")
+
+
+def windows(text: str) -> Iterator[str]:
+    """`text` in parts of about `WINDOW` characters that encode to the same tokens as the whole.
+
+    It is cut before white space that follows a letter or digit, and before a blank that follows anything but white
+    space: no token of the known patterns reaches over such a place. Text that has none for four windows (which is no
+    text) is cut all the same.
+    """
+    at = 0
+    while len(text) - at > WINDOW:
+        found = _CUT.search(text, at + WINDOW, at + 4 * WINDOW)
+        end = found.start() if found else min(len(text), at + 4 * WINDOW)
+        yield text[at:end]
+        at = end
+    if at < len(text) or not text:
+        yield text[at:]
+
+
+class Encoder:
+    """Text to token ids. Spellings of special tokens are text like any other."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: one that `obtain` has filled."""
+        import tokenizers  # slow, and never needed in training
+
+        self._exact = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._exact.no_truncation()
+        self._exact.no_padding()
+        self._exact.encode_special_tokens = True
+        self._fast = fast_encoding(json.loads((folder / "tokenizer.json").read_bytes()))
+
+    def encode(self, text: str, exactly: bool = False) -> list[np.ndarray]:
+        """Token ids of `text`, uint32, in parts to be laid end to end. `exactly`: by `tokenizers` in any case."""
+        if not text.isascii():  # JSON can spell lone surrogates, which neither library takes: they become "?"
+            text = text.encode("utf-8", "replace").decode()
+        if exactly or self._fast is None:
+            return [self._encode_exactly(part) for part in windows(text)]
+        return [self._fast.encode_to_numpy(part, disallowed_special=()) for part in windows(text)]
+
+    def agrees(self, text: str) -> bool:
+        """Whether the fast way gives the same ids for `text`."""
+        return self._fast is None or self._fast.encode_ordinary(text) == self._encode_exactly(text).tolist()
+
+    def _encode_exactly(self, text: str) -> np.ndarray:
+        [encoding] = self._exact.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, np.uint32)
+
+
+def fast_encoding(tokenizer: dict[str, Any]) -> Any:
+    """A `tiktoken.Encoding` that gives the same ids as a parsed `tokenizer.json`, or None.
+
+    There is one for a byte-level BPE with a known split pattern, no normaliser, no added token but special ones, and
+    ids in the order of the merges.
+    """
+    import tiktoken  # slow, and never needed in training
+
+    model = tokenizer["model"]
+    pattern = _split_pattern(tokenizer.get("pre_tokenizer") or {})
+    odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk")
+    added = tokenizer.get("added_tokens", [])
+    if model.get("type") != "BPE" or any(model.get(name) for name in odd) or tokenizer.get("normalizer"):
+        return None
+    if pattern not in PATTERNS or not all(token["special"] for token in added):
+        return None
+    special = {token["content"] for token in added}
+    byte_of = {char: value for value, char in enumerate(byte_alphabet())}
+    ranks = {}
+    for token, rank in model["vocab"].items():
+        if token not in special:
+            if not byte_of.keys() >= set(token):
+                return None
+            ranks[bytes(byte_of[char] for char in token)] = rank
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merged = [model["vocab"].get("".join(pair), -1) for pair in pairs]
+    if merged != sorted(set(merged)) or not ranks.keys() >= {bytes([value]) for value in range(256)}:
+        return None
+    return tiktoken.Encoding("prepare", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def _split_pattern(pre: dict[str, Any]) -> str:
+    """The split pattern of a byte-level pre-tokenizer; "" if it is anything else."""
+    if pre.get("type") == "ByteLevel":
+        return GPT2 if pre.get("use_regex", True) and not pre.get("add_prefix_space") else ""
+    steps = pre.get("pretokenizers", [])
+    if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
+        return ""
+    split, level = steps
+    plain = split["behavior"] == "Isolated" and not split["invert"]
+    bare = not level.get("use_regex", True) and not level.get("add_prefix_space")
+    return split["pattern"].get("Regex", "") if plain and bare else ""
+
+
+def byte_alphabet() -> list[str]:
+    """The character by which byte-level tokenizers write each byte: itself if printable, else one from U+0100 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(value) if value in printable else chr(next(others)) for value in range(256)]
+
+
+def obtain(options: Tokenizer, cache: Path, sample: Iterable[str], sample_key: str) -> Path:
+    """The folder of the tokenizer that `options` ask for, made if it is not there yet.
+
+    It holds `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json` (`eos_id`, `bos_id`, `vocab_size`) and
+    `bytes_per_token.npy`. `sample`: text to train on; `sample_key`: changes with it. Raises UserError.
+    """
+    files = _find(options) if options.path else {}
+    key = digest(
+        [hashlib.sha256(content).hexdigest() for content in files.values()] or [options.vocab_size, sample_key]
+    )
+    folder = cache / "tokenizers" / key
+    if (folder / "torchxihe.json").exists():  # written last
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    if not files:
+        _train(options.vocab_size, sample, folder)
+    _finish(folder, f"tokenizer.path: {options.path}")
+    return folder
+
+
+def _find(options: Tokenizer) -> dict[str, bytes]:
+    """The contents of `tokenizer.json` and `tokenizer_config.json`."""
+    path = Path(options.path)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    if path.is_file():
+        path, names = path.parent, (path.name, names[1])
+    if path.is_dir():
+        found = [path / name for name in names]
+        if not found[0].exists():
+            raise UserError(f"tokenizer.path: {path}: there is no tokenizer.json in it")
+    else:
+        found = [_download(options, name) for name in names]
+    if found[0] is None:
+        raise UserError(f"tokenizer.path: {options.path}: the repository has no tokenizer.json")
+    settings = found[1].read_bytes() if found[1] is not None and found[1].exists() else b"{}"
+    return {"tokenizer.json": found[0].read_bytes(), "tokenizer_config.json": settings}
+
+
+def _download(options: Tokenizer, name: str) -> Path | None:
+    """A file of a hub repository, from its cache if it is there; None if the repository has no such file."""
+    import huggingface_hub  # slow, and only for hub tokenizers
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(options.path, name, revision=options.revision or None))
+    except LocalEntryNotFoundError as error:
+        why = f"the hub cannot be reached ({' '.join(str(error).split())[:200]})"
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # not found, gated, no network: all manner of types, every one about what was asked for
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    raise UserError(f"tokenizer.path: {options.path}: not a file or folder here, and not to be had from the hub: {why}")
+
+
+def _train(vocab_size: int, sample: Iterable[str], folder: Path) -> None:
+    """Train a byte-level BPE with GPT-2's split pattern on `sample`."""
+    import tokenizers  # slow, and never needed in training
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": 10**30}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def _finish(folder: Path, where: str) -> None:
+    """Write what training needs to know of the tokenizer in `folder`."""
+    import tokenizers  # slow, and never needed in training
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{where}: `tokenizers` cannot load it: {error}") from None
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except ValueError as error:
+        raise UserError(f"{where}: tokenizer_config.json is not valid JSON: {error}") from None
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    size = max(vocab.values()) + 1
+
+    def special(name: str, usual: tuple[str, ...]) -> int:
+        token = settings.get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        return next((vocab[text] for text in ([token] if token else usual) if text in vocab), -1)
+
+    eos = special("eos_token", (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"))
+    if eos < 0:
+        raise UserError(
+            f"{where}: it has no end-of-text token; name one as eos_token in a tokenizer_config.json beside it"
+        )
+    bos = special("bos_token", ())
+    np.save(folder / "bytes_per_token.npy", _bytes_per_token(folder, vocab, size))
+    write_json(folder / "torchxihe.json", {"eos_id": eos, "bos_id": -1 if bos == eos else bos, "vocab_size": size})
+
+
+def _bytes_per_token(folder: Path, vocab: dict[str, int], size: int) -> np.ndarray:
+    """UTF-8 bytes of text that each token stands for: int32 [size]."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    added = {token["content"]: token["special"] for token in tokenizer.get("added_tokens", [])}
+    byte_level = '"ByteLevel"' in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
+    lengths = np.zeros(size, np.int32)
+    for token, index in vocab.items():
+        if token in added:
+            lengths[index] = 0 if added[token] else len(token.encode())
+        elif byte_level:
+            lengths[index] = len(token)  # a character a byte
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            lengths[index] = 1
+        else:
+            lengths[index] = len(token.replace("▁", " ").encode())  # SentencePiece's blank
+    return lengths
