@@ -102,7 +102,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.checkpoint: Callable[..., Tensor] | None = None  # set from outside to recompute `body` in the backward pass
+        self.checkpoint: Callable[..., Tensor] | None = None  # set from outside, to compute `body` again in backward
 
     def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
         """What the block computes: [B, T, C] to [B, T, C]."""

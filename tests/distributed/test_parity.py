@@ -1,0 +1,148 @@
+"""The same twenty steps whatever the parallelism, micro-batch, checkpointing or compilation."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.launch import run_distributed
+from torchxihe.config import Config
+from torchxihe.data.loader import Batch
+from torchxihe.trainer import Trainer
+from torchxihe.utils.device import compile_obstacle
+
+STEPS, BATCH, SEQ_LEN, VOCAB = 20, 8, 24, 67
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {
+        "model": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 48,
+            "vocab_size": VOCAB,
+            "qk_norm": True,
+            "tie_word_embeddings": True,
+        },
+        "data": {"sources": [{"path": "unused"}], "seq_len": SEQ_LEN},
+        "training": {
+            "steps": STEPS,
+            "global_batch_size": BATCH,
+            "micro_batch_size": 2,
+            "dtype": "float32",
+            "compile": False,
+        },
+        "optimizer": {"lr": 1e-2},
+        "lr_scheduler": {"warmup_steps": 5},
+    }
+    for section, options in sections.items():
+        values[section] = values.get(section, {}) | options
+    return Config.model_validate(values)
+
+
+def rows_of(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and targets of a global batch, with uneven masks: what one rank's row contributes is not another's."""
+    generator = np.random.default_rng(step)
+    rows = (generator.integers(0, VOCAB, (BATCH, 1)) * 3 ** np.arange(SEQ_LEN + 1)) % VOCAB  # something to learn
+    targets = rows[:, 1:].copy()
+    for j in range(BATCH):
+        targets[j, : generator.integers(0, SEQ_LEN - 1)] = -100
+    return rows[:, :-1], targets
+
+
+def batch_of(step: int, i: int, rank: int, world_size: int, micro_batch: int) -> Batch:
+    """Micro-batch `i` of one rank, laid out as the loader does; two documents a row."""
+    tokens, targets = rows_of(step)
+    chosen = [(i * world_size + rank) * micro_batch + b for b in range(micro_batch)]
+    tokens = np.stack([tokens[j] if j < BATCH else np.zeros(SEQ_LEN, np.int64) for j in chosen])
+    targets = np.stack([targets[j] if j < BATCH else np.full(SEQ_LEN, -100) for j in chosen])
+    starts = [b * SEQ_LEN + at for b in range(micro_batch) for at in (0, 9)]
+    docs = torch.tensor([*starts, micro_batch * SEQ_LEN, micro_batch * SEQ_LEN], dtype=torch.int32)
+    valid = int((targets >= 0).sum())
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), docs, (), (), valid)
+
+
+def losses(options: dict[str, dict[str, Any]], rank: int = 0, world_size: int = 1) -> tuple[list[float], str]:
+    """The loss of every step, and the layout's name."""
+    trainer = Trainer(config(**options), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    loader = (
+        batch_of(step, i, rank, world_size, trainer.micro_batch_size)
+        for step in range(STEPS)
+        for i in range(trainer.accumulation)
+    )
+    history = []
+    for _ in range(STEPS):
+        trainer.train_step(loader)
+        history.append(trainer.sums.read()["loss"])
+    return history, trainer.layout
+
+
+def rank_losses(options: dict[str, dict[str, Any]], world_size: int) -> tuple[list[float], str]:
+    return losses(options, torch.distributed.get_rank(), world_size)
+
+
+@functools.cache
+def reference() -> list[float]:
+    """One process, no accumulation."""
+    history, layout = losses({"training": {"micro_batch_size": BATCH}})
+    assert layout == "one process" and history[-1] < history[0] - 1
+    return history
+
+
+LAYOUTS = [
+    (2, {"dp_shard": 1, "dp_replicate": 2}, "DDP over 2"),
+    (2, {"dp_shard": 2}, "FSDP2 over 2"),
+    (4, {"dp_shard": 1, "dp_replicate": 4}, "DDP over 4"),
+    (4, {"dp_shard": 4, "reshard_after_forward": False}, "FSDP2 over 4"),
+    (4, {"dp_shard": 2, "dp_replicate": 2}, "HSDP of 2 × 2"),
+    (3, {"dp_shard": 3}, "FSDP2 over 3"),  # 8 rows on 3 ranks: one row is padding
+]
+
+
+@pytest.mark.parametrize(("world_size", "parallelism", "layout"), LAYOUTS)
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_losses_agree_under_every_parallelism(
+    world_size: int, parallelism: dict[str, Any], layout: str, micro_batch: int
+) -> None:
+    options = {"parallelism": parallelism, "training": {"micro_batch_size": micro_batch}}
+    for history, name in run_distributed(rank_losses, world_size, options, world_size):
+        assert name == layout
+        assert np.abs(np.array(history) - reference()).max() < 1e-5
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 3])
+def test_losses_agree_for_every_micro_batch(micro_batch: int) -> None:
+    history, _ = losses({"training": {"micro_batch_size": micro_batch}})
+    assert np.abs(np.array(history) - reference()).max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_losses_agree_under_activation_checkpointing(mode: str, world_size: int) -> None:
+    options = {"parallelism": {"activation_checkpointing": mode}}
+    ranks = run_distributed(rank_losses, 2, options, 2) if world_size == 2 else [losses(options)]
+    for history, _ in ranks:
+        assert np.abs(np.array(history) - reference()).max() < 1e-5
+
+
+@pytest.mark.skipif(bool(compile_obstacle()), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("world_size", "parallelism"),
+    [
+        (1, {}),
+        (1, {"activation_checkpointing": "selective"}),
+        (2, {"dp_shard": 2, "activation_checkpointing": "selective"}),
+        (2, {"dp_shard": 1, "dp_replicate": 2}),
+        (2, {"dp_shard": 2, "activation_checkpointing": "full"}),
+    ],
+)
+def test_losses_agree_when_compiled(world_size: int, parallelism: dict[str, Any]) -> None:
+    options = {"parallelism": parallelism, "training": {"compile": True}}
+    ranks = run_distributed(rank_losses, 2, options, 2, timeout=240) if world_size == 2 else [losses(options)]
+    for history, _ in ranks:
+        assert np.abs(np.array(history) - reference()).max() < 2e-5

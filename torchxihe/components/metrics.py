@@ -1,0 +1,130 @@
+"""What a run says of itself: sums kept on the device, one line a log step on the console and in `metrics.jsonl`."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+
+from torchxihe.utils.distributed import world_size
+
+log = logging.getLogger(__name__)
+
+
+class StepSums:
+    """Sums over the steps since the last log step, on the device: adding never waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, tokens, bytes, skipped steps
+        self.grad_norm = torch.zeros((), device=device)
+
+    def add(self, loss: Tensor, tokens: Tensor, size: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
+        """One step's summed loss (nats), valid tokens and bytes over all ranks; its gradient norm; if it was skipped."""
+        step = torch.stack([loss.double(), tokens.double(), size.double()])
+        self.sums[:3] += torch.where(skip, 0.0, step)
+        self.sums[3] += skip
+        self.grad_norm = grad_norm
+
+    def read(self) -> dict[str, float]:
+        """The window's mean loss, bits per byte, last gradient norm and skipped steps; starts a new window.
+
+        This is where the host waits for the device. A window without a single good step has NaN for its loss.
+        """
+        loss, tokens, size, skipped, grad_norm = torch.cat([self.sums, self.grad_norm.double().view(1)]).tolist()
+        self.sums.zero_()
+        return {
+            "loss": loss / tokens if tokens else math.nan,
+            "bpb": loss / math.log(2) / size if size else math.nan,
+            "grad_norm": grad_norm,
+            "skipped": int(skipped),
+        }
+
+
+class MetricsWriter:
+    """`metrics.jsonl` and the console line, on rank 0."""
+
+    def __init__(self, path: Path, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """One JSON object a line, flushed; what is not finite becomes null, as JSON has no NaN."""
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.file.write(json.dumps(finite) + "\n")
+        self.file.flush()
+
+    def train(self, metrics: dict[str, float]) -> None:
+        """A log step: `metrics` has the keys of DESIGN's metrics.jsonl, step counted from 1."""
+        self.write(metrics)
+        step, left = int(metrics["step"]), self.total_steps - int(metrics["step"])
+        parts = [
+            f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}",
+            f"loss {metrics['loss']:7.4f}",
+            f"bpb {metrics['bpb']:6.4f}",
+            f"grad {metrics['grad_norm']:7.3f}",
+            f"lr {metrics['lr']:.2e}",
+            f"{metrics['tokens_per_second']:>9,.0f} tok/s",
+        ]
+        if "mfu" in metrics:
+            parts.append(f"mfu {100 * metrics['mfu']:4.1f} %")
+        if metrics["memory_reserved_gib"]:
+            parts.append(f"{metrics['memory_reserved_gib']:5.1f} GiB")
+        if metrics["skipped"]:
+            parts.append(f"skipped {metrics['skipped']:.0f}")
+        parts.append(f"eta {duration(left * metrics['step_seconds'])}" if left else "done")
+        log.info("   ".join(parts))
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """A validation's result."""
+        self.write({"step": step, **metrics})
+        values = "   ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        log.info("step %*d/%d   %s", len(str(self.total_steps)), step, self.total_steps, values)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class Window:
+    """Time and speed between two log steps; what is paused (validation, saving) does not count."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.start, self.paused = step, time.perf_counter(), 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out the time spent inside."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+    def close(self, step: int, tokens_per_step: int, wait_seconds: float) -> dict[str, float]:
+        """Speed since the last window was closed, and the share of the time that was spent waiting for data."""
+        now = time.perf_counter()
+        seconds = max(now - self.start - self.paused, 1e-9)
+        step_seconds = seconds / (step - self.step)
+        self.step, self.start, self.paused = step, now, 0.0
+        return {
+            "tokens_per_second": tokens_per_step / step_seconds,
+            "tokens_per_second_per_gpu": tokens_per_step / step_seconds / world_size(),
+            "step_seconds": step_seconds,
+            "data_wait_fraction": wait_seconds / seconds,
+        }
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "42 s", "3 min 20 s", "5 h 04 min", "2 d 3 h"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 86400:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

@@ -1,0 +1,76 @@
+"""What a run says before its first step: the model, the data, the layout, the plan."""
+
+import logging
+import time
+
+import torch
+
+from torchxihe.components.metrics import duration
+from torchxihe.config import Config
+from torchxihe.data.store import Prepared
+from torchxihe.model.decoder import flops_per_token, parameter_counts
+from torchxihe.utils.device import device_name
+from torchxihe.utils.distributed import world_size
+
+log = logging.getLogger(__name__)
+SLOW_STEP_SECONDS = 60.0
+
+
+def report_start(config: Config, prepared: Prepared, layout: str, device: torch.device, accumulation: int) -> None:
+    """Print the start-up table; on a CPU, also what a step will cost if that is long."""
+    model, training = config.model, config.training
+    total, multiplying = parameter_counts(model)
+    shape = f"{model.num_hidden_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads"
+    rows = [
+        ("run", f"{config.run_dir}"),
+        ("model", f"{total / 1e6:,.1f} M parameters, {shape} of {model.head_dim}, vocabulary {model.vocab_size:,}"),
+        ("device", f"{world_size()} × {device_name(device)}, {layout}, {training.dtype}"),
+        (
+            "batch",
+            f"{training.global_batch_size:,} rows of {config.data.seq_len:,} = {config.tokens_per_step:,} tokens, "
+            f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} a step",
+        ),
+        (
+            "plan",
+            f"{config.total_steps:,} steps, {config.total_steps * config.tokens_per_step / 1e6:,.1f} M tokens, "
+            f"{flops_per_token(model, config.data.seq_len) * config.tokens_per_step / 1e12:,.1f} TFLOP a step",
+        ),
+    ]
+    samples = config.total_steps * training.global_batch_size
+    weights = sum(source.weight for source in prepared.sources)
+    for source in prepared.sources:
+        share = source.weight / weights
+        epochs = samples * share / source.train_rows
+        held_out = f", {source.valid_rows:,} rows held out" if source.valid_rows else ""
+        rows.append(
+            (
+                "data",
+                f"{source.name}: {source.documents:,} documents, {source.tokens / 1e6:,.1f} M tokens, "
+                f"{100 * share:.1f} % of the mixture, {epochs:.2f} epochs{held_out}",
+            )
+        )
+    for name, value in rows:
+        log.info("%-7s %s", name, value)
+    if device.type == "cpu":
+        _warn_of_slow_steps(config)
+
+
+def _warn_of_slow_steps(config: Config) -> None:
+    """Say what one step costs on this CPU, and how to shrink it, if it is long."""
+    n = 768
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    a @ b  # the first product starts the threads
+    start = time.perf_counter()
+    repeats = 5
+    for _ in range(repeats):
+        a @ b
+    flops = repeats * 2 * n**3 / (time.perf_counter() - start)
+    seconds = flops_per_token(config.model, config.data.seq_len) * config.tokens_per_step / flops / world_size()
+    if seconds > SLOW_STEP_SECONDS:
+        log.warning(
+            "there is no GPU: a step will take about %s (%.0f GFLOP/s here), the run %s. For a trial: "
+            "--training.steps=2 --training.global_batch_size=2 --data.seq_len=128",
+            duration(seconds),
+            flops / 1e9,
+            duration(seconds * config.total_steps),
+        )

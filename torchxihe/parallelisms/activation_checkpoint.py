@@ -1,0 +1,35 @@
+"""Activation checkpointing: what the backward pass keeps, and what it computes again."""
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from torchxihe.model.decoder import Decoder
+
+# Dear to compute again: matrix products and attention. Everything else is elementwise.
+_SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # The variable-length operator exists only once its module is imported: known by its namespace.
+    saved = op in _SAVED or getattr(op, "namespace", "") == "torch_attn"
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_activation_checkpointing(model: Decoder, mode: str) -> None:
+    """Recompute blocks in the backward pass: "none", "selective" (all but products and attention) or "full"."""
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
+    if mode == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.layers:
+        block.checkpoint = functools.partial(checkpoint, **options)

@@ -1,0 +1,43 @@
+"""From a config to a model on its device: the one place that fixes the order of the techniques."""
+
+import logging
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchxihe.config import Config
+from torchxihe.model.attention import choose_attention
+from torchxihe.model.decoder import Decoder
+from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
+from torchxihe.parallelisms.compile import apply_compile
+from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
+from torchxihe.utils.device import compile_obstacle
+
+log = logging.getLogger(__name__)
+
+
+def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -> tuple[Decoder, nn.Module]:
+    """Build the model on `meta`, apply activation checkpointing, compile, data parallelism, and initialise it.
+
+    Returns (the decoder, whose parameters have their own names; the module to call in the step). They differ under
+    DDP alone.
+    """
+    dtype = getattr(torch, config.training.dtype)
+    attention = choose_attention(config.model.attention, device, dtype, config.data.document_mask)
+    with torch.device("meta"):
+        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention)
+    apply_activation_checkpointing(model, config.parallelism.activation_checkpointing)
+    if config.training.compile and compile_obstacle():
+        log.warning("training.compile: %s, so this run is not compiled, only slower", compile_obstacle())
+    elif config.training.compile:
+        apply_compile(model, whole=mesh is None)
+    sharded = mesh is not None and mesh["dp_shard"].size() > 1
+    if mesh is not None and sharded:
+        flat = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh
+        apply_fsdp(model, flat, dtype, reshard_after_forward=config.parallelism.reshard_after_forward)
+    model.to_empty(device=device)
+    model.init_weights(config.training.seed)
+    if mesh is not None and not sharded:
+        return model, apply_ddp(model, mesh)
+    return model, model
