@@ -88,7 +88,7 @@ def _for_all_ranks(message: str) -> str:
         return message
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2)
-    return "\n".join(f"rank {rank}: {line}" for line in message.splitlines())
+    return "\n".join(f"[rank {rank}] {line}" for line in message.splitlines())
 
 
 if __name__ == "__main__":

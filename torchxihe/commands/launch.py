@@ -1,0 +1,192 @@
+"""Prepare the data and train on every GPU of this machine, or of several: what run_train.sh runs.
+
+usage: torchxihe launch CONFIG [--section.key=value ...]
+
+One process per GPU, one on a machine without. The environment may say otherwise:
+
+  NGPU           processes on this machine
+  NNODES         machines; start the same command on each of them
+  NODE_RANK      number of this machine, from 0 (left out, the machines settle it among themselves)
+  RDZV_ENDPOINT  host:port of machine 0, by which they find each other
+
+torchrun's own variables (PET_NPROC_PER_NODE, PET_NNODES, ..., MASTER_ADDR, MASTER_PORT) mean the same.
+
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the training processes. The exit code is 0 if all of them end
+well, which includes a run that saved a checkpoint on such a signal.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from torchxihe.config import UserError, config_from_args
+
+HELP = "prepare the data, then train on every GPU of this machine or cluster"
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+PATIENCE_SECONDS = 86_400
+"""How long machines wait for one another: `prepare` may take hours longer on one of them."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where the processes of a run are."""
+
+    processes: int
+    """On this machine."""
+    nodes: int
+    node_rank: int
+    """-1: unknown."""
+    endpoint: str
+    """host:port of node 0. "": a single machine."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes on all machines."""
+        return self.processes * self.nodes
+
+    def torchrun_args(self) -> list[str]:
+        """What torchrun is told."""
+        args = [f"--nproc-per-node={self.processes}", f"--nnodes={self.nodes}", f"--log-dir={os.devnull}"]
+        if self.nodes == 1:
+            return [*args, "--standalone"]
+        args += [f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=torchxihe"]
+        if self.node_rank >= 0:
+            return [
+                *args,
+                "--rdzv-backend=static",
+                f"--node-rank={self.node_rank}",
+                f"--rdzv-conf=timeout={PATIENCE_SECONDS}",
+            ]
+        waits = f"join_timeout={PATIENCE_SECONDS},read_timeout={PATIENCE_SECONDS}"
+        return [*args, "--rdzv-backend=c10d", f"--rdzv-conf={waits}"]
+
+
+def main(args: list[str]) -> None:
+    """Check the config for this many processes, prepare, train; ends the process with the run's exit code."""
+    launch = read_environment()
+    config_from_args(args, launch.world_size)
+    for number in FORWARDED:
+        signal.signal(number, _forward)
+    _prepare(args)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
+    if launch.world_size == 1:
+        # Without torchrun: several seconds sooner, and the signals and the exit code are the trainer's own.
+        os.execv(sys.executable, [*_command("train"), *args])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.processes)))
+    sys.exit(torchrun([*launch.torchrun_args(), "-m", "torchxihe", "train", *args]))
+
+
+def read_environment() -> Launch:
+    """The launch that the environment asks for, one process per GPU if it does not say."""
+    processes = _number("NGPU", "PET_NPROC_PER_NODE")
+    gpus = _gpu_count()
+    if gpus and processes > gpus:
+        raise UserError(f"NGPU={processes}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
+    nodes = _number("NNODES", "PET_NNODES") or 1
+    node_rank = _number("NODE_RANK", "PET_NODE_RANK", default=-1)
+    endpoint = _first("RDZV_ENDPOINT", "PET_RDZV_ENDPOINT")
+    if not endpoint and (host := _first("MASTER_ADDR", "PET_MASTER_ADDR")):
+        endpoint = f"{host}:{_first('MASTER_PORT', 'PET_MASTER_PORT') or 29500}"
+    if nodes > 1 and not endpoint:
+        raise UserError(f"NNODES={nodes}: needs RDZV_ENDPOINT=host:port, by which the machines find machine 0")
+    if node_rank >= nodes:
+        raise UserError(f"NODE_RANK={node_rank}: must be below NNODES={nodes}; machines are counted from 0")
+    if endpoint and ":" not in endpoint:
+        endpoint += ":29500"
+    return Launch(processes or gpus or 1, nodes, node_rank, endpoint if nodes > 1 else "")
+
+
+def torchrun(args: list[str]) -> int:
+    """Run torchrun in this process; its exit code.
+
+    Here, and not as a program of its own, for two reasons. It ends every worker 30 s after a signal and then exits
+    with 1 however they ended: here the workers get the signal alone, and it sees them finish. And it buries a worker's
+    last words under a page of its own: here it is silent, and only a death without words is reported.
+    """
+    # Imported here because it imports torch, which a mistake in the config should not wait for.
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import parse_args, run
+
+    logging.disable(logging.ERROR)
+    try:
+        run(parse_args(["--signals-to-handle=SIGQUIT", *args]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 1:
+            print(f"rank {rank} (process {failure.pid}) {_end(failure.exitcode)}", file=sys.stderr)
+        return 1
+    except (RendezvousError, DistError) as error:
+        raise UserError(f"RDZV_ENDPOINT: the machines did not find each other: {error}") from None
+    return 0
+
+
+def _prepare(args: list[str]) -> None:
+    """Run `prepare` to its end; ends this process if it fails, which it has explained itself then.
+
+    On every machine: where they share the cache, its lock makes all but one wait and find the work done.
+    """
+    # In a session of its own, so that Ctrl-C reaches it once: from here.
+    prepare = subprocess.Popen([*_command("prepare"), *args], start_new_session=True)
+    code = prepare.wait()
+    if code < 0:
+        print(f"prepare {_end(code)}", file=sys.stderr)
+        sys.exit(128 - code)
+    if code:
+        sys.exit(code)
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-u", "-m", "torchxihe", name]
+
+
+def _forward(number: int, _frame: FrameType | None) -> None:
+    """Pass a signal on to this process's children, or end if there are none."""
+    children = [int(pid) for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
+    if not children:
+        sys.exit(128 + number)
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
+
+
+def _end(exitcode: int) -> str:
+    """How a process ended, in words."""
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}"
+    name = signal.Signals(-exitcode).name
+    return f"was killed by {name}" + ("; out of memory is the usual reason" if name == "SIGKILL" else "")
+
+
+def _gpu_count() -> int:
+    """GPUs of this machine that torch can use."""
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return 0
+    # Imported only where there is a driver: it takes seconds, and the training processes will want it cached anyway.
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _first(*names: str) -> str:
+    """The first of these environment variables that is set."""
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+
+
+def _number(*names: str, default: int = 0) -> int:
+    """The first of these environment variables that is set, as a whole number; torchrun's "auto" is the default."""
+    text = _first(*names)
+    if not text or text in ("auto", "gpu", "cpu"):
+        return default
+    if not text.isdecimal():
+        raise UserError(f"{next(name for name in names if os.environ.get(name))}={text}: must be a whole number")
+    return int(text)
