@@ -1,0 +1,168 @@
+"""The layout that the design promises, read from the source: floors, annotations, lengths, and no option unread."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchxihe.config import Config, Section, Source
+
+PACKAGE = Path(__file__).parents[2] / "torchxihe"
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+FLOORS = {
+    "__init__": 0,
+    "config": 0,
+    "utils": 0,
+    "model": 1,
+    "data": 1,
+    "parallelisms": 2,
+    "components": 2,
+    "trainer": 3,
+    "commands": 4,
+    "__main__": 4,
+}
+STRANGERS = [{"model", "data"}, {"parallelisms", "components"}]
+LONGEST_FUNCTION = 80
+
+FunctionDef = (ast.FunctionDef, ast.AsyncFunctionDef)
+Import = (ast.Import, ast.ImportFrom)
+
+
+def name_of(path: Path) -> str:
+    """The module's dotted name."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """The first name below the package."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and module of every import of our own, wherever in the file."""
+    for node in ast.walk(tree):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = ["." * node.level + (node.module or "")]
+        yield from ((node.lineno, module) for module in modules if module.startswith((".", "torchxihe")))
+
+
+def test_imports_go_downward() -> None:
+    faults = []
+    for path, tree in TREES.items():
+        here = part_of(name_of(path))
+        for line, module in imports(tree):
+            there = part_of(module)
+            if module == "torchxihe" or module.startswith("."):
+                faults.append(f"{path}:{line}: write `from torchxihe.a.b import c`")
+            elif FLOORS[there] > FLOORS[here]:
+                faults.append(f"{path}:{line}: {here} is below {there}")
+            elif {here, there} in STRANGERS:
+                faults.append(f"{path}:{line}: {here} and {there} do not know each other")
+    assert not faults, "\n".join(faults)
+
+
+def test_no_cycles() -> None:
+    names = {name_of(path) for path in TREES}
+    needs = {
+        name_of(path): {module for _, module in imports(tree)} & names - {name_of(path)} for path, tree in TREES.items()
+    }
+    while leaves := {module for module, below in needs.items() if not below}:
+        needs = {module: below - leaves for module, below in needs.items() if module not in leaves}
+    assert not needs, f"these import each other in a circle, or import what does: {needs}"
+
+
+def test_imports_inside_functions_say_why() -> None:
+    faults = []
+    for path, tree in TREES.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        functions = [node for node in ast.walk(tree) if isinstance(node, FunctionDef)]
+        inside = {node.lineno for function in functions for node in ast.walk(function) if isinstance(node, Import)}
+        for line in sorted(inside):
+            first = line
+            while first - 1 in inside:  # one comment speaks for a block of imports
+                first -= 1
+            if not any("#" in text for text in lines[first - 1 : line]) and not lines[first - 2].lstrip().startswith(
+                "#"
+            ):
+                faults.append(f"{path}:{line}: say in a comment why this is not imported at the top")
+    assert not faults, "\n".join(faults)
+
+
+def test_functions_are_short_and_annotated() -> None:
+    faults = []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, FunctionDef):
+                continue
+            where = f"{path}:{node.lineno}: {node.name}"
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length >= LONGEST_FUNCTION:
+                faults.append(f"{where} has {length} lines")
+            given = node.args
+            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+            bare = [arg.arg for arg in arguments if arg and not arg.annotation and arg.arg not in ("self", "cls")]
+            if bare or not node.returns:
+                faults.append(f"{where} is not annotated: {', '.join(bare) or 'what it returns'}")
+    assert not faults, "\n".join(faults)
+
+
+def sections() -> Iterator[tuple[str, type[Section]]]:
+    """Name and class of every section of a config."""
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        yield name, field.annotation
+    yield "sources", Source
+
+
+def reads(tree: ast.AST) -> set[tuple[str, str]]:
+    """(section, option) for every option that a file reads.
+
+    A section is known by its name (`config.training`), or is what a name or an attribute was annotated with
+    (`options: Checkpoint`) or assigned from (`training = config.training`) anywhere in the file.
+    """
+    classes = {section.__name__: name for name, section in sections()}
+    known: dict[str, set[str]] = {name: {name} for name, _ in sections()}
+
+    def last(node: ast.AST | None) -> str:
+        return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+    def learn(target: ast.AST, source: ast.AST | None) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(source, ast.Tuple):
+            for pair in zip(target.elts, source.elts, strict=False):
+                learn(*pair)
+        elif last(source) in known and last(target):
+            known.setdefault(last(target), set()).update(known[last(source)])
+
+    for node in [*ast.walk(tree)] * 2:  # twice, since what is learned late may explain what came early
+        if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation:
+            name = node.arg if isinstance(node, ast.arg) else last(node.target)
+            mentioned = {last(part) for part in ast.walk(node.annotation)} & set(classes)
+            if mentioned:
+                known.setdefault(name, set()).update(classes[mention] for mention in mentioned)
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                learn(target, node.value)
+        elif isinstance(node, (ast.For, ast.comprehension)):
+            iterated = node.iter.args[0] if isinstance(node.iter, ast.Call) and node.iter.args else node.iter
+            for target in node.target.elts if isinstance(node.target, ast.Tuple) else [node.target]:
+                learn(target, iterated)
+    return {
+        (section, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        for section in known.get(last(node.value), ())
+    }
+
+
+def test_every_option_is_read() -> None:
+    read = set().union(*(reads(tree) for path, tree in TREES.items() if path != PACKAGE / "config.py"))
+    # Config.run_dir and Config.total_steps read these for the others.
+    read |= {("run", "dir"), ("run", "name"), ("training", "steps"), ("training", "tokens")}
+    unread = [
+        f"{name}.{key}" for name, section in sections() for key in section.model_fields if (name, key) not in read
+    ]
+    assert not unread, f"options that nothing reads, so that nobody needs them: {', '.join(unread)}"
