@@ -236,13 +236,25 @@ class Checkpoint(Section):
 
     every: NonNegativeInt = 0
     """Steps between two checkpoints; the last step is always saved. 0: only the last."""
+    mode: Literal["async", "sync"] = "async"
+    """"async": training waits only for a copy in host memory, which is written meanwhile. "sync": until it is saved."""
+    dir: str = ""
+    """Where checkpoints go instead of the run directory: a directory or an fsspec URL ("s3://bucket/runs", "gs://..."),
+    in which the run gets one of its name. "": `checkpoints/` in the run directory."""
     load: str = ""
     """Start a new run from this step directory (or the newest in this run or checkpoints directory). "": from scratch.
     Ignored once the run has a checkpoint of its own."""
+    load_only: Annotated[tuple[Literal["model"], ...], Field(strict=False)] = ()
+    """What of `load` is used. ["model"]: the weights alone, with a fresh optimizer, from step 0. []: everything."""
     keep_last: NonNegativeInt = 3
     """Newest checkpoints to keep. 0: all."""
     keep_every: NonNegativeInt = 0
     """Keep for ever the checkpoints of steps divisible by this. 0: none beyond `keep_last`."""
+    keep_best: NonNegativeInt = 0
+    """Keep this many checkpoints of the lowest validation loss, of those whose step was validated. 0: none."""
+    final: Literal["full", "model"] = "full"
+    """What the last step saves. "model": the weights alone, a third of the size; to go on afterwards with more steps,
+    the run then starts from the checkpoint before."""
 
 
 class Metrics(Section):
@@ -285,6 +297,11 @@ class Config(Section):
     def run_dir(self) -> Path:
         """Directory of this run."""
         return Path(self.run.dir) / self.run.name
+
+    @property
+    def checkpoints(self) -> str:
+        """Directory or URL of this run's checkpoints."""
+        return f"{self.checkpoint.dir}/{self.run.name}" if self.checkpoint.dir else str(self.run_dir / "checkpoints")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, world_size: int = 0) -> Config:

@@ -64,7 +64,7 @@ def _save(layouts: list[str], root: Path) -> dict[str, str]:
         model, optimizer = build(layout)
         step(model, optimizer)
         state = flat_state(model, optimizer)
-        Checkpointer(root / layout, Checkpoint()).save(2, state, {"step": 2, "layout": layout})
+        Checkpointer(root / layout, Checkpoint(mode="sync")).save(2, state, {"step": 2, "layout": layout})
         prints[layout] = fingerprint(state)
     return prints
 
@@ -75,7 +75,7 @@ def _load(layouts: list[str], root: Path) -> dict[tuple[str, str], str]:
     for into in layouts:
         for saved_under in LAYOUTS:
             model, optimizer = build(into, seed=9)
-            checkpointer = Checkpointer(root / saved_under, Checkpoint())
+            checkpointer = Checkpointer(root / saved_under, Checkpoint(mode="sync"))
             state = flat_state(model, optimizer)
             newest = checkpointer.newest()
             assert newest is not None
@@ -102,8 +102,42 @@ def test_any_layout_loads_into_any_other(tmp_path: Path) -> None:
     assert fingerprint(flat_state(model, None)) != fingerprint(flat_state(build("none", seed=9)[0], None))
 
 
-def _fall_back(root: Path) -> tuple[str, dict[str, Any], bool]:
+def _save_async(root: Path) -> list[str]:
+    """Two saves with training between them; what should be in them."""
+    prints = []
+    model, optimizer = build("hsdp4")
+    checkpointer = Checkpointer(root, Checkpoint(mode="async"))
+    for number in (1, 2):
+        step(model, optimizer)
+        state = flat_state(model, optimizer)
+        prints.append(fingerprint(state))
+        checkpointer.save(number, state, {"step": number})
+        step(model, optimizer)
+    checkpointer.close()
+    return prints
+
+
+def _load_steps(root: Path) -> list[str]:
+    model, optimizer = build("fsdp2", seed=9)
     checkpointer = Checkpointer(root, Checkpoint())
+    state = flat_state(model, optimizer)
+    prints = []
+    for number in (1, 2):
+        checkpointer.load(root / f"step-{number:08d}", state)
+        prints.append(fingerprint(state))
+    return prints
+
+
+def test_async_saves_of_sharded_and_replicated_tensors(tmp_path: Path) -> None:
+    saved = run_distributed(_save_async, 4, tmp_path)[0]
+    assert run_distributed(_load_steps, 2, tmp_path) == [saved, saved]
+    # Replicas are divided: every rank has written, and nothing twice.
+    sizes = [(tmp_path / "step-00000001" / f"__{r}_0.distcp").stat().st_size for r in range(4)]
+    assert max(sizes) < 2 * min(sizes)
+
+
+def _fall_back(root: Path) -> tuple[str, dict[str, Any], bool]:
+    checkpointer = Checkpointer(root, Checkpoint(mode="sync"))
     model, optimizer = build("fsdp2", seed=9)
     newest = checkpointer.newest()
     assert newest is not None
@@ -112,7 +146,7 @@ def _fall_back(root: Path) -> tuple[str, dict[str, Any], bool]:
 
 def _save_three(root: Path) -> None:
     model, optimizer = build("fsdp2")
-    checkpointer = Checkpointer(root, Checkpoint())
+    checkpointer = Checkpointer(root, Checkpoint(mode="sync"))
     for number in (1, 2, 3):
         checkpointer.save(number, flat_state(model, optimizer), {"step": number})
 
@@ -139,7 +173,7 @@ def _save_on_a_broken_disk(root: Path) -> str:
         HashedFile.write = write  # type: ignore[method-assign]
     model, optimizer = build("fsdp2")
     try:
-        Checkpointer(root, Checkpoint()).save(4, flat_state(model, optimizer), {"step": 4})
+        Checkpointer(root, Checkpoint(mode="sync")).save(4, flat_state(model, optimizer), {"step": 4})
     except UserError as error:
         return str(error)
     return "saved"

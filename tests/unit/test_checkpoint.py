@@ -1,8 +1,11 @@
 """One process: what is chosen, what is refused, what is kept, and that nothing half-written is ever believed."""
 
+import dataclasses
 import errno
 import os
 import pickle
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from torchxihe.components.manifest import CORRUPT, MANIFEST, is_committed, read_
 from torchxihe.components.storage import HashedFile, Location
 from torchxihe.config import Checkpoint, UserError
 
+KEEP_ALL = Checkpoint(mode="sync", keep_last=0)
 FILES = [".metadata", "__0_0.distcp", "train_state.json", MANIFEST]
 
 
@@ -32,16 +36,17 @@ def toy(seed: int = 0, width: int = 16) -> tuple[nn.Module, torch.optim.AdamW]:
 
 def saved(directory: Path, *steps: int, config: Checkpoint | None = None) -> dict[int, dict[str, Tensor]]:
     """Checkpoints of `steps`, each of its own weights, and those weights."""
-    checkpointer = Checkpointer(directory, config or Checkpoint(keep_last=0))
+    checkpointer = Checkpointer(directory, config or KEEP_ALL)
     states = {step: flat_state(*toy(step)) for step in steps}
     for step, state in states.items():
         checkpointer.save(step, state, {"step": step})
+    checkpointer.close()
     return states
 
 
 def loaded(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a new process resumes from."""
-    checkpointer = Checkpointer(directory, Checkpoint())
+    checkpointer = Checkpointer(directory, KEEP_ALL)
     state = flat_state(*toy(99))
     newest = checkpointer.newest()
     assert newest is not None
@@ -103,15 +108,15 @@ def test_a_damaged_checkpoint_is_marked_and_passed_over(
     assert "step-00000020" in caplog.text and name in caplog.text
     # The mark stays, and the next start does not read the files again to know.
     damage(tmp_path / "step-00000010" / name)
-    with pytest.raises(UserError, match="no valid checkpoint.*step-00000020 is marked.*step-00000010"):
-        Checkpointer(tmp_path, Checkpoint()).newest()
+    with pytest.raises(UserError, match="no checkpoint to go on from.*step-00000020 is marked.*step-00000010"):
+        Checkpointer(tmp_path, KEEP_ALL).newest()
 
 
 def test_no_checkpoint_is_a_fresh_start_and_drafts_are_swept(tmp_path: Path) -> None:
-    assert Checkpointer(tmp_path / "new", Checkpoint()).newest() is None
+    assert Checkpointer(tmp_path / "new", KEEP_ALL).newest() is None
     saved(tmp_path, 10)
     os.rename(tmp_path / "step-00000010", tmp_path / "step-00000010.tmp")
-    assert Checkpointer(tmp_path, Checkpoint()).newest() is None
+    assert Checkpointer(tmp_path, KEEP_ALL).newest() is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,7 +124,7 @@ def test_half_deleted_steps_are_ignored_and_swept_only_below_a_valid_one(tmp_pat
     saved(tmp_path, 10, 20, 30)
     (tmp_path / "step-00000020" / MANIFEST).unlink()
     (tmp_path / "notes").mkdir()
-    newest = Checkpointer(tmp_path, Checkpoint()).newest()
+    newest = Checkpointer(tmp_path, KEEP_ALL).newest()
     assert newest is not None and newest.name == "step-00000030"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000010", "step-00000030"]
 
@@ -129,20 +134,20 @@ def test_a_lost_manifest_is_no_half_deletion(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     (tmp_path / "step-00000010" / MANIFEST).unlink()
     with pytest.raises(UserError, match="MANIFEST.json is missing"):
-        Checkpointer(tmp_path, Checkpoint()).newest()
+        Checkpointer(tmp_path, KEEP_ALL).newest()
     assert (tmp_path / "step-00000010" / "__0_0.distcp").exists()
 
 
 def test_a_committed_step_is_never_written_again(tmp_path: Path) -> None:
     states = saved(tmp_path, 10)
-    Checkpointer(tmp_path, Checkpoint()).save(10, flat_state(*toy(5)), {"step": 10})
+    Checkpointer(tmp_path, KEEP_ALL).save(10, flat_state(*toy(5)), {"step": 10})
     assert equal(loaded(tmp_path)[1], states[10])
 
 
 def test_a_corrupt_step_is_replaced_when_the_run_gets_there_again(tmp_path: Path) -> None:
     saved(tmp_path, 10, 20)
     flip(tmp_path / "step-00000020" / "__0_0.distcp")
-    checkpointer = Checkpointer(tmp_path, Checkpoint())
+    checkpointer = Checkpointer(tmp_path, KEEP_ALL)
     checkpointer.newest()
     state = flat_state(*toy(7))
     checkpointer.save(20, state, {"step": 20})
@@ -150,14 +155,14 @@ def test_a_corrupt_step_is_replaced_when_the_run_gets_there_again(tmp_path: Path
 
 
 def test_retention_keeps_the_last_and_the_round_ones(tmp_path: Path) -> None:
-    saved(tmp_path, *range(10, 80, 10), config=Checkpoint(keep_last=2, keep_every=30))
+    saved(tmp_path, *range(10, 80, 10), config=Checkpoint(mode="sync", keep_last=2, keep_every=30))
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [30, 60, 70]
 
 
 def test_retention_counts_committed_steps_only(tmp_path: Path) -> None:
     saved(tmp_path, 10, 20)
     (tmp_path / "step-00000020" / CORRUPT).write_text("made so\n")
-    saved(tmp_path, 30, config=Checkpoint(keep_last=2))
+    saved(tmp_path, 30, config=Checkpoint(mode="sync", keep_last=2))
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [10, 20, 30]
 
 
@@ -183,7 +188,7 @@ def test_a_failed_write_names_the_file_commits_nothing_and_deletes_nothing(
     states = saved(tmp_path, 10)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{name}.*No space left"):
         break_writes(patch, name, errno.ENOSPC)
-        Checkpointer(tmp_path, Checkpoint(keep_last=1)).save(20, flat_state(*toy()), {"step": 20})
+        Checkpointer(tmp_path, Checkpoint(mode="sync", keep_last=1)).save(20, flat_state(*toy()), {"step": 20})
     assert not (tmp_path / "step-00000020").exists()
     assert equal(loaded(tmp_path)[1], states[10])
 
@@ -214,13 +219,13 @@ def test_a_lasting_read_error_stops_and_demotes_nothing(tmp_path: Path, monkeypa
     saved(tmp_path, 10, 20)
     failing_reads(monkeypatch, times=1000)
     with pytest.raises(UserError, match=r"step-00000020/__0_0.distcp: Input/output error"):
-        Checkpointer(tmp_path, Checkpoint()).newest()
+        Checkpointer(tmp_path, KEEP_ALL).newest()
     assert is_committed(Location(tmp_path / "step-00000020"))
 
 
 def test_a_read_error_between_verifying_and_loading_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = saved(tmp_path, 10)
-    checkpointer, state = Checkpointer(tmp_path, Checkpoint()), flat_state(*toy(99))
+    checkpointer, state = Checkpointer(tmp_path, KEEP_ALL), flat_state(*toy(99))
     newest = checkpointer.newest()
     assert newest is not None
     failing_reads(monkeypatch, times=2)
@@ -246,14 +251,14 @@ def test_a_checkpoint_must_fit_exactly(
     state = flat_state(*toy())
     change(state)
     with pytest.raises(UserError, match=message):
-        Checkpointer(tmp_path, Checkpoint()).load(tmp_path / "step-00000010", state)
+        Checkpointer(tmp_path, KEEP_ALL).load(tmp_path / "step-00000010", state)
 
 
 def test_only_the_model(tmp_path: Path) -> None:
     states = saved(tmp_path, 10)
     model, _ = toy(99)
     state = flat_state(model, torch.optim.AdamW(model.parameters()))
-    Checkpointer(tmp_path / "other", Checkpoint()).load(tmp_path / "step-00000010", state, only=("model",))
+    Checkpointer(tmp_path / "other", KEEP_ALL).load(tmp_path / "step-00000010", state, only=("model",))
     assert torch.equal(state["model.0.weight"], states[10]["model.0.weight"])
     assert not state["optim.0.weight.exp_avg"].any()
 
@@ -274,8 +279,16 @@ def test_load_verifies_what_newest_has_not(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     flip(tmp_path / "step-00000010" / "__0_0.distcp")
     with pytest.raises(UserError, match="__0_0.distcp has another content"):
-        Checkpointer(tmp_path / "other", Checkpoint()).load(tmp_path / "step-00000010", flat_state(*toy()))
+        Checkpointer(tmp_path / "other", KEEP_ALL).load(tmp_path / "step-00000010", flat_state(*toy()))
     assert not (tmp_path / "step-00000010" / CORRUPT).exists()  # not our run: nothing is written there
+
+
+def replace_metadata(directory: Location, content: bytes) -> None:
+    """With the manifest in order, as somebody who means harm would."""
+    with (directory / ".metadata").create() as file:
+        file.write(content)
+    manifest = read_manifest(directory)
+    write_manifest(directory, dataclasses.replace(manifest, files=manifest.files | {".metadata": file.digest()}))
 
 
 class Bomb:
@@ -288,9 +301,7 @@ def test_no_code_runs_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     saved(tmp_path, 10)
     directory = Location(tmp_path / "step-00000010")
-    with (directory / ".metadata").create() as file:
-        file.write(pickle.dumps(Bomb()))
-    write_manifest(directory, 10, read_manifest(directory) | {".metadata": file.digest()})
+    replace_metadata(directory, pickle.dumps(Bomb()))
     with pytest.raises(UserError, match="it asks for posix.system"):
         loaded(tmp_path)
     assert not (tmp_path / "exploded").exists()
@@ -299,10 +310,7 @@ def test_no_code_runs_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monk
 def test_metadata_may_not_point_outside_the_manifest(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     directory = Location(tmp_path / "step-00000010")
-    content = (directory / ".metadata").read().replace(b"__0_0.distcp", b"../evil.dist")
-    with (directory / ".metadata").create() as file:
-        file.write(content)
-    write_manifest(directory, 10, read_manifest(directory) | {".metadata": file.digest()})
+    replace_metadata(directory, (directory / ".metadata").read().replace(b"__0_0.distcp", b"../evil.dist"))
     with pytest.raises(UserError, match="points at ../evil.dist"):
         loaded(tmp_path)
 
@@ -330,21 +338,77 @@ def test_resolve(tmp_path: Path) -> None:
         resolve(tmp_path)
 
 
+def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail without the copy: training goes on in the same tensors."""
+    checkpointer = Checkpointer(tmp_path, Checkpoint(mode="async"))
+    states, gate = {step: flat_state(*toy(step)) for step in (10, 20)}, threading.Event()
+    write = checkpointer._write
+    monkeypatch.setattr(checkpointer, "_write", lambda *args: (gate.wait(20), write(*args)))
+    live = {key: tensor.clone() for key, tensor in states[10].items()}
+    checkpointer.save(10, live, {"step": 10})
+    for tensor in live.values():
+        tensor.fill_(7)
+    checkpointer.poll()
+    assert not list(tmp_path.iterdir())  # nothing is waited for
+    gate.set()
+    checkpointer.save(20, states[20], {"step": 20})  # waits for the one before
+    assert is_committed(Location(tmp_path / "step-00000010"))
+    checkpointer.close()
+    assert equal(loaded(tmp_path)[1], states[20])
+    truncate(tmp_path / "step-00000020" / "__0_0.distcp")
+    assert equal(loaded(tmp_path)[1], states[10])
+
+
+def test_an_error_of_an_async_save_is_raised_by_the_poll_that_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = Checkpointer(tmp_path, Checkpoint(mode="async"))
+    break_writes(monkeypatch, "__0_0", errno.EIO)
+    checkpointer.save(10, flat_state(*toy()), {"step": 10})
+    with pytest.raises(UserError, match=r"__0_0.distcp: Input/output error"):
+        for _ in range(100):
+            checkpointer.poll()
+            time.sleep(0.05)
+    checkpointer.close()
+    assert checkpointer.newest() is None
+
+
+def test_the_best_are_kept(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, Checkpoint(mode="sync", keep_last=1, keep_best=2))
+    state = flat_state(*toy())
+    for step, loss in [(10, 3.0), (20, 2.0), (30, 2.5), (40, None), (50, 2.8), (60, None)]:
+        checkpointer.save(step, state, {"step": step}, validation_loss=loss)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [20, 30, 60]
+
+
+def test_a_run_does_not_go_on_from_the_model_alone(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, KEEP_ALL)
+    model, optimizer = toy()
+    checkpointer.save(10, flat_state(model, optimizer), {"step": 10})
+    last = checkpointer.save(20, flat_state(model, None), {"step": 20})
+    assert checkpointer.newest(finished=20) == last
+    assert checkpointer.newest(finished=30) == tmp_path / "step-00000010"
+    assert load_model_only(last, model) == {"step": 20}
+    with pytest.raises(UserError, match="12 missing in the checkpoint"):
+        checkpointer.load(last, flat_state(model, optimizer))
+    checkpointer.load(last, flat_state(model, optimizer), only=("model",))
+
+
 def test_urls() -> None:
     """The same in an object store, where there is no rename: a directory without a manifest is a draft."""
     place = Location("memory://run/checkpoints")
-    checkpointer = Checkpointer(place, Checkpoint(keep_last=2))
+    checkpointer = Checkpointer(place, Checkpoint(mode="sync", keep_last=2))
     states = {step: flat_state(*toy(step)) for step in (10, 20, 30)}
     for step, state in states.items():
         assert checkpointer.save(step, state, {"step": step}) == place / f"step-{step:08d}"
     assert place.names() == ["step-00000020", "step-00000030"]
     (place / "step-00000030" / MANIFEST).remove()
-    checkpointer, state = Checkpointer(place, Checkpoint()), flat_state(*toy(99))
+    checkpointer, state = Checkpointer(place, KEEP_ALL), flat_state(*toy(99))
     newest = checkpointer.newest()
     assert newest == place / "step-00000020" and resolve(place) == newest
     assert checkpointer.load(newest, state) == {"step": 20}
     assert equal(state, states[20])
     (newest / "__0_0.distcp").remove()
     with pytest.raises(UserError, match="__0_0.distcp is missing"):
-        Checkpointer(place, Checkpoint()).newest()
+        Checkpointer(place, KEEP_ALL).newest()
     place.remove()

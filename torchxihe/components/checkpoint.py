@@ -8,7 +8,8 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -27,8 +28,10 @@ from torchxihe.components.manifest import (
     MANIFEST,
     CorruptError,
     Files,
+    Manifest,
     is_committed,
     mark_corrupt,
+    read_manifest,
     remove_step,
     step_flaws,
     step_name,
@@ -36,13 +39,14 @@ from torchxihe.components.manifest import (
     steps_in,
     write_manifest,
 )
+from torchxihe.components.ranks import Ranks, explained
+from torchxihe.components.staging import Staging, share_of_this_rank
 from torchxihe.components.storage import Location, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
 from torchxihe.config import Checkpoint, UserError
 from torchxihe.utils.distributed import is_main, rank, world_size
 
 TRAIN_STATE = "train_state.json"
-GROUP_TIMEOUT = timedelta(hours=1)  # a rank may wait for another one's slow disk; a dead one is noticed at once
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -94,43 +98,122 @@ class Checkpointer:
         """`directory` holds the step directories; leftovers of saves that did not end are swept from it."""
         self.directory = Location(directory)
         self.config = config
-        # A gloo group of our own: no collective of a save ever meets one of the training step.
-        self._group: dist.ProcessGroup | None = None
-        if dist.is_initialized():
-            group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-            assert isinstance(group, dist.ProcessGroup)
-            self._group = group
+        self._ranks = Ranks()
+        self._staging = Staging()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
         self._verified: Location | None = None
-        self._on_main(self._sweep_drafts)
+        self._ranks.on_main(self._sweep_drafts)
 
-    def save(self, step: int, state: dict[str, Tensor], train_state: dict[str, Any]) -> Location:
-        """Write and commit `step`; a committed one stays as it is. Returns its directory.
+    def save(
+        self,
+        step: int,
+        state: dict[str, Tensor],
+        train_state: dict[str, Any],
+        validation_loss: float | None = None,
+    ) -> Location:
+        """Save and commit `step`; a committed one stays as it is. Returns its directory.
 
-        `train_state` must be JSON. Raises UserError when the disk is full, broken or read-only.
+        `train_state` must be JSON. With mode "async" the values are copied when this returns and written later:
+        `poll` tells of an error. Raises UserError when the disk is full, broken or read-only.
         """
+        self._finish()
         directory = self.directory / step_name(step)
-        if self._on_main(lambda: is_committed(directory)):
+        if self._ranks.on_main(lambda: is_committed(directory)):
             return directory
+        parts = tuple(sorted({key.partition(".")[0] for key in state}))
+        manifest = Manifest(step, {}, parts, validation_loss)
+        state = share_of_this_rank(state)
+        text = json.dumps(train_state, indent=1)
+        if self.config.mode == "async":
+            self._pending = self._thread.submit(self._write, directory, self._staging.copy(state), text, manifest)
+        else:
+            self._write(directory, state, text, manifest)
+        return directory
+
+    def poll(self) -> None:
+        """Raise the error of the save in the background, if it has met one; costs nothing."""
+        if self._pending is not None and self._pending.done():
+            self._finish()
+
+    def close(self) -> None:
+        """Wait until nothing is being written any more; raises the error that the last save met."""
+        try:
+            self._finish()
+        finally:
+            self._thread.shutdown()
+
+    def newest(self, finished: int = 0) -> Location | None:
+        """The newest step that is committed and verifies, or None if nothing was ever committed.
+
+        A corrupt one is marked as such, with a warning, and passed over; so is one of the model alone, unless it is
+        of step `finished` or later, where nothing is left to do. Raises UserError if there are checkpoints and none
+        is of use, or if one cannot be read: neither may become a silent fresh start.
+        """
+        steps = self._ranks.on_main(
+            lambda: [(d, is_committed(d), CORRUPT in d.names()) for d in steps_in(self.directory)]
+        )
+        passed = []
+        for i, (directory, committed, marked) in enumerate(steps):
+            if marked:
+                passed.append(f"{directory.name} is marked {CORRUPT}")
+                continue
+            if not committed and (not directory.local or any(later for _, later, _ in steps[:i])):
+                continue  # half-deleted, which is only done after a newer one is committed, or half-uploaded
+            found = self._flaws(directory)
+            if found:
+                self._ranks.on_main(lambda directory=directory, reason=found[0]: mark_corrupt(directory, reason))
+                passed.append(f"{directory.name}: {found[0]}")
+                if is_main():
+                    log.warning("%s is corrupt and passed over: %s", directory, "; ".join(found))
+                continue
+            parts = self._ranks.on_main(lambda directory=directory: read_manifest(directory).parts)
+            if parts == ("model",) and step_of(directory.name) < finished:
+                passed.append(f"{directory.name} holds the model alone")
+                continue
+            self._ranks.on_main(lambda i=i: self._sweep_half_deleted(steps[i + 1 :]))
+            self._verified = directory
+            return directory
+        if passed:
+            remedy = "mend one, or start another run with --run.name=NAME"
+            raise UserError(f"{self.directory}: no checkpoint to go on from ({'; '.join(passed)}); {remedy}")
+        return None
+
+    def load(self, path: str | PathLike[str], state: dict[str, Tensor], only: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Fill `state`'s tensors, in place, from the step directory `path`; returns its train_state.
+
+        `only` names the parts ("model") that are compared and loaded; none: all. Raises UserError if the checkpoint
+        is corrupt or unreadable, or if its keys, shapes or dtypes are not exactly `state`'s.
+        """
+        directory = Location(path)
+        if directory != self._verified and (found := self._flaws(directory)):
+            raise _corrupt(directory, "; ".join(found))
+        wanted = {key: tensor for key, tensor in state.items() if not only or key.partition(".")[0] in only}
+        reader = self._ranks.each(lambda: _open_fitting(directory, wanted, only))
+        _load_tensors(wanted, reader, self._ranks.group)
+        return self._ranks.on_main(lambda: json.loads(with_retries((directory / TRAIN_STATE).read)))
+
+    def _finish(self) -> None:
+        """Wait for the save in the background; raise its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, directory: Location, state: dict[str, Tensor], train_state: str, manifest: Manifest) -> None:
+        """Write a step's files, each rank its own, and commit them. Runs in the background thread if that is wanted."""
+        # Only a local rename is one indivisible act. In an object store the manifest, which comes last, commits.
         draft = directory.with_name(f"{directory.name}.tmp") if directory.local else directory
 
         def prepare() -> None:
             draft.remove()
             draft.make()
 
-        self._on_main(prepare)
-        writer = TensorWriter(draft)
-        try:
-            _unwrapped(lambda: dcp_save(state, storage_writer=writer, process_group=self._group))
-        except OSError as error:
-            raise _explained(error) from None
-        parts = self._everywhere(lambda: writer.files)
-
         def commit() -> None:
-            files: Files = {name: entry for part in parts for name, entry in part.items()}
+            files: Files = {name: entry for part in written for name, entry in part.items()}
             with (draft / TRAIN_STATE).create() as file:
-                file.write(json.dumps(train_state, indent=1).encode())
+                file.write(train_state.encode())
             files[TRAIN_STATE] = file.digest()
-            write_manifest(draft, step, files)
+            write_manifest(draft, replace(manifest, files=files))
             draft.sync()
             if draft != directory:
                 directory.remove()  # not committed, or we would not be here: a corrupt one
@@ -138,78 +221,36 @@ class Checkpointer:
                 self.directory.sync()
             self._retain()
 
-        self._on_main(commit)
-        return directory
-
-    def newest(self) -> Location | None:
-        """The newest step that is committed and verifies, or None if nothing was ever committed.
-
-        A corrupt one is marked as such, with a warning, and passed over. Raises UserError if there are checkpoints
-        and none of them is valid, or if one cannot be read: neither may become a silent fresh start.
-        """
-        steps = self._on_main(lambda: [(step, is_committed(step), CORRUPT in step.names()) for step in self._steps()])
-        passed = []
-        for i, (directory, committed, marked) in enumerate(steps):
-            if marked:
-                passed.append(f"{directory.name} is marked {CORRUPT}")
-                continue
-            if not committed and any(later for _, later, _ in steps[:i]):
-                continue  # half-deleted: only ever done after a newer one was committed
-            found = self._flaws(directory)
-            if not found:
-                self._on_main(lambda i=i: self._sweep_half_deleted(steps[i + 1 :]))
-                self._verified = directory
-                return directory
-            self._on_main(lambda directory=directory, reason=found[0]: mark_corrupt(directory, reason))
-            passed.append(f"{directory.name}: {found[0]}")
-            if is_main():
-                log.warning("%s is corrupt and passed over: %s", directory, "; ".join(found))
-        if passed:
-            remedy = "mend one, or start afresh under another --run.name"
-            raise UserError(f"{self.directory}: no valid checkpoint ({'; '.join(passed)}); {remedy}")
-        return None
-
-    def load(
-        self, path: str | PathLike[str], state: dict[str, Tensor], only: tuple[str, ...] = ("model", "optim")
-    ) -> dict[str, Any]:
-        """Fill `state`'s tensors, in place, from the step directory `path`; returns its train_state.
-
-        `only` names the parts ("model", "optim") that are compared and loaded. Raises UserError if the checkpoint is
-        corrupt or unreadable, or if its keys, shapes or dtypes are not exactly `state`'s.
-        """
-        directory = Location(path)
-        if directory != self._verified and (found := self._flaws(directory)):
-            raise _corrupt(directory, CorruptError("; ".join(found)))
-        wanted = {key: value for key, value in state.items() if key.partition(".")[0] in only}
+        self._ranks.on_main(prepare)
+        writer = TensorWriter(draft)
         try:
-            reader = self._everywhere_same(lambda: TensorReader(directory))
-        except CorruptError as error:
-            raise _corrupt(directory, error) from None
-        _compare(directory, wanted, reader.metadata, only)
-        try:
-            with_retries(lambda: _unwrapped(lambda: dcp_load(wanted, storage_reader=reader, process_group=self._group)))
+            _unwrapped(lambda: dcp_save(state, storage_writer=writer, process_group=self._ranks.group))
         except OSError as error:
-            raise _explained(error) from None
-        return self._on_main(lambda: json.loads(with_retries((directory / TRAIN_STATE).read)))
-
-    def close(self) -> None:
-        """Wait until nothing is being written any more."""
-
-    def _steps(self) -> list[Location]:
-        return steps_in(self.directory)
+            raise explained(error) from None
+        written = self._ranks.gather(lambda: writer.files)
+        self._ranks.on_main(commit)
 
     def _flaws(self, directory: Location) -> list[str]:
         """What is wrong with a step directory, every rank having read its share of the files."""
-        found = self._everywhere(lambda: step_flaws(directory, rank(), world_size()))
+        found = self._ranks.gather(lambda: step_flaws(directory, rank(), world_size()))
         return list(dict.fromkeys(flaw for part in found for flaw in part))  # a bad manifest is everybody's, once
 
     def _retain(self) -> None:
-        """Delete the committed steps that the retention options do not keep."""
-        committed = [directory for directory in self._steps() if is_committed(directory)]
-        if self.config.keep_last:
-            for directory in committed[self.config.keep_last :]:
-                if not self.config.keep_every or step_of(directory.name) % self.config.keep_every:
-                    remove_step(directory)
+        """Delete the committed steps that no retention option keeps."""
+        config = self.config
+        committed = [directory for directory in steps_in(self.directory) if is_committed(directory)]
+        if not config.keep_last:
+            return
+        keep = set(committed[: config.keep_last])
+        if config.keep_every:
+            keep |= {directory for directory in committed if step_of(directory.name) % config.keep_every == 0}
+        if config.keep_best:
+            losses = {directory: read_manifest(directory).validation_loss for directory in committed}
+            scored = [(loss, i, directory) for i, (directory, loss) in enumerate(losses.items()) if loss is not None]
+            keep |= {directory for _, _, directory in sorted(scored, key=lambda s: s[:2])[: config.keep_best]}
+        for directory in committed:
+            if directory not in keep:
+                remove_step(directory)
 
     def _sweep_drafts(self) -> None:
         """Remove what interrupted saves have left."""
@@ -222,34 +263,6 @@ class Checkpointer:
         for directory, committed, marked in older:
             if not committed and not marked:
                 directory.remove()
-
-    def _everywhere(self, action: Callable[[], T]) -> list[T]:
-        """What `action` returns on every rank, by rank; if it fails on one, the error is raised on all."""
-        result: tuple[Any, Exception | None]
-        try:
-            result = action(), None
-        except (OSError, UserError, CorruptError) as error:
-            result = None, error
-        results: list[Any] = [result]
-        if self._group is not None:
-            results = [None] * world_size()
-            dist.all_gather_object(results, result, group=self._group)
-        for _, error in results:
-            if isinstance(error, OSError):
-                raise _explained(error)
-            if error is not None:
-                raise error
-        return [value for value, _ in results]
-
-    def _on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, which alone runs it; its error is raised on all."""
-        return self._everywhere(lambda: action() if is_main() else None)[0]  # pyright: ignore[reportReturnType]
-
-    def _everywhere_same(self, action: Callable[[], T]) -> T:
-        """This rank's result of `action`, after it has succeeded on all of them."""
-        mine: list[T] = []
-        self._everywhere(lambda: mine.append(action()))
-        return mine[0]
 
 
 def resolve(path: str | PathLike[str]) -> Location:
@@ -279,26 +292,43 @@ def load_model_only(path: str | PathLike[str], model: nn.Module) -> dict[str, An
     directory = resolve(path)
     state = flat_state(model, None)
     try:
-        found = step_flaws(directory)
-        if found:
-            raise CorruptError("; ".join(found))
-        reader = TensorReader(directory)
-        _compare(directory, state, reader.metadata, ("model",))
-        with_retries(lambda: _unwrapped(lambda: dcp_load(state, storage_reader=reader, no_dist=True)))
+        if found := step_flaws(directory):
+            raise _corrupt(directory, "; ".join(found))
+        _load_tensors(state, _open_fitting(directory, state, ("model",)), None)
         return json.loads(with_retries((directory / TRAIN_STATE).read))
-    except CorruptError as error:
-        raise _corrupt(directory, error) from None
     except OSError as error:
-        raise _explained(error) from None
+        raise explained(error) from None
 
 
-def _corrupt(directory: Location, why: CorruptError) -> UserError:
+def _corrupt(directory: Location, why: str) -> UserError:
     return UserError(f"{directory}: corrupt: {why}; use an earlier step")
+
+
+def _open_fitting(directory: Location, state: dict[str, Tensor], only: tuple[str, ...]) -> TensorReader:
+    """The tensors of a step directory, which are exactly `state`'s. Raises UserError."""
+    try:
+        reader = TensorReader(directory)
+    except CorruptError as error:
+        raise _corrupt(directory, str(error)) from None
+    _compare(directory, state, reader.metadata, only)
+    return reader
+
+
+def _load_tensors(state: dict[str, Tensor], reader: TensorReader, group: dist.ProcessGroup | None) -> None:
+    """Fill `state` in place, together with the group's ranks or alone. Raises UserError."""
+    alone = group is None
+    try:
+        with_retries(
+            lambda: _unwrapped(lambda: dcp_load(state, storage_reader=reader, process_group=group, no_dist=alone))
+        )
+    except OSError as error:
+        raise explained(error) from None
 
 
 def _compare(directory: Location, state: dict[str, Tensor], metadata: Metadata, only: tuple[str, ...]) -> None:
     """Raise UserError unless the checkpoint has exactly `state`'s keys, shapes and dtypes (in the parts `only`)."""
-    saved = {key: entry for key, entry in metadata.state_dict_metadata.items() if key.partition(".")[0] in only}
+    saved = metadata.state_dict_metadata
+    saved = {key: entry for key, entry in saved.items() if not only or key.partition(".")[0] in only}
     different = []
     for key in state.keys() & saved.keys():
         entry, tensor = saved[key], state[key]
@@ -323,12 +353,6 @@ def _some(keys: list[str], most: int = 6) -> str:
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _explained(error: OSError) -> UserError:
-    """An error of the disk as the one line that a user can act upon."""
-    what = error.strerror or str(error) or type(error).__name__
-    return UserError(f"{error.filename or 'checkpoint'}: {what}; free or mend the disk and run again")
 
 
 def _unwrapped(action: Callable[[], T]) -> T:

@@ -12,6 +12,7 @@ checkpoints/step-00001000/       committed, if MANIFEST.json is there and CORRUP
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
@@ -54,28 +55,41 @@ def is_committed(directory: Location) -> bool:
     return MANIFEST in names and CORRUPT not in names
 
 
-def write_manifest(directory: Location, step: int, files: Files) -> None:
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed checkpoint consists of."""
+
+    step: int
+    files: Files
+    """All but MANIFEST.json and CORRUPT."""
+    parts: tuple[str, ...]
+    """What the names of its tensors begin with: "model", "optim", ...; no "optim": the run cannot go on from it."""
+    validation_loss: float | None = None
+    """Measured at this very step, if it was."""
+
+
+def write_manifest(directory: Location, manifest: Manifest) -> None:
     """Write MANIFEST.json, after all other files."""
     content = {
         "format": FORMAT,
-        "step": step,
-        "files": {name: {"size": size, "xxh3_128": digest} for name, (size, digest) in sorted(files.items())},
+        "step": manifest.step,
+        "parts": list(manifest.parts),
+        "validation_loss": manifest.validation_loss,
+        "files": {name: {"size": size, "xxh3_128": digest} for name, (size, digest) in sorted(manifest.files.items())},
     }
     with (directory / MANIFEST).create() as file:
         file.write(json.dumps(content | {"xxh3_128": _digest(content)}, indent=1).encode())
 
 
-def read_manifest(directory: Location) -> Files:
-    """The files that belong to a step directory. Raises CorruptError, OSError (unreadable) or UserError (format)."""
+def read_manifest(directory: Location) -> Manifest:
+    """What belongs to a step directory. Raises CorruptError, OSError (unreadable) or UserError (format)."""
     try:
         text = with_retries((directory / MANIFEST).read)
     except FileNotFoundError:
         raise CorruptError(f"{MANIFEST} is missing") from None
     try:
         content = json.loads(text)
-        claimed = content.pop("xxh3_128")
-        files = {name: (entry["size"], entry["xxh3_128"]) for name, entry in content["files"].items()}
-        step, version = content["step"], content["format"]
+        claimed, version = content.pop("xxh3_128"), content["format"]
     except (ValueError, KeyError, AttributeError, TypeError):
         raise CorruptError(f"{MANIFEST} is damaged") from None
     if claimed != _digest(content):
@@ -84,9 +98,10 @@ def read_manifest(directory: Location) -> Files:
         raise UserError(
             f"{directory}: has checkpoint format {version}, this torchxihe reads {FORMAT}; use another version"
         )
-    if step != step_of(directory.name):
-        raise CorruptError(f"{MANIFEST} is of step {step}, the directory is named {directory.name}")
-    return files
+    if content["step"] != step_of(directory.name):
+        raise CorruptError(f"{MANIFEST} is of step {content['step']}, but the directory is named {directory.name}")
+    files = {name: (entry["size"], entry["xxh3_128"]) for name, entry in content["files"].items()}
+    return Manifest(content["step"], files, tuple(content["parts"]), content["validation_loss"])
 
 
 def step_flaws(directory: Location, part: int = 0, parts: int = 1) -> list[str]:
@@ -95,7 +110,7 @@ def step_flaws(directory: Location, part: int = 0, parts: int = 1) -> list[str]:
     Raises OSError for a file that cannot be read although it is there: that says nothing of its content.
     """
     try:
-        files = read_manifest(directory)
+        files = read_manifest(directory).files
     except CorruptError as error:
         return [str(error)]
     found = []

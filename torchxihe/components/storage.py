@@ -11,6 +11,8 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from torchxihe.config import UserError
+
 CHUNK_BYTES = 8 << 20
 READ_ATTEMPTS = 4
 
@@ -25,7 +27,10 @@ class Location(os.PathLike[str]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._text = os.fspath(path).rstrip("/")
-        fs, self._path = fsspec.url_to_fs(self._text)
+        try:
+            fs, self._path = fsspec.url_to_fs(self._text)
+        except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+            raise UserError(f"{self._text}: {error}") from None
         self._fs: Any = fs
         self.local = isinstance(fs, LocalFileSystem)
 

@@ -97,7 +97,9 @@ def _load_metadata(directory: Location) -> Metadata:
         raise CorruptError(f"{METADATA} is no tensor metadata ({error})") from None
     if not isinstance(metadata, Metadata):
         raise CorruptError(f"{METADATA} is no tensor metadata")
-    strangers = {entry.relative_path for entry in metadata.storage_data.values()} - read_manifest(directory).keys()
+    strangers = {entry.relative_path for entry in metadata.storage_data.values()} - read_manifest(
+        directory
+    ).files.keys()
     if strangers:
         raise CorruptError(f"{METADATA} points at {sorted(strangers)[0]}, which {MANIFEST} does not list")
     metadata.storage_meta = StorageMeta()
