@@ -1,8 +1,8 @@
 """`torchxihe COMMAND ...`, also `python -m torchxihe COMMAND ...`.
 
-The commands are the files of `torchxihe/commands`. Each has a docstring (its help page), `HELP` (its line in the list)
-and `main(args)`. Only the one that is called is imported: the list and the help pages are read from the source, so
-that no command pays for another's libraries.
+The commands are the files of `torchxihe/commands`. Each has `HELP` (its line in the list) and `main(args)`. Only the
+one that is called is imported, so that no command pays for another's libraries: the list is read from the source, and
+so is the help page of a command whose docstring has a usage line.
 """
 
 import ast
@@ -40,7 +40,7 @@ def run(args: list[str]) -> None:
     elif command not in names:
         close = difflib.get_close_matches(command, names, n=1)
         raise UserError(f"{command}: no such command; " + (f"did you mean {close[0]}?" if close else ", ".join(names)))
-    elif {"-h", "--help"} & set(args[1:]):
+    elif {"-h", "--help"} & set(args[1:]) and "usage:" in _docstring(command):
         print(_docstring(command))
     else:
         _read_dotenv()
@@ -57,7 +57,7 @@ def _help(command: str) -> str:
 
 def _docstring(command: str) -> str:
     """The command's docstring, without importing it."""
-    return ast.get_docstring(_source(command)) or _help(command)
+    return ast.get_docstring(_source(command)) or ""
 
 
 def _source(command: str) -> ast.Module:
