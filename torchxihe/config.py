@@ -177,6 +177,19 @@ class Training(Section):
     """Clip the global gradient norm to this. 0: measure it, never clip."""
     deterministic: bool = False
     """Bitwise reproducible on a GPU too, at some cost in speed. The CPU is so anyway."""
+    max_skipped: NonNegativeInt = 20
+    """Stop, at the next log step, when this many steps in a row were skipped because of what came out of them: loss or
+    gradient was not finite, or beyond `skip_spikes_beyond`. 0: never."""
+    skip_spikes_beyond: Annotated[float, Field(ge=0)] = 0.0
+    """Skip steps whose loss or gradient norm exceeds the mean of the last 128 accepted ones by more than this many
+    standard deviations. 0: only those that are not finite."""
+    time_limit: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds after its start at which the run saves a checkpoint and ends, as on SIGTERM. 0: none."""
+    init_timeout: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds that starting, compiling with the first step, a validation or a checkpoint may take before the run is
+    taken to hang: every rank then says where it stands, and ends. 0: for ever."""
+    step_timeout: Annotated[float, Field(ge=0)] = 600.0
+    """The same for any other step."""
 
 
 class Optimizer(Section):
@@ -297,11 +310,6 @@ class Config(Section):
     def run_dir(self) -> Path:
         """Directory of this run."""
         return Path(self.run.dir) / self.run.name
-
-    @property
-    def checkpoints(self) -> str:
-        """Directory or URL of this run's checkpoints."""
-        return f"{self.checkpoint.dir}/{self.run.name}" if self.checkpoint.dir else str(self.run_dir / "checkpoints")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, world_size: int = 0) -> Config:

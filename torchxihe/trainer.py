@@ -6,19 +6,25 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchxihe.components.checkpoint import Checkpointer, flat_state, resolve
+from torchxihe.components.bad_steps import BadSteps
+from torchxihe.components.checkpoint import Checkpointer, checkpoints_of, flat_state, resolve
+from torchxihe.components.history import History
 from torchxihe.components.lr_scheduler import learning_rate
 from torchxihe.components.manifest import step_of
 from torchxihe.components.metrics import MetricsWriter, StepSums, Window
 from torchxihe.components.optimizer import build_optimizer, clip_gradients, optimizer_step
+from torchxihe.components.ranks import Ranks
 from torchxihe.components.report import report_start
+from torchxihe.components.run_lock import run_lock
+from torchxihe.components.stop import Stop
+from torchxihe.components.storage import Location
 from torchxihe.components.validation import target_bytes, validate
+from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Config, UserError, dump_config
 from torchxihe.data.loader import Batch, Loader, validation_batches
 from torchxihe.data.order import Order, Stage, plan_micro_batches, plan_stages
@@ -32,7 +38,6 @@ from torchxihe.utils.device import memory_gib, peak_flops
 from torchxihe.utils.distributed import (
     all_gather_object,
     all_reduce_sum,
-    barrier,
     broadcast_object,
     is_main,
     process_group,
@@ -61,6 +66,7 @@ class Trainer:
         )
         self.bytes_per_token = torch.from_numpy(bytes_per_token).to(device)
         self.sums = StepSums(device)
+        self.bad_steps = BadSteps(training, device)
         self.step = 0
 
     def train_step(self, loader: Iterator[Batch]) -> None:
@@ -75,7 +81,7 @@ class Trainer:
             sums += torch.stack([loss.detach().double(), target_bytes(batch.targets, self.bytes_per_token).double()])
         loss, size = all_reduce_sum(sums)
         grad_norm = clip_gradients(self.model.parameters(), self.config.training.max_grad_norm)
-        skip = ~torch.isfinite(grad_norm + loss)  # the same on all ranks; data and step number are consumed
+        skip = self.bad_steps.judge(loss / tokens, grad_norm)  # the same on all ranks; data and step are consumed
         optimizer_step(self.optimizer, self.lr, skip)
         self.sums.add(loss, tokens, size, grad_norm, skip)
         self.step += 1
@@ -94,7 +100,6 @@ class Trainer:
         if shard == 1:
             return f"DDP over {replicate}"
         return f"FSDP2 over {shard}" if replicate == 1 else f"HSDP of {replicate} × {shard}"
-
 
     @property
     def batch_layout(self) -> dict[str, Any]:
@@ -117,18 +122,24 @@ class Trainer:
             usage["mfu"] = flops * tokens_per_second / peak
         return usage
 
-    def load(self, checkpointer: Checkpointer, path: Path) -> tuple[Stage, ...]:
-        """Continue from a step directory; returns the stages of the data order up to there."""
-        state = checkpointer.load(path, flat_state(self.model, self.optimizer))
-        self.step = state["step"]
-        log.info("resumed from %s", path)
-        return tuple(Stage.from_json(stage) for stage in state["stages"])
+    def load(self, checkpointer: Checkpointer, path: Location, only: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Fill the parts `only` (none: all, and the step) from a step directory; returns its train_state."""
+        state = checkpointer.load(path, self.state(), only)
+        self.step = 0 if only else state["step"]
+        log.info("loaded %s of %s", " and ".join(only) or "everything", path)
+        return state
 
-    def save(self, checkpointer: Checkpointer, stages: tuple[Stage, ...]) -> None:
-        """Commit everything that the run consists of."""
-        state = {"step": self.step, "stages": [stage.to_json() for stage in stages]}
-        path = checkpointer.save(self.step, flat_state(self.model, self.optimizer), state)
-        log.info("saved %s", path)
+    def save(self, checkpointer: Checkpointer, history: History, validation_loss: float | None = None) -> None:
+        """Commit everything that the run consists of; at the end, if that is wanted, the model alone."""
+        whole = self.step < self.config.total_steps or self.config.checkpoint.final == "full"
+        path = checkpointer.save(self.step, self.state(whole), history.to_json(self.step), validation_loss)
+        log.info("saving %s" if self.config.checkpoint.mode == "async" else "saved %s", path)
+
+    def state(self, whole: bool = True) -> dict[str, torch.Tensor]:
+        """Every tensor that the run consists of, by name; not `whole`: the model alone."""
+        return (
+            flat_state(self.model, self.optimizer) | self.bad_steps.state() if whole else flat_state(self.model, None)
+        )
 
     def sample_text(self, prepared: Prepared) -> str:
         """Text that continues `metrics.sample_prompt`; all ranks must ask together."""
@@ -153,37 +164,58 @@ class Trainer:
 
 def run(config: Config) -> None:
     """Train `config` to its horizon, from the newest checkpoint of the run if there is one."""
-    with process_group() as device:
+    timeout = config.training.init_timeout
+    with Watchdog(config.run_dir, "start", timeout) as watchdog, process_group() as device:
         _share_run_directory(config)
-        checkpointer = Checkpointer(config.run_dir / "checkpoints", config.checkpoint)
-        newest = checkpointer.newest()
-        if newest is not None and step_of(newest.name) >= config.total_steps:
-            log.info("%s is finished: it has done %d steps.", config.run_dir, step_of(newest.name))
-            log.info("Go on with a larger --training.steps=N, or start another run with --run.name=NAME.")
-            return
-        prepared = open_prepared(config)
-        trainer = Trainer(config, device, prepared.bytes_per_token)
-        report_start(config, prepared, trainer.layout, device, trainer.accumulation)
-        start = newest or (resolve(config.checkpoint.load) if config.checkpoint.load else None)
-        saved = trainer.load(checkpointer, start) if start is not None else ()
-        stages = plan_stages(config, prepared, saved, trainer.step)
+        with Stop(config.training.time_limit) as stop, run_lock(config.run_dir):
+            _run(config, device, stop, watchdog)
+
+
+def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
+    """Find out where the run stands, build it, and train."""
+    checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
+    newest = checkpointer.newest(config.total_steps)
+    if newest is not None and step_of(newest.name) >= config.total_steps:
+        log.info("%s is finished: it has done %d steps.", config.run_dir, step_of(newest.name))
+        log.info("Go on with a larger --training.steps=N, or start another run with --run.name=NAME.")
+        return
+    prepared = open_prepared(config)
+    trainer = Trainer(config, device, prepared.bytes_per_token)
+    report_start(config, prepared, trainer.layout, device, trainer.accumulation)
+    history = History(config, prepared.tokenizer_dir)
+    if newest is not None:
+        history.go_on(trainer.load(checkpointer, newest))
+    elif config.checkpoint.load:
+        start = resolve(config.checkpoint.load)
+        only = config.checkpoint.load_only
+        history.start_from(trainer.load(checkpointer, start, only), start, whole=not only)
+    stages = plan_stages(config, prepared, [Stage.from_json(stage) for stage in history.stages], trainer.step)
+    history.stages = [stage.to_json() for stage in stages]
+    if is_main():
+        (config.run_dir / "PREEMPTED").unlink(missing_ok=True)
+        (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
+        shutil.copytree(prepared.tokenizer_dir, config.run_dir / "tokenizer", dirs_exist_ok=True)
+    _train(trainer, Order(stages, prepared.rows), prepared, history, checkpointer, stop, watchdog)
+    if trainer.step < config.total_steps:
         if is_main():
-            (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
-            shutil.copytree(prepared.tokenizer_dir, config.run_dir / "tokenizer", dirs_exist_ok=True)
-        _train(trainer, checkpointer, prepared, stages)
-        text = trainer.sample_text(prepared)
-        if text:
-            log.info("a sample of its writing:\n%s", text)
-        log.info("finished: %s holds config.toml, metrics.jsonl, tokenizer/ and checkpoints/", config.run_dir)
+            (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")
+        log.info("stopped after step %d (%s) with a checkpoint; the same command goes on", trainer.step, stop.reason)
+        return
+    text = trainer.sample_text(prepared)
+    if text:
+        log.info("a sample of its writing:\n%s", text)
+    log.info("finished: %s holds config.toml, metrics.jsonl, tokenizer/ and checkpoints/", config.run_dir)
 
 
 def _share_run_directory(config: Config) -> None:
     """Make the run directory; a node that does not see what rank 0 wrote there does not share it."""
     mark = config.run_dir / f".shared-{broadcast_object(uuid.uuid4().hex)}"
-    if is_main():
+
+    def touch() -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         mark.touch()
-    barrier()
+
+    Ranks().on_main(touch)
     blind = [r for r, sees in enumerate(all_gather_object(mark.exists())) if not sees]
     if is_main():
         mark.unlink()
@@ -191,10 +223,18 @@ def _share_run_directory(config: Config) -> None:
         raise UserError(f"run.dir: ranks {blind} do not see rank 0's {config.run_dir}; put it where all nodes share it")
 
 
-def _train(trainer: Trainer, checkpointer: Checkpointer, prepared: Prepared, stages: tuple[Stage, ...]) -> None:
-    """The loop: steps, and between them what is due."""
+def _train(
+    trainer: Trainer,
+    order: Order,
+    prepared: Prepared,
+    history: History,
+    checkpointer: Checkpointer,
+    stop: Stop,
+    watchdog: Watchdog,
+) -> None:
+    """The loop: steps, and between them what is due. Ends at the horizon or when the ranks agree to stop, saved."""
     config, total = trainer.config, trainer.config.total_steps
-    order = Order(stages, {source.key: source.train_rows for source in prepared.sources})
+    limits = config.training
     loader = Loader(prepared, order, step=trainer.step, accumulation=trainer.accumulation, **trainer.batch_layout)
     writer = MetricsWriter(config.run_dir / "metrics.jsonl", total) if is_main() else None
     window = Window(trainer.step)
@@ -207,9 +247,13 @@ def _train(trainer: Trainer, checkpointer: Checkpointer, prepared: Prepared, sta
     gc.freeze()
     gc.disable()
     try:
-        while trainer.step < total:
+        limit = limits.init_timeout  # the first step compiles
+        while trainer.step < total and not stop.agreed():
+            watchdog.begin(f"step {trainer.step + 1}", limit)
+            limit = limits.step_timeout
             lr = trainer.lr
             trainer.train_step(loader)
+            checkpointer.poll()
             first, size = order.batch(trainer.step - 1)
             if due(config.metrics.log_every):
                 metrics = {"step": trainer.step, "tokens": (first + size) * config.data.seq_len, "lr": lr}
@@ -219,17 +263,25 @@ def _train(trainer: Trainer, checkpointer: Checkpointer, prepared: Prepared, sta
                 loader.wait_seconds = 0.0
                 if writer:
                     writer.train(metrics)
+                trainer.bad_steps.check(_describe_batch(order, prepared, first, size))
                 gc.collect(1)
-            with window.pause():
+            with window.pause(), stop.unhurried():
+                validation_loss = None
                 if due(config.validation.every):
+                    watchdog.begin(f"validation after step {trainer.step}", limits.init_timeout)
                     batches = validation_batches(
                         prepared, max_tokens=config.validation.max_tokens, **trainer.batch_layout
                     )
                     result = validate(trainer.module, batches, trainer.bytes_per_token)
+                    validation_loss = result["validation/loss"]
                     if writer:
                         writer.validation(trainer.step, result)
                 if due(config.checkpoint.every or total):
-                    trainer.save(checkpointer, stages)
+                    watchdog.begin(f"checkpoint of step {trainer.step}", limits.init_timeout)
+                    trainer.save(checkpointer, history, validation_loss)
+        watchdog.begin(f"last checkpoint, of step {trainer.step}", limits.init_timeout)
+        if trainer.step < total:
+            trainer.save(checkpointer, history)
         checkpointer.close()
     finally:
         loader.close()
@@ -237,3 +289,10 @@ def _train(trainer: Trainer, checkpointer: Checkpointer, prepared: Prepared, sta
             writer.close()
         gc.enable()
         gc.unfreeze()
+
+
+def _describe_batch(order: Order, prepared: Prepared, first: int, size: int) -> str:
+    """A global batch in words: its samples' numbers and the sources they come from."""
+    sources = sorted(set(order.samples(np.arange(first, first + size))[0].tolist()))
+    names = ", ".join(prepared.sources[i].name for i in sources)
+    return f"the last of them with samples g = {first} to {first + size - 1} from {names}"

@@ -43,7 +43,7 @@ from torchxihe.components.ranks import Ranks, explained
 from torchxihe.components.staging import Staging, share_of_this_rank
 from torchxihe.components.storage import Location, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
-from torchxihe.config import Checkpoint, UserError
+from torchxihe.config import Checkpoint, Config, UserError
 from torchxihe.utils.distributed import is_main, rank, world_size
 
 TRAIN_STATE = "train_state.json"
@@ -89,6 +89,12 @@ def _create_adamw_state(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
             }
+
+
+def checkpoints_of(config: Config) -> Location:
+    """Where a run keeps its checkpoints."""
+    elsewhere = config.checkpoint.dir
+    return Location(elsewhere) / config.run.name if elsewhere else Location(config.run_dir / "checkpoints")
 
 
 class Checkpointer:

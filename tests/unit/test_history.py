@@ -1,0 +1,56 @@
+"""What a running experiment's config may change to."""
+
+from pathlib import Path
+
+import pytest
+
+from torchxihe.components.history import KINDS, recorded_changes
+from torchxihe.config import Config, Section, UserError, load_config
+
+DEBUG = Path(__file__).parents[2] / "configs" / "xihe_debug.toml"
+
+
+def test_every_option_has_exactly_one_kind() -> None:
+    """Seen to fail with "training.seed" taken out, and with it in two kinds."""
+    options = [
+        f"{section}.{name}"
+        for section, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        for name in field.annotation.model_fields
+    ]
+    classed = [
+        f"{section}.{name}" for kind in KINDS.values() for section, names in kind.items() for name in names.split()
+    ]
+    assert sorted(classed) == sorted(options)
+
+
+def changes(*flags: str) -> dict[str, tuple[object, object]]:
+    before = load_config(DEBUG).model_dump(mode="json")
+    return recorded_changes(before, load_config(DEBUG, list(flags)))
+
+
+def test_free_changes_are_not_mentioned() -> None:
+    assert changes("--metrics.log_every=1", "--training.micro_batch_size=2", "--run.name=other") == {}
+
+
+def test_recorded_changes_come_with_both_values() -> None:
+    assert changes("--optimizer.lr=0.1", "--training.global_batch_size=8") == {
+        "optimizer.lr": (0.003, 0.1),
+        "training.global_batch_size": (16, 8),
+    }
+
+
+def test_refused_changes_are_all_named_with_a_remedy() -> None:
+    with pytest.raises(UserError) as caught:
+        changes("--model.hidden_size=128", "--training.seed=5", "--optimizer.lr=0.1")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("model.hidden_size: was 256 when this run was saved, is 128; a run keeps it: ")
+    assert lines[1].startswith("training.seed: was 0") and "--run.name=NAME" in lines[1]
+
+
+def test_options_of_another_version_are_no_change() -> None:
+    before = load_config(DEBUG).model_dump(mode="json")
+    before["training"]["gone"] = 1
+    del before["optimizer"]["lr"], before["metrics"]
+    assert recorded_changes(before, load_config(DEBUG)) == {}

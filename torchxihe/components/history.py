@@ -1,0 +1,124 @@
+"""What a run has been through, which every checkpoint carries; what may change between two starts, and what may not."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from torchxihe.components.storage import Location, hash_file
+from torchxihe.config import Config, UserError
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["free", "recorded", "refused"]
+
+# Every option, by section. Free: changes how a run is made, not what it is. Recorded: may change, and the checkpoints
+# tell when and to what. Refused: it would be another run, whose losses cannot be compared with what came before.
+KINDS: dict[Kind, dict[str, str]] = {
+    "free": {
+        "run": "name dir",
+        "model": "attention",
+        "data": "cache_dir max_epochs",
+        "training": "micro_batch_size compile deterministic time_limit init_timeout step_timeout",
+        "parallelism": "dp_replicate dp_shard reshard_after_forward activation_checkpointing",
+        "checkpoint": "every mode dir load load_only keep_last keep_every keep_best final",
+        "metrics": "log_every sample_prompt sample_tokens",
+    },
+    "recorded": {
+        "model": "initializer_range",
+        "data": "sources document_mask on_bad_rows max_bad_rows",
+        "validation": "every max_tokens",
+        "training": "steps tokens global_batch_size dtype max_grad_norm max_skipped skip_spikes_beyond",
+        "optimizer": "lr betas eps weight_decay",
+        "lr_scheduler": "name warmup_steps decay_fraction decay_shape min_lr_fraction",
+    },
+    "refused": {
+        "model": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
+        " vocab_size qk_norm tie_word_embeddings rope_theta rms_norm_eps",
+        "tokenizer": "path revision vocab_size train_bytes",
+        "data": "seq_len packing",  # they number the rows, and resuming goes by row numbers
+        "validation": "fraction",  # what was held out would be trained on
+        "training": "seed",
+        "optimizer": "name",
+    },
+}
+
+
+def kind_of(option: str) -> Kind:
+    """The kind of "section.name". Raises KeyError for one that has none."""
+    section, _, name = option.partition(".")
+    for kind, sections in KINDS.items():
+        if name in sections.get(section, "").split():
+            return kind
+    raise KeyError(option)
+
+
+def recorded_changes(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """The options that have changed since a checkpoint with the config `before` (as JSON), with both values.
+
+    Free ones are left out. Raises UserError, a line each, for those that must not change.
+    """
+    now = config.model_dump(mode="json")
+    changes = {
+        f"{section}.{name}": (value, now[section][name])
+        for section, values in before.items()
+        for name, value in values.items()
+        # An option that came or went with another version of torchxihe is no change of the user's.
+        if name in now.get(section, {}) and now[section][name] != value
+    }
+    remedy = "start another run with --run.name=NAME"
+    refused = [
+        f"{option}: was {was!r} when this run was saved, is {is_now!r}; a run keeps it: {remedy}"
+        for option, (was, is_now) in changes.items()
+        if kind_of(option) == "refused"
+    ]
+    if refused:
+        raise UserError("\n".join(refused))
+    return {option: values for option, values in changes.items() if kind_of(option) == "recorded"}
+
+
+class History:
+    """The part of a checkpoint that is no tensor."""
+
+    def __init__(self, config: Config, tokenizer_dir: Path) -> None:
+        """`tokenizer_dir` holds the `tokenizer.json` that the data was prepared with."""
+        self._config = config
+        self._tokenizer = hash_file(Location(tokenizer_dir / "tokenizer.json"))[1]
+        self._changes: list[dict[str, Any]] = []
+        self._origin = ""
+        self.stages: list[dict[str, Any]] = []
+        """The data order's, as JSON."""
+
+    def to_json(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` says of the run."""
+        return {
+            "step": step,
+            "stages": self.stages,
+            "config": self._config.model_dump(mode="json"),
+            "changes": self._changes,
+            "tokenizer": self._tokenizer,
+            "origin": self._origin,
+        }
+
+    def go_on(self, saved: dict[str, Any]) -> None:
+        """Continue the run that wrote `saved`. Raises UserError if a change since then makes it another run."""
+        changes = recorded_changes(saved["config"], self._config)
+        if saved["tokenizer"] != self._tokenizer:
+            raise UserError(
+                "tokenizer: it is not the one that this run was saved with (one trained on data.sources changes "
+                "with them); set tokenizer.path to the run's tokenizer/, or start another run with --run.name=NAME"
+            )
+        for option, (was, now) in changes.items():
+            log.info("%s changes from %s to %s at step %d", option, was, now, saved["step"])
+            self._changes.append({"step": saved["step"], "option": option, "from": was, "to": now})
+        self._changes = saved["changes"] + self._changes
+        self._origin, self.stages = saved["origin"], saved["stages"]
+
+    def start_from(self, saved: dict[str, Any], origin: Location, whole: bool) -> None:
+        """Begin a new run at the checkpoint `origin`; `whole`: with its step and data order, not its weights alone."""
+        if saved["tokenizer"] != self._tokenizer:
+            raise UserError(
+                f"checkpoint.load: {origin} was trained with another tokenizer; "
+                "set tokenizer.path to its run's tokenizer/"
+            )
+        self._origin = str(origin)
+        self.stages = saved["stages"] if whole else []

@@ -1,0 +1,63 @@
+"""One run directory, one run at a time."""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchxihe.config import UserError
+from torchxihe.utils.distributed import all_gather_object, is_main
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir`, which exists, against other runs; called on all ranks together.
+
+    The lock dies with the process that has it, however it ends: a file that is left behind locks nobody out. Raises
+    UserError, naming the holder's host and process, if it is taken.
+    """
+    path = run_dir / ".lock"
+    error: UserError | None = None
+    file = None
+    if is_main():
+        try:
+            file = path.open("a+", encoding="utf-8")
+            _take(file.fileno(), path)
+        except UserError as taken:
+            error = taken
+        except OSError as broken:
+            error = UserError(f"{path}: {broken.strerror}; choose a --run.dir that can be written to")
+    error = next((e for e in all_gather_object(error) if isinstance(e, UserError)), None)
+    if error is not None:
+        raise error
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.truncate(0)  # whoever finds a name in it knows that its owner did not get here
+            file.close()
+
+
+def _take(descriptor: int, path: Path) -> None:
+    """Lock the file and write our name into it. Raises UserError if another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        remedy = "wait for it, stop it, or choose another --run.name"
+        raise UserError(f"{path.parent}: {holder} is training in it; {remedy}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+        log.warning("%s: this file system has no locks: nothing keeps a second run out of the directory", path)
+        return
+    if earlier := path.read_text(encoding="utf-8").strip():
+        log.info("%s: the run before (%s) did not end in good order", path.parent, earlier)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

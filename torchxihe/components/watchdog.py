@@ -1,0 +1,71 @@
+"""Ends a run that has stopped moving, and says where every rank stands."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from torchxihe.utils.distributed import rank
+
+
+class Watchdog:
+    """A thread that ends this process if the phase it is told of lasts too long. Used in a `with`, on all ranks.
+
+    Every rank has one, with the same limits: in a hang all of them report, the one that sleeps and those that wait.
+    """
+
+    def __init__(self, run_dir: Path, phase: str, timeout: float) -> None:
+        """`run_dir` gets NCCL's flight recordings; `phase` is the first one, with its limit in seconds (0: none)."""
+        self._run_dir = run_dir
+        self._changed = threading.Condition()
+        self._phase, self._timeout, self._since = phase, timeout, time.monotonic()
+        self._ended = False
+
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def begin(self, phase: str, timeout: float) -> None:
+        """The phase before is over; this one may take `timeout` seconds (0: for ever)."""
+        # No notify: the thread looks at these when the limit before runs out, so that a step costs two assignments.
+        with self._changed:
+            self._phase, self._timeout, self._since = phase, timeout, time.monotonic()
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._ended:
+                left = self._since + self._timeout - time.monotonic() if self._timeout else 1.0
+                if left <= 0:
+                    self._report()
+                self._changed.wait(min(left, 1.0))
+
+    def _report(self) -> None:
+        """Say where this rank is and end it."""
+        text = f"[rank {rank()}] no progress for {self._timeout:.0f} s in: {self._phase}; stacks of this rank follow"
+        print(text, file=sys.stderr)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if recording := _flight_recording():
+            file = self._run_dir / f"nccl-rank-{rank()}.pickle"
+            file.write_bytes(recording)
+            print(
+                f"[rank {rank()}] NCCL's last collectives: {file} (torch.distributed.flight_recorder)", file=sys.stderr
+            )
+        sys.stderr.flush()
+        time.sleep(2)  # let the other ranks, whose time is up too, speak before the first exit ends them
+        os._exit(1)
+
+
+def _flight_recording() -> bytes:
+    """NCCL's own record of its last collectives; empty where there is none."""
+    dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace", None)
+    return dump() if dump is not None and torch.cuda.is_available() else b""
