@@ -460,22 +460,22 @@ def _index(store: Path, manifest: dict[str, Any], config: Config) -> None:
 
 def _pack(documents: Iterator[np.ndarray], packing: str, width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pack documents `AT_ONCE` at a time: (starts, pieces), see packing.py."""
-    waiting = np.zeros((0, 2), np.int64)
+    rest = waiting = np.zeros((0, 2), np.int64)
     last = False
     while not last:
         part = next(documents, None)
         last = part is None
         if part is not None:
             waiting = np.concatenate([waiting, part])
-        while len(waiting) >= AT_ONCE or (last and len(waiting)):
-            now, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
+        while len(waiting) >= AT_ONCE or (last and len(waiting) + len(rest)):
+            now, waiting = np.concatenate([rest, waiting[:AT_ONCE]]), waiting[AT_ONCE:]
             starts, pieces = (best_fit if packing == "best_fit" else concat)(now, width)
-            if packing == "concat" and (len(waiting) or not last):
-                # The last window goes on with the documents that follow.
-                starts, rest = starts[:-1], pieces[starts[-2] :]
-                pieces, waiting = pieces[: starts[-1]], np.concatenate([rest, waiting])
+            end = len(pieces)
+            if packing == "concat" and not (last and not len(waiting)):
+                starts, end = starts[:-1], starts[-2]  # the last window goes on with the documents that follow
+            rest = pieces[end:]
             if len(starts) > 1:
-                yield starts, pieces
+                yield starts, pieces[:end]
 
 
 def _check(config: Config, prepared: Prepared) -> None:

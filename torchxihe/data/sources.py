@@ -48,7 +48,7 @@ TEMPLATES = {
     "c4": "{text}",
     "wikipedia": "{title}\n\n{text}",
     "tiny-codes": "{prompt}\n\n{response}",
-    "gutenberg": "{TEXT}",
+    "gutenberg": "{text}",
     "oa-stackexchange": "{INSTRUCTION}\n\n{RESPONSE}",
     "arxiv": "{text}",
 }

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NoReturn
 
 import numpy as np
 import xxhash
@@ -63,42 +63,45 @@ class Rows:
     def _count(self) -> int:
         return max(0, self._paths[-2].stat().st_size // 8 - 1)
 
-    def read(self, row: int, out: np.ndarray) -> list[int]:
+    def read(self, row: int, out: np.ndarray) -> tuple[int, ...]:
         """Read row `row` into the front of `out` ([seq_len + 1], of `self.dtype`); the lengths of its pieces in order.
 
         Each piece is a document, or a part of one. Raises OSError naming the file if that is too short.
         """
         size = out.itemsize
         first, last = struct.unpack("<qq", self._read(-2, 8 * row, 16))
-        pieces = np.frombuffer(self._read(-1, 16 * first, 16 * (last - first)), "<i8").tolist()
+        pieces = struct.unpack(f"<{2 * (last - first)}q", self._read(-1, 16 * first, 16 * (last - first)))
         view, at = out.view(np.uint8).data, 0
         for offset, length in zip(pieces[::2], pieces[1::2], strict=True):
             i = bisect_right(self._starts, offset) - 1
             end = at + length * size
-            self._read_into(i, self._files[i].start + (offset - self._starts[i]) * size, view[at:end])
+            start = self._files[i].start + (offset - self._starts[i]) * size
+            count = os.preadv(self._file(i), [view[at:end]], start)
+            if count < end - at:
+                self._raise_short(i, start + count)
             at = end
         return pieces[1::2]
 
-    def _read(self, i: int, at: int, count: int) -> bytearray:
-        data = bytearray(count)
-        self._read_into(i, at, memoryview(data))
+    def _read(self, i: int, at: int, count: int) -> bytes:
+        data = os.pread(self._file(i), count, at)
+        if len(data) < count:
+            self._raise_short(i, at + len(data))
         return data
 
-    def _read_into(self, i: int, at: int, view: memoryview) -> None:
-        i %= len(self._paths)
+    def _file(self, i: int) -> int:
+        """Descriptor of the i-th token file, of the rows (-2) or of the pieces (-1)."""
         descriptor = self._open.get(i)
         if descriptor is None:
             if len(self._open) == OPEN_FILES:
                 os.close(self._open.pop(next(iter(self._open))))
             descriptor = self._open[i] = os.open(self._paths[i], os.O_RDONLY | os.O_CLOEXEC)
-        while len(view):  # more than once only where the kernel was interrupted, or caps a read at 2 GiB
-            count = os.preadv(descriptor, [view], at)
-            if not count:
-                raise OSError(
-                    f"{self._paths[i]}: ends before byte {at + len(view)}, so it is not the file that was prepared; "
-                    "delete its folder and run `torchxihe prepare` again"
-                )
-            view, at = view[count:], at + count
+        return descriptor
+
+    def _raise_short(self, i: int, end: int) -> NoReturn:
+        raise OSError(
+            f"{self._paths[i]}: ends at byte {end}, so it is not the file that was prepared; delete its folder and run "
+            "`torchxihe prepare` again"
+        )
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
