@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data_corpus import make_config
-from torchxihe.config import UserError
+from torchxihe.config import Config, UserError
 from torchxihe.data.order import (
     BLOCK,
     Order,
@@ -55,13 +55,13 @@ def prepared(weights: dict[str, float], rows: dict[str, int]) -> SimpleNamespace
     return SimpleNamespace(sources=sources)
 
 
-def config_of(batch: int, seed: int = 0, steps: int = 1000, max_epochs: int = 0):
+def config_of(batch: int, seed: int = 0, steps: int = 1000, max_epochs: int = 0) -> Config:
     training = {"global_batch_size": batch, "seed": seed, "steps": steps}
     return make_config(Path("cache"), {"path": "x"}, training=training, data={"max_epochs": max_epochs})
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 64, 1000, 1025])
-def test_permute_is_a_permutation_and_equals_the_slow_one(rows):
+def test_permute_is_a_permutation_and_equals_the_slow_one(rows: int) -> None:
     out = permute(3, "k", 5, np.arange(rows), rows)
     assert sorted(out.tolist()) == list(range(rows))
     assert out.tolist() == [permute_slowly(3, "k", 5, i, rows) for i in range(rows)]
@@ -69,22 +69,22 @@ def test_permute_is_a_permutation_and_equals_the_slow_one(rows):
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 2**40), i=st.integers(0, 2**40), seed=st.integers(0, 2**63), epoch=st.integers(0, 10**6))
-def test_permute_equals_the_slow_one_anywhere(rows, i, seed, epoch):
+def test_permute_equals_the_slow_one_anywhere(rows: int, i: int, seed: int, epoch: int) -> None:
     i %= rows
     assert permute(seed, "some key", epoch, np.array([i]), rows).tolist() == [
         permute_slowly(seed, "some key", epoch, i, rows)
     ]
 
 
-def test_permute_depends_on_everything():
+def test_permute_depends_on_everything() -> None:
     index = np.arange(100)
     base = permute(0, "a", 0, index, 100).tolist()
     assert base != list(range(100))
     assert all(base != permute(*other, index, 100).tolist() for other in [(1, "a", 0), (0, "b", 0), (0, "a", 1)])
 
 
-def test_no_bit_of_permute_follows_a_bit_of_its_input():
-    """Correlation of every output bit with every input bit over 10^6 indices; a random permutation stays within 5e-3."""
+def test_no_bit_of_permute_follows_a_bit_of_its_input() -> None:
+    """Correlation of each output bit with each input bit over 10^6 indices; a random permutation stays within 5e-3."""
     rows, worst = 10**6, 0.0
     index = np.arange(rows)
 
@@ -100,7 +100,7 @@ def test_no_bit_of_permute_follows_a_bit_of_its_input():
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (1,), (1, 1, 1), (5, 1000), (0.001, 1.0)])
-def test_every_window_of_a_block_has_the_exact_mixture(weights):
+def test_every_window_of_a_block_has_the_exact_mixture(weights: tuple[float, ...]) -> None:
     quotas = make_quotas(weights)
     assert sum(quotas) == BLOCK
     endless = np.tile(pattern(quotas)[0], 3)
@@ -113,12 +113,12 @@ def test_every_window_of_a_block_has_the_exact_mixture(weights):
         assert np.abs(turns - share[s] * np.arange(len(turns))).max() < 3
 
 
-def test_a_weight_too_small_for_a_block_is_an_error():
+def test_a_weight_too_small_for_a_block_is_an_error() -> None:
     with pytest.raises(UserError, match=r"data.sources.1.weight: 0.0001 is less than one sample in 2048; .* 0.000489"):
         make_quotas([1.0, 0.0001])
 
 
-def test_an_epoch_has_every_row_once_and_the_next_another_order():
+def test_an_epoch_has_every_row_once_and_the_next_another_order() -> None:
     rows = {"a": 900, "b": 350}
     data = prepared({"a": 2.0, "b": 1.0}, rows)
     order = Order([first_stage(config_of(batch=8, seed=4), data)], rows)
@@ -129,7 +129,7 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order():
         assert epochs[0] != epochs[1]
 
 
-def test_a_stage_change_in_the_middle_of_a_block_loses_and_repeats_nothing():
+def test_a_stage_change_in_the_middle_of_a_block_loses_and_repeats_nothing() -> None:
     """Over changed batch, mixture, a source that comes, goes and comes back: an epoch still has every row once."""
     rows = {"a": 900, "b": 350, "c": 77}
     stages: tuple[Stage, ...] = ()
@@ -158,7 +158,7 @@ def test_a_stage_change_in_the_middle_of_a_block_loses_and_repeats_nothing():
     assert [order.sample(n) for n in g] == [tuple(int(x[0]) for x in order.samples(np.array([n]))[:2]) for n in g]
 
 
-def test_batches_follow_the_stages():
+def test_batches_follow_the_stages() -> None:
     rows = {"a": 100}
     stages = plan_stages(config_of(8), prepared({"a": 1.0}, rows))
     stages = plan_stages(config_of(16), prepared({"a": 1.0}, rows), stages, 10)  # a ramp is a stage a batch size
@@ -169,7 +169,7 @@ def test_batches_follow_the_stages():
     ]  # fmt: skip
 
 
-def test_nothing_changed_means_no_new_stage_and_a_stage_without_a_step_leaves_no_trace():
+def test_nothing_changed_means_no_new_stage_and_a_stage_without_a_step_leaves_no_trace() -> None:
     data = prepared({"a": 1.0}, {"a": 100})
     saved = plan_stages(config_of(8), data)
     assert plan_stages(config_of(8), data, saved, 50) == saved
@@ -178,7 +178,7 @@ def test_nothing_changed_means_no_new_stage_and_a_stage_without_a_step_leaves_no
     assert [Stage.from_json(stage.to_json()) for stage in twice] == list(twice)
 
 
-def test_too_many_epochs_are_refused_before_training():
+def test_too_many_epochs_are_refused_before_training() -> None:
     data = prepared({"a": 3.0, "b": 1.0}, {"a": 1000, "b": 100})
     plan_stages(config_of(8, steps=100, max_epochs=2), data)  # 800 samples, 200 of b: just 2
     with pytest.raises(UserError, match=r"data.max_epochs: .* data.sources.1 \(b\) 2.02 times, more than 2"):
@@ -188,7 +188,7 @@ def test_too_many_epochs_are_refused_before_training():
         plan_stages(config_of(8, steps=150, max_epochs=2), data, saved, 100)
 
 
-def test_going_on_at_a_billion_takes_no_time():
+def test_going_on_at_a_billion_takes_no_time() -> None:
     rows = {"a": 12345, "b": 999}
     stages = plan_stages(config_of(8), prepared({"a": 0.3, "b": 0.7}, rows))
     started = time.perf_counter()
@@ -199,7 +199,7 @@ def test_going_on_at_a_billion_takes_no_time():
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 512), st.integers(1, 64))
-def test_micro_batches_hold_the_global_batch(global_batch, world_size, most):
+def test_micro_batches_hold_the_global_batch(global_batch: int, world_size: int, most: int) -> None:
     accumulation, micro_batch = plan_micro_batches(global_batch, world_size, most)
     assert micro_batch <= most
     assert accumulation * micro_batch * world_size >= global_batch
@@ -207,7 +207,7 @@ def test_micro_batches_hold_the_global_batch(global_batch, world_size, most):
     assert accumulation * (micro_batch - 1) * world_size < global_batch  # nor larger ones
 
 
-def test_next_stage_keeps_the_place_of_a_source_that_was_away():
+def test_next_stage_keeps_the_place_of_a_source_that_was_away() -> None:
     rows = {"a": 1000, "b": 1000}
     both, alone = prepared({"a": 1.0, "b": 1.0}, rows), prepared({"a": 1.0}, rows)
     stages = [first_stage(config_of(8), both)]

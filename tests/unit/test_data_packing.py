@@ -1,4 +1,6 @@
+import itertools
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchxihe.data import prepare
-from torchxihe.data.packing import best_fit, concat
+from torchxihe.data.packing import Packed, best_fit, concat
 
 Rows = list[list[tuple[int, int]]]
 
@@ -19,7 +21,7 @@ def as_documents(lengths: list[int], gap: int = 0) -> np.ndarray:
 
 def as_rows(packed: tuple[np.ndarray, np.ndarray]) -> Rows:
     starts, pieces = packed
-    return [[tuple(p) for p in pieces[a:b].tolist()] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [[tuple(p) for p in pieces[a:b].tolist()] for a, b in itertools.pairwise(starts)]
 
 
 def concat_slowly(documents: np.ndarray, width: int) -> Rows:
@@ -62,7 +64,7 @@ lengths_and_width = st.tuples(st.lists(st.integers(1, 40), max_size=60), st.inte
 
 @settings(max_examples=120, deadline=None)
 @given(lengths_and_width)
-def test_concat_equals_the_slow_packer(case):
+def test_concat_equals_the_slow_packer(case: tuple[list[int], int]) -> None:
     lengths, width = case
     documents = as_documents(lengths, gap=3)
     assert as_rows(concat(documents, width)) == concat_slowly(documents, width)
@@ -70,7 +72,7 @@ def test_concat_equals_the_slow_packer(case):
 
 @settings(max_examples=120, deadline=None)
 @given(lengths_and_width)
-def test_best_fit_equals_the_slow_packer(case):
+def test_best_fit_equals_the_slow_packer(case: tuple[list[int], int]) -> None:
     """As many rows, equally full: only which of several equally full rows takes a piece is left open."""
     lengths, width = case
     documents = as_documents(lengths, gap=3)
@@ -81,7 +83,9 @@ def test_best_fit_equals_the_slow_packer(case):
 @pytest.mark.parametrize("packer", [best_fit, concat])
 @settings(max_examples=60, deadline=None)
 @given(case=lengths_and_width)
-def test_every_token_of_every_document_is_in_exactly_one_row(packer, case):
+def test_every_token_of_every_document_is_in_exactly_one_row(
+    packer: Callable[[np.ndarray, int], Packed], case: tuple[list[int], int]
+) -> None:
     lengths, width = case
     documents = as_documents(lengths, gap=3)
     rows = as_rows(packer(documents, width))
@@ -92,11 +96,11 @@ def test_every_token_of_every_document_is_in_exactly_one_row(packer, case):
 @pytest.mark.parametrize("packing", ["best_fit", "concat"])
 @settings(max_examples=60, deadline=None)
 @given(shards=st.lists(st.lists(st.integers(1, 20), max_size=12), max_size=6), at_once=st.integers(1, 20))
-def test_packing_a_part_at_a_time_loses_nothing(packing, shards, at_once):
+def test_packing_a_part_at_a_time_loses_nothing(packing: str, shards: list[list[int]], at_once: int) -> None:
     """As `prepare` does it: shard by shard, `AT_ONCE` documents at a time; concat's windows run through."""
     documents = as_documents([n for shard in shards for n in shard])
     edges = np.cumsum([0, *map(len, shards)])
-    parts = iter([documents[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    parts = iter([documents[a:b] for a, b in itertools.pairwise(edges)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "AT_ONCE", at_once)
         rows = [row for packed in prepare._pack(parts, packing, 8) for row in as_rows(packed)]
@@ -107,7 +111,7 @@ def test_packing_a_part_at_a_time_loses_nothing(packing, shards, at_once):
         assert windows == [(start, min(8, total - start)) for start in range(0, total, 8)]
 
 
-def test_best_fit_wastes_little():
+def test_best_fit_wastes_little() -> None:
     lengths = np.random.default_rng(0).lognormal(6, 1.2, 20_000).astype(int) + 1
     starts, pieces = best_fit(as_documents(lengths.tolist()), 1025)
     padding = (len(starts) - 1) * 1025 - pieces[:, 1].sum()

@@ -78,14 +78,14 @@ class Rows:
             start = self._files[i].start + (offset - self._starts[i]) * size
             count = os.preadv(self._file(i), [view[at:end]], start)
             if count < end - at:
-                self._raise_short(i, start + count)
+                self._raise_short(i)
             at = end
         return pieces[1::2]
 
     def _read(self, i: int, at: int, count: int) -> bytes:
         data = os.pread(self._file(i), count, at)
         if len(data) < count:
-            self._raise_short(i, at + len(data))
+            self._raise_short(i)
         return data
 
     def _file(self, i: int) -> int:
@@ -97,9 +97,9 @@ class Rows:
             descriptor = self._open[i] = os.open(self._paths[i], os.O_RDONLY | os.O_CLOEXEC)
         return descriptor
 
-    def _raise_short(self, i: int, end: int) -> NoReturn:
+    def _raise_short(self, i: int) -> NoReturn:
         raise OSError(
-            f"{self._paths[i]}: ends at byte {end}, so it is not the file that was prepared; delete its folder and run "
+            f"{self._paths[i]}: ends at byte {os.fstat(self._file(i)).st_size}, so it is not the file that was prepared; delete its folder and run "
             "`torchxihe prepare` again"
         )
 

@@ -83,6 +83,36 @@ class Encoder:
         return np.array(encoding.ids, np.uint32)
 
 
+class TextTokenizer:
+    """Prompts to tokens and tokens to text, for sampling and looking at data."""
+
+    def __init__(self, folder: Path) -> None:
+        import tokenizers  # slow, and never needed while training
+
+        self._encoder = Encoder(folder)
+        self._decoder = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        meta = json.loads((folder / "torchxihe.json").read_bytes())
+        self.eos_id: int = meta["eos_id"]
+        self.bos_id: int = meta["bos_id"]
+        self.vocab_size: int = meta["vocab_size"]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` as the beginning of a document: after the BOS token, if documents have one."""
+        ids = [int(token) for part in self._encoder.encode(text) for token in part]
+        return [self.bos_id, *ids] if self.bos_id >= 0 else ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""
+        return self._decoder.decode(ids, skip_special_tokens=True)
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer in a folder that `obtain` has filled, or a copy of one. Raises UserError."""
+    if not (folder / "torchxihe.json").exists():
+        raise UserError(f"{folder}: there is no prepared tokenizer in it")
+    return TextTokenizer(folder)
+
+
 def fast_encoding(tokenizer: dict[str, Any]) -> Any:
     """A `tiktoken.Encoding` that gives the same ids as a parsed `tokenizer.json`, or None.
 

@@ -1,0 +1,204 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.data_corpus import make_config, write_texts
+from torchxihe.data.loader import IGNORE, Batch, Loader, validation_batches
+from torchxihe.data.order import Order, plan_micro_batches, plan_stages
+from torchxihe.data.prepare import prepare
+from torchxihe.data.store import Prepared
+
+Data = tuple[Prepared, Order]
+CPU = torch.device("cpu")
+SEQ_LEN = 16
+WEIGHTS = {"long": 0.7, "short": 0.3}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, object]]]:
+    """Two sources: documents of many lengths, some longer than a row."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    sources = []
+    for name, most in (("long", 60), ("short", 9)):
+        texts = [" ".join(map(str, random.integers(0, 9, random.integers(1, most)))) for _ in range(400)]
+        sources.append({**write_texts(folder / f"{name}.jsonl", texts), "name": name, "weight": WEIGHTS[name]})
+    return folder, sources
+
+
+@pytest.fixture(scope="module", params=["best_fit", "concat"])
+def data(request: pytest.FixtureRequest, corpus: tuple[Path, list[dict[str, object]]]) -> Data:
+    folder, sources = corpus
+    config = make_config(
+        folder / "cache", *sources, seq_len=SEQ_LEN, data={"packing": request.param}, validation={"fraction": 0.1}
+    )
+    prepared = prepare(config)
+    stages = plan_stages(config, prepared)
+    for step, batch in ((3, 10), (5, 7)):
+        grown = config.model_copy(update={"training": config.training.model_copy(update={"global_batch_size": batch})})
+        stages = plan_stages(grown, prepared, stages, step)
+    return prepared, Order(stages, prepared.rows)
+
+
+def global_batches(data: Data, first: int, stop: int, world_size: int, most: int) -> list[str]:
+    """sha256 of each step's global batch, put together from what the ranks' loaders give."""
+    prepared, order = data
+    hashes = []
+    for start in sorted({first, *(stage.step for stage in order.stages if first < stage.step < stop)}):
+        end = min([stop, *(stage.step for stage in order.stages if stage.step > start)])
+        accumulation, micro_batch = plan_micro_batches(order.batch(start)[1], world_size, most)
+        loaders = [
+            Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=start, rank=rank, world_size=world_size,
+                   accumulation=accumulation, micro_batch=micro_batch, device=CPU)
+            for rank in range(world_size)
+        ]  # fmt: skip
+        for step in range(start, end):
+            rows = {}
+            for loader in loaders:
+                for _ in range(accumulation):
+                    batch = next(loader)
+                    for b, g in enumerate(batch.samples):
+                        if g >= 0:
+                            assert g not in rows
+                            rows[g] = torch.cat([batch.tokens[b], batch.targets[b]]).numpy().tobytes()
+                        else:
+                            assert (batch.targets[b] == IGNORE).all() and batch.sources[b] == -1
+            g, count = order.batch(step)
+            assert sorted(rows) == list(range(g, g + count))
+            hashes.append(hashlib.sha256(b"".join(rows[n] for n in sorted(rows))).hexdigest())
+        for loader in loaders:
+            loader.close()
+    return hashes
+
+
+@settings(max_examples=25, deadline=None)
+@given(world_size=st.sampled_from([1, 2, 3, 4, 6, 8]), most=st.integers(1, 6), first=st.integers(0, 8))
+def test_global_batches_depend_on_nothing_but_the_step(data: Data, world_size: int, most: int, first: int) -> None:
+    """Any number of ranks, any accumulation, any point to go on from, and over two changes of the batch size."""
+    unbroken = global_batches(data, 0, 9, 1, 100)
+    assert global_batches(data, first, 9, world_size, most) == unbroken[first:]
+
+
+def read_slowly(prepared: Prepared, source: int, row: int, split: str) -> tuple[list[int], list[int], list[int]]:
+    """Tokens, targets and document lengths of a row, from the files, a token at a time."""
+    of = prepared.sources[source]
+    [store] = {path.parent for path in of.rows(split)._paths[:-2]}
+    tokens = np.fromfile(store / f"{split}-00000.bin", of.manifest["dtype"])
+    index = of.rows(split)._paths[-1].parent
+    starts, pieces = np.fromfile(index / f"{split}.rows", "<i8"), np.fromfile(index / f"{split}.pieces", "<i8")
+    row_tokens, document = [], []
+    for number, (start, length) in enumerate(pieces.reshape(-1, 2)[starts[row] : starts[row + 1]].tolist()):
+        row_tokens += tokens[start : start + length].tolist()
+        document += [number] * length
+    row_tokens += [prepared.eos_id] * (SEQ_LEN + 1 - len(row_tokens))
+    document += [-1] * (SEQ_LEN + 1 - len(document))
+    targets = [
+        row_tokens[t + 1] if document[t] == document[t + 1] and document[t] >= 0 else IGNORE for t in range(SEQ_LEN)
+    ]
+    lengths = [document[:SEQ_LEN].count(d) for d in dict.fromkeys(document[:SEQ_LEN])]
+    return row_tokens[:SEQ_LEN], targets, lengths
+
+
+def check_rows(prepared: Prepared, batch: Batch, rows: dict[int, tuple[int, int]], split: str) -> None:
+    """The batch against `read_slowly`."""
+    assert batch.docs is not None
+    ends, valid = [0], 0
+    for b, g in enumerate(batch.samples):
+        if g < 0:
+            tokens, targets, lengths = [prepared.eos_id] * SEQ_LEN, [IGNORE] * SEQ_LEN, [SEQ_LEN]
+        else:
+            tokens, targets, lengths = read_slowly(prepared, *rows[g], split)
+            assert batch.sources[b] == rows[g][0]
+        assert batch.tokens[b].tolist() == tokens
+        assert batch.targets[b].tolist() == targets
+        valid += sum(target != IGNORE for target in targets)
+        for length in lengths:
+            ends.append(ends[-1] + length)
+    docs = batch.docs.tolist()
+    assert len(docs) == len(batch.samples) * prepared.max_documents + 1
+    assert docs == ends + [len(batch.samples) * SEQ_LEN] * (len(docs) - len(ends))
+    assert batch.valid == valid == int((batch.targets != IGNORE).sum())
+    assert (batch.tokens.dtype, batch.targets.dtype, batch.docs.dtype) == (torch.int64, torch.int64, torch.int32)
+
+
+def test_batches_equal_what_lies_in_the_files(data: Data) -> None:
+    prepared, order = data
+    loader = Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=5, rank=1, world_size=2,
+                    accumulation=2, micro_batch=3, device=CPU)  # fmt: skip
+    for _ in range(40):
+        batch = next(loader)
+        check_rows(prepared, batch, {g: order.sample(g) for g in batch.samples if g >= 0}, "train")
+    loader.close()
+    assert not loader._thread.is_alive()
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (3, 2), (4, 64)])
+@pytest.mark.parametrize("max_tokens", [0, 40 * SEQ_LEN])
+def test_validation_reads_every_held_out_row_once(
+    data: Data, world_size: int, micro_batch: int, max_tokens: int
+) -> None:
+    prepared, _ = data
+    have = [source.valid_rows for source in prepared.sources]
+    seen: dict[int, tuple[int, tuple[int, ...]]] = {}
+    batches = [
+        list(validation_batches(prepared, seq_len=SEQ_LEN, document_mask=True, max_tokens=max_tokens, rank=rank,
+                                world_size=world_size, micro_batch=micro_batch, device=CPU))
+        for rank in range(world_size)
+    ]  # fmt: skip
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    for batch in (batch for of_rank in batches for batch in of_rank):
+        for b, n in enumerate(batch.samples):
+            if n >= 0:
+                assert n not in seen
+                seen[n] = batch.sources[b], tuple(batch.targets[b].tolist())
+    assert min(have) > 5
+    total = min(sum(have), 40) if max_tokens else sum(have)
+    assert sorted(seen) == list(range(total))
+    counts = [sum(source == s for source, _ in seen.values()) for s in range(len(have))]
+    assert all(abs(count - total * rows / sum(have)) <= 1 for count, rows in zip(counts, have, strict=True))
+    if not max_tokens:
+        expected = [
+            (s, tuple(read_slowly(prepared, s, r, "valid")[1])) for s in range(len(have)) for r in range(have[s])
+        ]
+        assert sorted(seen.values()) == sorted(expected)
+
+
+def test_without_document_masks_the_targets_stay_masked(data: Data) -> None:
+    prepared, order = data
+    masked, plain = (
+        Loader(prepared, order, seq_len=SEQ_LEN, document_mask=mask, step=0, rank=0, world_size=1, accumulation=1,
+               micro_batch=4, device=CPU)
+        for mask in (True, False)
+    )  # fmt: skip
+    a, b = next(masked), next(plain)
+    assert b.docs is None and torch.equal(a.targets, b.targets) and torch.equal(a.tokens, b.tokens)
+    masked.close(), plain.close()
+
+
+def test_an_error_of_the_thread_reaches_the_training_loop(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", ["some text"] * 50))
+    prepared = prepare(config)
+    [file] = tmp_path.glob("cache/stores/*/train-00000.bin")
+    file.write_bytes(file.read_bytes()[:100])
+    loader = Loader(prepared, Order(plan_stages(config, prepared), prepared.rows), seq_len=SEQ_LEN, document_mask=True,
+                    step=0, rank=0, world_size=1, accumulation=1, micro_batch=4, device=CPU)  # fmt: skip
+    with pytest.raises(OSError, match=r"train-00000.bin: ends at byte 100, so it is not the file that was prepared"):
+        for _ in range(100):
+            next(loader)
+    with pytest.raises(OSError, match="train-00000.bin"):
+        next(loader)
+    loader.close()
+
+
+def test_waiting_is_counted(data: Data) -> None:
+    prepared, order = data
+    loader = Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=0, rank=0, world_size=1,
+                    accumulation=1, micro_batch=4, device=CPU)  # fmt: skip
+    next(loader)
+    assert 0 < loader.wait_seconds < 5
+    loader.close()
