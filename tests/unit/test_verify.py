@@ -1,0 +1,46 @@
+"""`torchxihe verify`: what its table says, and its exit code."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_checkpoint import flip, saved
+from torchxihe.commands.verify import main
+from torchxihe.components.manifest import CORRUPT
+from torchxihe.config import UserError
+
+
+def test_a_sound_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "checkpoints", 10, 20)
+    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "step-00000020"):
+        main([str(path)])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].split()[:2] == ["20", "valid"] and "model, optim" in lines[1]
+    assert len(lines) == 2
+
+
+def test_what_is_wrong_is_said_and_nothing_is_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path, 10, 20, 30, 40)
+    flip(tmp_path / "step-00000010" / "__0_0.distcp")
+    (tmp_path / "step-00000020" / CORRUPT).write_text("somebody said so\n")
+    os.rename(tmp_path / "step-00000040", tmp_path / "step-00000040.tmp")
+    before = sorted(tmp_path.rglob("*"))
+    main([str(tmp_path)])  # the newest committed one is sound
+    states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert "unfinished" in states["40"] and "valid" in states["30"]
+    assert "CORRUPT" in states["20"] and "somebody said so" in states["20"]
+    assert "CORRUPT" in states["10"] and "__0_0.distcp has another content" in states["10"]
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "step-00000030" / "MANIFEST.json").unlink()
+    with pytest.raises(UserError, match="the newest checkpoint is CORRUPT"):
+        main([str(tmp_path)])
+
+
+def test_nothing_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        main([str(tmp_path)])
+    with pytest.raises(UserError, match="no such directory"):
+        main([str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="expected one PATH"):
+        main([])

@@ -1,0 +1,75 @@
+"""Read every file of a run's checkpoints and say which of them are whole. Changes nothing.
+
+usage: torchxihe verify PATH
+
+PATH is a run directory, a checkpoints directory (both also as an fsspec URL) or a single step directory. One line a
+checkpoint, newest first:
+
+  valid        committed, and every file has the content that was written
+  CORRUPT      committed, but a file is damaged or missing (or an earlier start found out so): it is never loaded
+  unfinished   a save that was interrupted; the next start of the run removes it
+
+The exit code is 0 if the newest committed checkpoint is valid, else 1.
+"""
+
+import time
+
+from torchxihe.components.manifest import CORRUPT, MANIFEST, read_manifest, step_flaws, step_of, steps_in
+from torchxihe.components.ranks import explained
+from torchxihe.components.storage import Location
+from torchxihe.config import UserError
+
+HELP = "check every file of a run's checkpoints"
+
+
+def main(args: list[str]) -> None:
+    """Print the table. Raises UserError if there is nothing to verify, or if the newest checkpoint is not valid."""
+    if len(args) != 1:
+        raise UserError("verify: expected one PATH: a run directory, a checkpoints directory or a step directory")
+    place = Location(args[0])
+    try:
+        steps = _steps_at(place)
+        if not steps:
+            what = "holds no checkpoint" if place.is_dir() else "no such directory"
+            raise UserError(f"{place}: {what}; give the directory of a run, of its checkpoints, or of one step")
+        print(f"{'step':>10}  {'state':10}  {'GiB':>7}  {'val. loss':>9}  {'s':>5}  what")
+        states = [_print_line(step) for step in steps]
+    except OSError as error:
+        raise explained(error) from None
+    newest = next((state for state in states if state != "unfinished"), "unfinished")
+    if newest != "valid":
+        raise UserError(f"{place}: the newest checkpoint is {newest}; the run goes on from the next one that is valid")
+
+
+def _steps_at(place: Location) -> list[Location]:
+    """Step directories, half-written ones too, newest first."""
+    if step_of(place.name) >= 0:
+        return [place] if place.is_dir() else []
+    for directory in (place, place / "checkpoints"):
+        drafts = [
+            directory / n for n in directory.names() if n.endswith(".tmp") and step_of(n.removesuffix(".tmp")) >= 0
+        ]
+        if steps := steps_in(directory) + drafts:
+            return sorted(steps, key=lambda step: step_of(step.name.removesuffix(".tmp")), reverse=True)
+    return []
+
+
+def _print_line(directory: Location) -> str:
+    """One line of the table; the checkpoint's state."""
+    start, names = time.perf_counter(), directory.names()
+    size, loss = 0, ""
+    if directory.name.endswith(".tmp"):
+        state, what = "unfinished", ""
+    elif CORRUPT in names:
+        state, what = "CORRUPT", "marked: " + (directory / CORRUPT).read().decode().strip()
+    elif flaws := step_flaws(directory):
+        half = MANIFEST not in names
+        state, what = ("unfinished" if half and not directory.local else "CORRUPT"), "; ".join(flaws)
+    else:
+        manifest = read_manifest(directory)
+        state, what = "valid", f"{len(manifest.files)} files: {', '.join(manifest.parts)}"
+        size = sum(size for size, _ in manifest.files.values())
+        loss = "" if manifest.validation_loss is None else f"{manifest.validation_loss:.4f}"
+    step, seconds = step_of(directory.name.removesuffix(".tmp")), time.perf_counter() - start
+    print(f"{step:>10}  {state:10}  {size / 2**30:7.3f}  {loss:>9}  {seconds:5.1f}  {what}", flush=True)
+    return state
