@@ -103,10 +103,11 @@ class Source(Section):
     """Name in logs and metrics. "": derived from `path` and `subset`."""
     glob: str = ""
     """With a directory as `path`: which files below it. "": every readable file."""
-    format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset"] = "auto"
+    format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset", "tokens"] = "auto"
     """How files are read. "auto": by their endings (.jsonl and .json, .parquet, .arrow, .csv, everything else one
     text document a file; a directory written by `save_to_disk` is a "dataset"). "lines": a text document a line;
-    "json" covers JSON lines. Files ending in .gz or .zst besides are decompressed."""
+    "json" covers JSON lines; "tokens": token files of nanoGPT, llm.c or Megatron, used where they lie. Files ending in
+    .gz or .zst besides are decompressed."""
     subset: str = ""
     """Hub only: the configuration's name, such as "20231101.en". "": the default one."""
     split: str = "train"

@@ -48,6 +48,7 @@ from torchxihe.data.store import (
     recipe_path,
     write_json,
 )
+from torchxihe.data.token_files import read_chunks, read_layout
 from torchxihe.data.tokenizer import Encoder, obtain
 
 COMPARED = 16
@@ -177,6 +178,9 @@ def _hash_file(path: str) -> str:
 def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
     """The tokenizer's folder; trains it if need be."""
     share = config.tokenizer.train_bytes // len(plans)
+    for plan in plans:
+        if plan.shards[0][0].format == "tokens" and not config.tokenizer.path:
+            raise UserError(f"tokenizer.path: must name the tokenizer that {plan.key} was encoded with")
     sample = (text for plan in plans for text in _sample(plan, share))
     key = digest([[plan.identity for plan in plans], share])
     folder = obtain(config.tokenizer, cache, sample, key)
@@ -271,7 +275,7 @@ def _encode(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Pa
         entries[i].append(entry)
     manifests = []
     for plan, store, manifest, shards in zip(plans, stores, ready, entries, strict=True):
-        manifests.append(manifest or _write_manifest(plan, store, shards, config.data.max_bad_rows, tokenizer))
+        manifests.append(manifest or _write_manifest(plan, store, shards, config.data.max_bad_rows))
     return manifests
 
 
@@ -281,9 +285,7 @@ def _read_manifest(store: Path) -> dict[str, Any] | None:
     return json.loads(path.read_bytes()) if path.exists() else None
 
 
-def _write_manifest(
-    plan: Plan, store: Path, shards: list[dict[str, Any]], max_bad_rows: float, tokenizer: Path
-) -> dict[str, Any]:
+def _write_manifest(plan: Plan, store: Path, shards: list[dict[str, Any]], max_bad_rows: float) -> dict[str, Any]:
     """Sum up the shards, check the whole, and commit the store."""
     sums = {split: Counter[str]() for split in SPLITS}
     dropped, bad, examples, rows = Counter[str](), Counter[str](), {}, 0
@@ -299,9 +301,11 @@ def _write_manifest(
         kept = f"; all {sums['valid']['documents']} documents are held out" if sums["valid"] else ""
         why = "".join(f", {count} {reason}" for reason, count in dropped.items())
         raise UserError(f"{plan.key}.path: {plan.source.path}: no documents to train on in {rows} rows{why}{kept}")
+    if len({shard["dtype"] for shard in shards}) > 1:
+        raise UserError(f"{plan.key}.path: {plan.source.path}: token files of different widths; make them two sources")
     manifest = {
         "key": store.name,
-        "dtype": "<u2" if _meta(tokenizer)["vocab_size"] <= 2**16 else "<u4",
+        "dtype": shards[0]["dtype"],
         **{split: {name: sums[split][name] for name in ("documents", "tokens", "bytes")} for split in SPLITS},
         "rows": rows,
         "dropped": dict(dropped + bad),
@@ -388,9 +392,14 @@ def _encoder(tokenizer: Path) -> Encoder:
 
 def prepare_shard(job: Job) -> dict[str, Any]:
     """Read, encode and commit one shard, unless it is there; its manifest entry."""
-    entry = committed_shard(job.store, job.name, job.dtype)
+    entry = committed_shard(job.store, job.name)
     if entry is not None and entry["max_tokens"] == job.max_tokens:
         return entry
+    return _index_shard(job) if job.pieces[0].format == "tokens" else _encode_shard(job)
+
+
+def _encode_shard(job: Job) -> dict[str, Any]:
+    """Read documents, encode and commit them."""
     template = parse_template(job.source.template, job.plan_key)
     encoder = _encoder(job.tokenizer)
     begin = [np.array([job.bos_id], np.uint32)] if job.bos_id >= 0 else []
@@ -414,11 +423,42 @@ def prepare_shard(job: Job) -> dict[str, Any]:
                     exactly = exactly or not encoder.agrees(text[:COMPARED_CHARS])
                 parts = [part.astype(job.dtype) for part in encoder.encode(text, exactly)]
                 data = text.encode("utf-8", "replace")
-                writer.add(_split(data, job.fraction), begin + parts + end, len(data))
+                writer.add(_split(_content_hash(data), job.fraction), begin + parts + end, len(data))
                 if job.max_tokens and sum(writer.counts[split]["tokens"] for split in SPLITS) >= job.max_tokens:
                     break
         report = {"rows": rows, "dropped": dropped, "bad": bad, "examples": examples, "max_tokens": job.max_tokens}
         return writer.commit(report)
+
+
+def _index_shard(job: Job) -> dict[str, Any]:
+    """Find the documents of a token file that stays where it is, and commit their places."""
+    [piece] = job.pieces
+    table = np.load(job.tokenizer / "bytes_per_token.npy")
+    try:
+        layout = read_layout(Path(piece.path), len(table))
+        with ShardWriter(job.store, job.name, layout.dtype, in_place=True) as writer:
+            at = start = size = 0  # where the chunk and the document begin, and the bytes of the document so far
+            content = _content_hash()
+            for tokens, ends in read_chunks(layout, job.eos_id):
+                if tokens.max() >= len(table):
+                    raise UserError(f"path: {piece.path}: token {tokens.max()} is not in the tokenizer of {len(table)}")
+                stops = [(end, True) for end in ends.tolist()]
+                stops.append((len(tokens), at + len(tokens) == layout.tokens))  # the last document may lack its end
+                begin = 0
+                for end, ended in stops:
+                    content.update(tokens[begin:end].tobytes())
+                    size += int(table[tokens[begin:end]].sum())
+                    begin, length = end, at + end - start
+                    if length and ended and not 0 < job.max_tokens <= start:
+                        writer.note(_split(content, job.fraction), start, length, size)
+                        start, size, content = at + end, 0, _content_hash()
+                at += len(tokens)
+            file = {"path": os.path.abspath(piece.path), "start": layout.start, "tokens": layout.tokens}
+            documents = sum(writer.counts[split]["documents"] for split in SPLITS)
+            report = {"rows": documents, "dropped": {}, "bad": {}, "examples": {}, "max_tokens": job.max_tokens}
+            return writer.commit({**report, "file": file})
+    except UserError as error:
+        raise UserError(f"{job.plan_key}.{error}") from error
 
 
 def _all_rows(job: Job, columns: list[str]) -> Iterator[Row]:
@@ -426,10 +466,14 @@ def _all_rows(job: Job, columns: list[str]) -> Iterator[Row]:
         yield from _rows(job.plan_key, piece, columns, job.source)
 
 
-def _split(data: bytes, fraction: float) -> Split:
+def _content_hash(data: bytes = b"") -> "hashlib.blake2b":
+    """What decides the split of a document."""
+    return hashlib.blake2b(data, digest_size=8, key=b"torchxihe validation")
+
+
+def _split(content: "hashlib.blake2b", fraction: float) -> Split:
     """Which split a document belongs to, by its content alone: equal documents never lie on both sides."""
-    hash = hashlib.blake2b(data, digest_size=8, key=b"torchxihe validation").digest()
-    return "valid" if int.from_bytes(hash, "little") < fraction * 2**64 else "train"
+    return "valid" if int.from_bytes(content.digest(), "little") < fraction * 2**64 else "train"
 
 
 def _index(store: Path, manifest: dict[str, Any], config: Config) -> None:

@@ -142,6 +142,8 @@ def find_pieces(source: Source, key: str) -> list[Piece]:
             return [Piece(str(path), "arrow", size=path.stat().st_size) for path in _saved_dataset(root, source, key)]
         files = [path for path in root.glob(source.glob or "**/*") if path.is_file()]
         skip = NOT_INSTALLED if source.path in INSTALLED else {"__pycache__", ".git"}
+        if source.format == "tokens":
+            files = [path for path in files if path.suffix != ".idx"]  # Megatron's, beside its .bin
         files = [path for path in files if not skip.intersection(path.relative_to(root).parts)]
         files.sort(key=lambda path: path.relative_to(root).parts)
     elif root.is_file():
@@ -173,7 +175,7 @@ def cut_shards(pieces: list[Piece]) -> list[list[Piece]]:
     room = 0
     for whole in pieces:
         for piece in _cut(whole, target):
-            if not shards or room < piece.size or piece.format == "stream":
+            if not shards or room < piece.size or piece.format in ("stream", "tokens"):
                 shards.append([])
                 room = target
             shards[-1].append(piece)

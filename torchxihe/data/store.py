@@ -99,8 +99,8 @@ class Rows:
 
     def _raise_short(self, i: int) -> NoReturn:
         raise OSError(
-            f"{self._paths[i]}: ends at byte {os.fstat(self._file(i)).st_size}, so it is not the file that was prepared; delete its folder and run "
-            "`torchxihe prepare` again"
+            f"{self._paths[i]}: ends at byte {os.fstat(self._file(i)).st_size}, so it is not the file that was "
+            "prepared; delete its folder and run `torchxihe prepare` again"
         )
 
     def close(self) -> None:
@@ -292,14 +292,16 @@ def sync_folder(path: Path) -> None:
 class ShardWriter:
     """Writes one shard: `<split>-<name>.bin` and `.idx` for both splits, then `<name>.json`, which commits it.
 
-    Leaving the `with` block by an error leaves nothing behind that would be taken for a shard.
+    `in_place`: only the `.idx`; the tokens stay in a file of somebody else. Leaving the `with` block by an error leaves
+    nothing behind that would be taken for a shard.
     """
 
-    def __init__(self, store: Path, name: str, dtype: str) -> None:
+    def __init__(self, store: Path, name: str, dtype: str, in_place: bool = False) -> None:
         self._store, self._name = store, name
         self._dtype = np.dtype(dtype)
         self._files: dict[str, BinaryIO] = {}
-        self._hashes = {f"{split}-{name}.{kind}": xxhash.xxh3_128() for split in SPLITS for kind in ("bin", "idx")}
+        kinds = ("idx",) if in_place else ("bin", "idx")
+        self._hashes = {f"{split}-{name}.{kind}": xxhash.xxh3_128() for split in SPLITS for kind in kinds}
         self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
 
     def __enter__(self) -> "ShardWriter":
@@ -318,11 +320,15 @@ class ShardWriter:
 
     def add(self, split: Split, parts: Sequence[np.ndarray], size: int) -> None:
         """Append a document: its tokens in `parts`, laid end to end, and how many bytes of text they stand for."""
-        counts = self.counts[split]
-        length = sum(len(part) for part in parts)
-        self._write(f"{split}-{self._name}.idx", np.array([counts["tokens"], length], "<i8"))
+        start = self.counts[split]["tokens"]
         for part in parts:
             self._write(f"{split}-{self._name}.bin", part.astype(self._dtype))
+        self.note(split, start, sum(len(part) for part in parts), size)
+
+    def note(self, split: Split, start: int, length: int, size: int) -> None:
+        """Enter a document whose tokens stand somewhere: `length` tokens from `start` on, for `size` bytes of text."""
+        self._write(f"{split}-{self._name}.idx", np.array([start, length], "<i8"))
+        counts = self.counts[split]
         counts["documents"] += 1
         counts["tokens"] += length
         counts["bytes"] += size
@@ -339,20 +345,21 @@ class ShardWriter:
             os.fsync(file.fileno())
             (self._store / f"{name}.tmp").rename(self._store / name)
         hashes = {name: hash.hexdigest() for name, hash in self._hashes.items()}
-        entry = {"name": self._name, **self.counts, "xxh3_128": hashes, **report}
+        entry = {"name": self._name, "dtype": self._dtype.str, **self.counts, "xxh3_128": hashes, **report}
         write_json(self._store / f"{self._name}.json", entry)
         return entry
 
 
-def committed_shard(store: Path, name: str, dtype: str) -> dict[str, Any] | None:
+def committed_shard(store: Path, name: str) -> dict[str, Any] | None:
     """The manifest entry of a shard that is there already and has the right sizes."""
     try:
         entry = json.loads((store / f"{name}.json").read_bytes())
-        for split in SPLITS:
-            sizes = {"bin": entry[split]["tokens"] * np.dtype(dtype).itemsize, "idx": entry[split]["documents"] * 16}
-            for kind, size in sizes.items():
-                if (store / f"{split}-{name}.{kind}").stat().st_size != size:
-                    return None
+        for file in entry["xxh3_128"]:
+            counts = entry[file.split("-")[0]]
+            index = file.endswith(".idx")
+            size = 16 * counts["documents"] if index else np.dtype(entry["dtype"]).itemsize * counts["tokens"]
+            if (store / file).stat().st_size != size:
+                return None
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return entry
