@@ -144,14 +144,16 @@ def fake(tmp_path: Path) -> Path:
             (package / path.name).symlink_to(path)
     for name in ("__init__.py", "launch.py"):
         (package / "commands" / name).symlink_to(ROOT / "torchxihe" / "commands" / name)
-    command(tmp_path, "prepare", "print('prepared', *args)")
+    command(tmp_path, "prepare", "say('prepared', *args)")
     return tmp_path
 
 
 def command(fake: Path, name: str, body: str) -> None:
     lines = "\n    ".join(body.splitlines())
-    imports = "import os, signal, sys, time\nfrom torchxihe.config import UserError\n"
-    (fake / "torchxihe" / "commands" / f"{name}.py").write_text(f"{imports}\ndef main(args):\n    {lines}\n")
+    # Whole lines, because two processes may print at once.
+    say = "def say(*words):\n    os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
+    head = f"import os, signal, sys, time\nfrom torchxihe.config import UserError\n{say}"
+    (fake / "torchxihe" / "commands" / f"{name}.py").write_text(f"{head}\ndef main(args):\n    {lines}\n")
 
 
 def launched(fake: Path, *args: str, **env: str) -> "subprocess.Popen[str]":
@@ -160,11 +162,11 @@ def launched(fake: Path, *args: str, **env: str) -> "subprocess.Popen[str]":
 
 WAITS = """
 def stop(number, frame):
-    print(f"got {signal.Signals(number).name} on {os.environ.get('RANK')}", flush=True)
+    say('got', signal.Signals(number).name, 'on', os.environ.get('RANK'))
     sys.exit(CODE)
 for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
     signal.signal(getattr(signal, name), stop)
-print("ready", flush=True)
+say("ready")
 time.sleep(60)
 """
 
@@ -174,12 +176,12 @@ def send_when_ready(process: "subprocess.Popen[str]", number: int, ready: int = 
     while ready:
         line = process.stdout.readline()
         assert line, "ended before it was ready"
-        ready -= line.count("ready")  # two processes may share a line
+        ready -= line == "ready\n"
     process.send_signal(number)
 
 
 def test_one_process_runs_without_torchrun(fake: Path) -> None:
-    command(fake, "train", "print('train', *args, 'RANK' in os.environ, os.environ['PYTORCH_ALLOC_CONF'])")
+    command(fake, "train", "say('train', *args, 'RANK' in os.environ, os.environ['PYTORCH_ALLOC_CONF'])")
     code, out, err = finish(launched(fake, "--training.steps=3"))
     assert (code, err) == (0, "")
     assert out.splitlines() == [
@@ -198,7 +200,7 @@ def test_one_process_gives_its_exit_code_and_gets_the_signals(fake: Path, code: 
 
 def test_a_mistake_in_prepare_is_its_line_and_no_training(fake: Path) -> None:
     command(fake, "prepare", "raise UserError('data.sources.0.path: no such file')")
-    command(fake, "train", "print('train')")
+    command(fake, "train", "say('train')")
     assert finish(launched(fake, NGPU="2")) == (1, "", "data.sources.0.path: no such file\n")
 
 
@@ -224,8 +226,8 @@ def test_mistakes_are_one_line_within_ten_seconds(fake: Path, args: list[str], e
 
 
 def test_a_signal_while_preparing_ends_it(fake: Path) -> None:
-    command(fake, "prepare", "print('ready', flush=True)\ntime.sleep(60)")
-    command(fake, "train", "print('train')")
+    command(fake, "prepare", "say('ready')\ntime.sleep(60)")
+    command(fake, "train", "say('train')")
     process = launched(fake)
     send_when_ready(process, signal.SIGTERM)
     code, out, err = finish(process)
@@ -234,7 +236,7 @@ def test_a_signal_while_preparing_ends_it(fake: Path) -> None:
 
 def test_several_processes_have_torchruns_environment(fake: Path) -> None:
     names = "'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'OMP_NUM_THREADS'"
-    command(fake, "train", f"print(*(os.environ[n] for n in ({names})), *args, flush=True)")
+    command(fake, "train", f"say(*(os.environ[n] for n in ({names})), *args)")
     code, out, err = finish(launched(fake, "--training.steps=3", NGPU="2"))
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert (code, err) == (0, "")
@@ -285,7 +287,7 @@ def test_a_death_without_words_is_reported(fake: Path) -> None:
 
 @pytest.mark.parametrize("with_rank", [True, False])
 def test_two_machines(fake: Path, with_rank: bool) -> None:
-    command(fake, "train", "print(os.environ['RANK'], os.environ['WORLD_SIZE'], flush=True)")
+    command(fake, "train", "say(os.environ['RANK'], os.environ['WORLD_SIZE'])")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
