@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from torchxihe.data.store import (
     write_json,
 )
 from torchxihe.data.token_files import read_chunks, read_layout
-from torchxihe.data.tokenizer import Encoder, obtain
+from torchxihe.data.tokenizer import Encoder, obtain, windows
 
 COMPARED = 16
 """Documents of every shard, of at most `COMPARED_CHARS` each, on which the fast encoder is compared with the slow."""
@@ -421,9 +422,13 @@ def _encode_shard(job: Job) -> dict[str, Any]:
             else:
                 if rows <= COMPARED:
                     exactly = exactly or not encoder.agrees(text[:COMPARED_CHARS])
-                parts = [part.astype(job.dtype) for part in encoder.encode(text, exactly)]
-                data = text.encode("utf-8", "replace")
-                writer.add(_split(_content_hash(data), job.fraction), begin + parts + end, len(data))
+                content, size = _content_hash(), 0
+                for part in windows(text):
+                    data = part.encode("utf-8", "replace")
+                    content.update(data)
+                    size += len(data)
+                tokens = (encoder.encode(part, exactly) for part in windows(text))
+                writer.add(_split(content, job.fraction), chain(begin, tokens, end), size)
                 if job.max_tokens and sum(writer.counts[split]["tokens"] for split in SPLITS) >= job.max_tokens:
                     break
         report = {"rows": rows, "dropped": dropped, "bad": bad, "examples": examples, "max_tokens": job.max_tokens}
@@ -466,9 +471,9 @@ def _all_rows(job: Job, columns: list[str]) -> Iterator[Row]:
         yield from _rows(job.plan_key, piece, columns, job.source)
 
 
-def _content_hash(data: bytes = b"") -> "hashlib.blake2b":
+def _content_hash() -> "hashlib.blake2b":
     """What decides the split of a document."""
-    return hashlib.blake2b(data, digest_size=8, key=b"torchxihe validation")
+    return hashlib.blake2b(digest_size=8, key=b"torchxihe validation")
 
 
 def _split(content: "hashlib.blake2b", fraction: float) -> Split:

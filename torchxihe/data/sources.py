@@ -100,13 +100,14 @@ class Template:
             return "", row.bad
         out = []
         for literal, name in self.parts:
-            out.append(literal)
+            if literal:
+                out.append(literal)
             if name:
                 value = row.columns.get(name)
                 if not isinstance(value, str):
                     return "", f"column {name!r} is {'missing' if value is None else 'not a string'}"
                 out.append(value)
-        return "".join(out), ""
+        return "".join(out), ""  # of a single string, that is the string itself: no copy of a long document
 
 
 def parse_template(text: str, key: str) -> Template:

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -318,12 +318,14 @@ class ShardWriter:
             for name in self._hashes:
                 (self._store / f"{name}.tmp").unlink(missing_ok=True)
 
-    def add(self, split: Split, parts: Sequence[np.ndarray], size: int) -> None:
+    def add(self, split: Split, parts: Iterable[np.ndarray], size: int) -> None:
         """Append a document: its tokens in `parts`, laid end to end, and how many bytes of text they stand for."""
         start = self.counts[split]["tokens"]
+        length = 0
         for part in parts:
             self._write(f"{split}-{self._name}.bin", part.astype(self._dtype))
-        self.note(split, start, sum(len(part) for part in parts), size)
+            length += len(part)
+        self.note(split, start, length, size)
 
     def note(self, split: Split, start: int, length: int, size: int) -> None:
         """Enter a document whose tokens stand somewhere: `length` tokens from `start` on, for `size` bytes of text."""

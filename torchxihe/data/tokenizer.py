@@ -66,13 +66,13 @@ class Encoder:
         self._exact.encode_special_tokens = True
         self._fast = fast_encoding(json.loads((folder / "tokenizer.json").read_bytes()))
 
-    def encode(self, text: str, exactly: bool = False) -> list[np.ndarray]:
-        """Token ids of `text`, uint32, in parts to be laid end to end. `exactly`: by `tokenizers` in any case."""
+    def encode(self, text: str, exactly: bool = False) -> np.ndarray:
+        """Token ids of `text`, uint32. Long text must come in `windows`. `exactly`: by `tokenizers` in any case."""
         if not text.isascii():  # JSON can spell lone surrogates, which neither library takes: they become "?"
             text = text.encode("utf-8", "replace").decode()
         if exactly or self._fast is None:
-            return [self._encode_exactly(part) for part in windows(text)]
-        return [self._fast.encode_to_numpy(part, disallowed_special=()) for part in windows(text)]
+            return self._encode_exactly(text)
+        return self._fast.encode_to_numpy(text, disallowed_special=())
 
     def agrees(self, text: str) -> bool:
         """Whether the fast way gives the same ids for `text`."""
@@ -98,7 +98,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as the beginning of a document: after the BOS token, if documents have one."""
-        ids = [int(token) for part in self._encoder.encode(text) for token in part]
+        ids = [token for part in windows(text) for token in self._encoder.encode(part).tolist()]
         return [self.bos_id, *ids] if self.bos_id >= 0 else ids
 
     def decode(self, ids: list[int]) -> str:
