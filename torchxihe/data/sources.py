@@ -6,7 +6,6 @@ has downloaded is read as the Arrow files that it leaves, and what it streams as
 """
 
 import csv
-import gzip
 import io
 import itertools
 import json
@@ -15,7 +14,6 @@ import re
 import string
 import sys
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ SUFFIXES = {
     ".arrow": "arrow",
     ".csv": "csv",
 }
-COMPRESSED = {".gz", ".zst"}
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
 TEMPLATES = {
     "c4": "{text}",
@@ -126,8 +124,9 @@ def parse_template(text: str, key: str) -> Template:
 
 def source_name(source: Source) -> str:
     """Name in logs and metrics."""
-    stem = source.path.strip("{}").rstrip("/*").split("/")[-1].split(".")[0].strip("*")
-    return source.name or "-".join(part for part in (stem or "data", source.subset) if part)
+    parts = [part for part in source.path.strip("{}").split("/") if part and not set("*?[.") & set(part[:1])]
+    stem = parts[-1].split(".")[0] if parts else "data"
+    return source.name or "-".join(part for part in (stem, source.subset) if part)
 
 
 def find_pieces(source: Source, key: str) -> list[Piece]:
@@ -202,7 +201,7 @@ def read_rows(piece: Piece, columns: list[str], source: Source) -> Iterator[Row]
         return
     try:
         yield from readers[piece.format](piece, columns)
-    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
+    except (OSError, EOFError, ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
         if isinstance(error, UserError):
             raise
         raise UserError(f"path: {piece.path}: cannot be read as {piece.format}: {error}") from error
@@ -292,20 +291,13 @@ def _cut(piece: Piece, target: int) -> Iterator[Piece]:
 
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed."""
-    if path.endswith(".gz"):
-        with gzip.open(path) as file:
-            yield file  # type: ignore[misc]
-    elif path.endswith(".zst"):
-        try:
-            import zstandard  # optional: only for .zst files
-        except ImportError:
-            raise UserError(f"path: {path}: reading it needs `pip install zstandard`") from None
-        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as file:
-            try:
-                yield io.BufferedReader(file, 2**20)  # type: ignore[arg-type]
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
+    """The file's bytes, decompressed. A compressed file that ends too early is an OSError."""
+    compression = COMPRESSED.get(Path(path).suffix)
+    if compression:
+        import pyarrow as pa  # slow, and only for compressed files
+
+        with pa.input_stream(path, compression=compression, buffer_size=2**20) as file:
+            yield io.BufferedReader(file, 2**20)
     else:
         with open(path, "rb", buffering=2**20) as file:
             yield file

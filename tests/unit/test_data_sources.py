@@ -1,0 +1,260 @@
+"""Every format is read whole, cut or not; what cannot be read says so."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchxihe.config import Source, UserError
+from torchxihe.data import sources
+from torchxihe.data.sources import cut_shards, find_pieces, parse_template, read_rows, source_name
+
+TEXTS = [f"Text {i}: café 中文 😀, " + "word " * (i % 9) for i in range(300)]
+
+
+def rows_of(source: Source) -> list[list[tuple[str, str]]]:
+    """(text, what is wrong) of every row, by shard."""
+    template = parse_template(source.template, "template")
+    shards = cut_shards(find_pieces(source, "data.sources.0"))
+    return [
+        [template.text(row) for piece in pieces for row in read_rows(piece, template.columns, source)]
+        for pieces in shards
+    ]
+
+
+def write_jsonl(folder: Path) -> str:
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": t, "n": 1}, ensure_ascii=False) for t in TEXTS))
+    return "a.jsonl"
+
+
+def write_json_array(folder: Path) -> str:
+    (folder / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    return "a.json"
+
+
+def write_gzip(folder: Path) -> str:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress((folder / write_jsonl(folder)).read_bytes()))
+    return "a.jsonl.gz"
+
+
+def write_zstd(folder: Path) -> str:
+    zstandard = pytest.importorskip("zstandard")
+    lines = (folder / write_jsonl(folder)).read_bytes().splitlines(keepends=True)
+    frames = [zstandard.compress(b"".join(half)) for half in (lines[:100], lines[100:])]  # as `zstd` of two files
+    (folder / "a.jsonl.zst").write_bytes(b"".join(frames))
+    return "a.jsonl.zst"
+
+
+def write_csv(folder: Path) -> str:
+    with (folder / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([["n", "text"], *([i, text] for i, text in enumerate(TEXTS))])
+    return "a.csv"
+
+
+def write_parquet(folder: Path) -> str:
+    import datasets
+    import pyarrow.parquet as pq
+
+    pq.write_table(datasets.Dataset.from_dict({"text": TEXTS}).data.table, folder / "a.parquet", row_group_size=23)
+    return "a.parquet"
+
+
+def write_arrow_file(folder: Path) -> str:
+    import pyarrow as pa
+
+    table = pa.table({"text": TEXTS})
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=31)
+    return "a.arrow"
+
+
+def write_saved_dataset(folder: Path) -> str:
+    import datasets
+
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": dataset, "other": dataset.select(range(3))}).save_to_disk(
+        folder / "saved", num_shards={"train": 3, "other": 1}
+    )
+    return "saved"
+
+
+WRITERS = [write_jsonl, write_json_array, write_gzip, write_zstd, write_csv, write_parquet, write_arrow_file,
+           write_saved_dataset]  # fmt: skip
+CUT = {write_jsonl, write_parquet, write_arrow_file}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_format_gives_every_text_once(
+    tmp_path: Path, write: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source(path=str(tmp_path / write(tmp_path)))
+    assert [row for shard in rows_of(source) for row in shard] == [(text, "") for text in TEXTS]
+    for size in (100, 1000):
+        monkeypatch.setattr(sources, "SMALLEST_SHARD", size)
+        shards = rows_of(source)
+        assert [row for shard in shards for row in shard] == [(text, "") for text in TEXTS]
+        assert len(shards) > 2 or write not in CUT
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_document_a_line(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(end.join(TEXTS).encode())
+    for size in (50, 333, 10**6):
+        monkeypatch.setattr(sources, "SMALLEST_SHARD", size)
+        shards = rows_of(Source(path=str(tmp_path / "a.txt"), format="lines"))
+        assert [text for shard in shards for text, _ in shard] == TEXTS
+
+
+def test_files_of_a_folder_in_a_fixed_order_and_small_ones_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b/2.txt", "a.txt", "b/1.txt", "skip.md", "__pycache__/x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"in {name}")
+    (tmp_path / "again.txt").symlink_to(tmp_path / "a.txt")  # the same file twice is one document
+    folder = Source(path=str(tmp_path), glob="**/*.txt")
+    expected = [("in a.txt", ""), ("in b/1.txt", ""), ("in b/2.txt", "")]
+    assert rows_of(folder) == [expected]
+    assert rows_of(Source(path=f"{tmp_path}/**/[12].txt")) == [expected[1:]]
+    monkeypatch.setattr(sources, "SMALLEST_SHARD", 17)
+    assert rows_of(folder) == [expected[:1], expected[1:2], expected[2:]]
+
+
+def test_the_standard_library_is_a_source() -> None:
+    pieces = find_pieces(Source(path="{stdlib}", glob="**/*.py"), "data.sources.0")
+    assert 400 < len(pieces) < 3000 and sum(piece.size for piece in pieces) > 5_000_000
+    assert not any({"test", "idlelib", "site-packages"} & set(Path(piece.path).parts) for piece in pieces)
+
+
+def test_shards_depend_on_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [5, 5, 5, 30, 1, 1]
+    pieces = [sources.Piece(f"f{i}", "text", size=size) for i, size in enumerate(sizes)]
+    monkeypatch.setattr(sources, "SMALLEST_SHARD", 12)
+    assert [[piece.size for piece in shard] for shard in cut_shards(pieces)] == [[5, 5], [5], [30], [1, 1]]
+
+
+def test_templates() -> None:
+    row = sources.Row("here", {"q": "Why?", "a": "So.", "n": 3})
+    assert parse_template("{q}\n{{{a}}}", "key").text(row) == ("Why?\n{So.}", "")
+    assert parse_template("{q}{n}", "key").text(row) == ("", "column 'n' is not a string")
+    assert parse_template("{q}{x}", "key").text(row) == ("", "column 'x' is missing")
+    assert parse_template("tiny-codes", "key").columns == ["prompt", "response"]
+    for text, why in {
+        "plain": "names no column",
+        "{}": "only column names may stand in braces",
+        "{a!r}": "only column names may stand in braces",
+        "{a:>5}": "only column names may stand in braces",
+        "{a": "is no template: expected '}' before end of string",
+    }.items():
+        with pytest.raises(UserError) as error:
+            parse_template(text, "data.sources.3.template")
+        assert str(error.value).startswith("data.sources.3.template: ") and why in str(error.value)
+
+
+def test_names() -> None:
+    names = {
+        "{stdlib}": "stdlib",
+        "data/books/*.jsonl.gz": "books",
+        "data/c4.jsonl": "c4",
+        "HuggingFaceFW/fineweb-edu": "fineweb-edu",
+        "/data/wiki/": "wiki",
+    }
+    assert {path: source_name(Source(path=path)) for path in names} == names
+    assert source_name(Source(path="allenai/c4", subset="en")) == "c4-en"
+    assert source_name(Source(path="allenai/c4", name="web")) == "web"
+
+
+@pytest.mark.parametrize("write", [write_csv, write_parquet, write_arrow_file])
+def test_a_missing_column_names_the_file_and_what_there_is(tmp_path: Path, write: Callable[[Path], str]) -> None:
+    file = tmp_path / write(tmp_path)
+    with pytest.raises(UserError) as error:
+        rows_of(Source(path=str(file), template="{title}"))
+    have = "n, text" if write is write_csv else "text"
+    assert str(error.value) == f"template: {file}: there is no column 'title'; there are {have}"
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize("write", [write_gzip, write_zstd, write_parquet, write_json_array])
+def test_a_truncated_file_is_named(tmp_path: Path, write: Callable[[Path], str]) -> None:
+    file = tmp_path / write(tmp_path)
+    truncate(file)
+    with pytest.raises(UserError, match=rf"path: {file}: cannot be read as "):
+        rows_of(Source(path=str(file)))
+
+
+def test_garbage_in_a_gzip_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / write_gzip(tmp_path)
+    data = bytearray(file.read_bytes())
+    data[200:260] = bytes(60)
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=rf"path: {file}: cannot be read as json"):
+        rows_of(Source(path=str(file)))
+
+
+def test_a_saved_dataset_without_the_split(tmp_path: Path) -> None:
+    folder = tmp_path / write_saved_dataset(tmp_path)
+    assert [len(shard) for shard in rows_of(Source(path=str(folder), split="other"))] == [3]
+    with pytest.raises(UserError, match=r"data.sources.0.split: .*saved has no split 'test'; it has train, other"):
+        rows_of(Source(path=str(folder), split="test"))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset repository as it lies on the hub: two subsets, Parquet in several files, a README that names them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("hub") / "owner_corpus"
+    for subset in ("en", "de"):
+        (folder / subset).mkdir(parents=True)
+        for i in range(3):
+            texts = [f"{subset} {text}" for text in TEXTS[100 * i : 100 * i + 100]]
+            pq.write_table(pa.table({"body": texts}), folder / subset / f"train-0000{i}-of-00003.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files: en/*.parquet\n"
+        "- config_name: de\n  data_files: de/*.parquet\n---\n# A corpus\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hub_dataset(repository: Path, stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    source = Source(path=str(repository), subset="de", template="{body}", stream=stream, max_tokens=10**6)
+    shards = rows_of(source)
+    assert [row for shard in shards for row in shard] == [(f"de {text}", "") for text in TEXTS]
+    assert len(shards) == (3 if stream else 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"subset": "fr"}, "BuilderConfig 'fr' not found"), ({"subset": "de", "split": "test"}, "Unknown split")],
+)
+def test_a_hub_dataset_that_cannot_be_had(repository: Path, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError) as error:
+        rows_of(Source(path=str(repository), template="{body}", **changes))
+    message = str(error.value)
+    assert message.startswith("data.sources.0.path: ") and why in message and "\n" not in message
+
+
+def test_a_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as error:
+        rows_of(Source(path="nobody/nothing-of-this-name"))
+    message = str(error.value)
+    assert message.startswith(
+        "data.sources.0.path: nobody/nothing-of-this-name: not a file here, and `datasets` cannot"
+    )
+    assert "\n" not in message
