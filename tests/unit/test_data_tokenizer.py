@@ -1,0 +1,234 @@
+"""The fast encoder against the slow one, long text in windows against text in one, tokenizers found and trained."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from torchxihe.config import Tokenizer, UserError
+from torchxihe.data import tokenizer as module
+from torchxihe.data.tokenizer import END_OF_TEXT, PATTERNS, Encoder, byte_alphabet, load_tokenizer, obtain, windows
+
+FILES = sorted(Path(module.__file__).parents[1].rglob("*.py"))
+TEXTS = [path.read_text() for path in FILES]
+ODD = ["", " ", "\n\n\n", "a\0b", "naïve café 中文字 😀😀", "x" * 3000, "  \t\n  x\r\n\r\ny", "<|endoftext|> <s> </s>",
+       "don't DON'T 12345 1,234.5", "\u3000wide\u00a0space", "e\u0301", "\ufeffbom", "_a_ __b__\n\n  c"]  # fmt: skip
+
+
+def train(pattern: str, **model: Any) -> tokenizers.Tokenizer:
+    """A byte-level BPE with this split pattern."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(**model))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return tokenizer
+
+
+def prepared(folder: Path, tokenizer: tokenizers.Tokenizer, **settings: Any) -> Path:
+    """The folder that `obtain` makes of a tokenizer."""
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return obtain(Tokenizer(path=str(folder)), folder / "cache", [], "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that was trained here."""
+    return obtain(Tokenizer(vocab_size=1500), tmp_path_factory.mktemp("cache"), TEXTS, "texts")
+
+
+@pytest.fixture(scope="module", params=sorted(PATTERNS))
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """An encoder of each known split pattern."""
+    encoder = Encoder(prepared(tmp_path_factory.mktemp("known") / "tokenizer", train(request.param)))
+    assert encoder._fast is not None
+    return encoder
+
+
+def exactly(encoder: Encoder, text: str) -> list[int]:
+    return encoder.encode(text, exactly=True).tolist()
+
+
+def test_the_fast_encoder_equals_the_slow_one(encoder: Encoder) -> None:
+    for text in TEXTS + ODD:
+        assert encoder.encode(text).tolist() == exactly(encoder, text)
+        assert encoder.agrees(text)
+
+
+CHARACTERS = "aZ1 \n\r\t.,'_<|>é中😀\u3000\u00a0\u0301s"
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(CHARACTERS, max_size=80), window=st.integers(1, 20))
+def test_windows_encode_to_what_the_whole_does(encoder: Encoder, text: str, window: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WINDOW", window)
+        parts = list(windows(text))
+    assert "".join(parts) == text
+    forced = any(len(part) == 4 * window for part in parts)  # no place to cut was found
+    assert forced or [token for part in parts for token in exactly(encoder, part)] == exactly(encoder, text)
+
+
+def test_windows_are_bounded_even_where_there_is_no_place_to_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WINDOW", 100)
+    assert [len(part) for part in windows("x" * 1000)] == [400, 400, 200]
+    assert [len(part) for part in windows("word " * 100)] == [104, 100, 100, 100, 96]
+
+
+def test_special_tokens_in_text_are_text(encoder: Encoder) -> None:
+    for exact in (False, True):
+        ids = encoder.encode(f"a{END_OF_TEXT}b", exactly=exact)
+        assert len(ids) > 5 and 0 not in ids
+
+
+def test_a_lone_surrogate_is_text(encoder: Encoder) -> None:
+    assert encoder.encode("a\ud800b").tolist() == encoder.encode("a?b").tolist()
+
+
+def slow_ones() -> Iterator[tuple[str, tokenizers.Tokenizer]]:
+    """Tokenizers that only `tokenizers` itself does right."""
+    normal = train(module.GPT2)
+    normal.normalizer = normalizers.NFC()  # type: ignore[assignment]
+    yield "a normaliser", normal
+    added = train(module.GPT2)
+    added.add_tokens(["import torch"])
+    yield "an added token that is not special", added
+    yield "an unknown split pattern", train(r"\p{L}+|[^\p{L}]+")
+    prefix = train(module.GPT2)
+    prefix.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # type: ignore[assignment]
+    yield "a prefix space", prefix
+    yield "dropout", train(module.GPT2, dropout=0.1)
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, END_OF_TEXT: 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    yield "no BPE", words
+
+
+@pytest.mark.parametrize(("why", "tokenizer"), list(slow_ones()))
+def test_other_tokenizers_are_left_to_their_library(tmp_path: Path, why: str, tokenizer: tokenizers.Tokenizer) -> None:
+    encoder = Encoder(prepared(tmp_path / "t", tokenizer, eos_token=END_OF_TEXT))
+    assert encoder._fast is None, why
+    assert encoder.agrees(TEXTS[0]) and encoder.encode("a é").dtype == np.uint32
+
+
+def test_ids_that_do_not_follow_the_merges_are_left_to_their_library(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    assert module.fast_encoding(tokenizer) is not None
+    merges = tokenizer["model"]["merges"]
+    merges[10], merges[400] = merges[400], merges[10]
+    assert module.fast_encoding(tokenizer) is None
+
+
+def test_where_the_encoders_differ_the_slow_one_is_right(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(folder)
+    fast = encoder._fast
+    assert fast is not None and encoder.agrees("some text")
+    monkeypatch.setattr(type(fast), "encode_ordinary", lambda self, text: [1, 2, 3])
+    assert not encoder.agrees("some text")
+
+
+TRAINED = """
+import hashlib, sys
+from pathlib import Path
+from torchxihe.config import Tokenizer
+from torchxihe.data.tokenizer import obtain
+texts = [path.read_text() for path in sorted(Path(sys.argv[1]).rglob("*.py"))]
+folder = obtain(Tokenizer(vocab_size=1500), Path(sys.argv[2]), texts, "texts")
+print(hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest())
+"""
+
+
+def test_training_is_the_same_in_every_process(tmp_path: Path) -> None:
+    root = Path(module.__file__).parents[2]
+    command = [sys.executable, "-c", TRAINED, str(root / "torchxihe/data")]
+    runs = [subprocess.run([*command, str(tmp_path / n)], capture_output=True, text=True, cwd=root) for n in "abc"]
+    assert {run.returncode for run in runs} == {0} and len({run.stdout for run in runs}) == 1
+
+
+def test_what_training_needs_to_know(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size) == (0, -1, 1500)
+    lengths = np.load(folder / "bytes_per_token.npy")
+    assert lengths.dtype == np.int32 and lengths.shape == (1500,) and lengths[0] == 0
+    for text in TEXTS + ODD:
+        assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+        assert tokenizer.decode([*tokenizer.encode(text), 0]) == text
+    settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    assert settings["eos_token"] == END_OF_TEXT
+
+
+def test_transformers_reads_the_folder(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.eos_token_id == 0
+    assert theirs(TEXTS[0])["input_ids"] == load_tokenizer(folder).encode(TEXTS[0])
+
+
+def test_byte_alphabet_is_that_of_the_library() -> None:
+    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert "".join(byte_alphabet()[byte] for byte in "é ".encode()) == "Ã©Ġ"
+
+
+def test_sentencepiece_tokens_have_bytes_too(tmp_path: Path) -> None:
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", "▁", "a", "▁é", "<0x0A>"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    folder = prepared(tmp_path / "t", tokenizer, eos_token={"content": "</s>"}, bos_token="<s>")
+    assert np.load(folder / "bytes_per_token.npy").tolist() == [0, 0, 1, 1, 3, 1]
+    ours = load_tokenizer(folder)
+    assert (ours.eos_id, ours.bos_id) == (1, 0) and ours.encode("a") == [0, 3]
+
+
+def test_a_path_may_be_the_file_or_its_folder(folder: Path, tmp_path: Path) -> None:
+    made = [obtain(Tokenizer(path=str(path)), tmp_path, [], "") for path in (folder, folder / "tokenizer.json", folder)]
+    assert len(set(made)) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"other.json": "{}"}, "there is no tokenizer.json in it"),
+        ({"tokenizer.json": "{}"}, "`tokenizers` cannot load it"),
+        ({"tokenizer.json": None}, "it has no end-of-text token; name one as eos_token"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "tokenizer_config.json is not valid JSON"),
+    ],
+)
+def test_a_folder_without_a_usable_tokenizer(tmp_path: Path, files: dict[str, str | None], why: str) -> None:
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    (tmp_path / "t").mkdir()
+    for name, content in files.items():
+        (tmp_path / "t" / name).write_text(words.to_str() if content is None else content)
+    for _ in range(2):  # the failure leaves nothing behind that would be taken for a tokenizer
+        with pytest.raises(UserError) as error:
+            obtain(Tokenizer(path=str(tmp_path / "t")), tmp_path / "cache", [], "")
+        message = str(error.value)
+        assert message.startswith(f"tokenizer.path: {tmp_path}/t: ") and why in message and "\n" not in message
+
+
+def test_a_hub_tokenizer_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match=r"tokenizer.path: nobody/nothing: not a file or folder here, .* reached"
+    ) as error:
+        obtain(Tokenizer(path="nobody/nothing"), tmp_path, [], "")
+    assert "\n" not in str(error.value)
