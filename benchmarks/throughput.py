@@ -1,0 +1,172 @@
+"""How fast the trainer's own step is: `python benchmarks/throughput.py --config configs/xihe_120m.toml`.
+
+Drives `Trainer.train_step`, on synthetic rows (three documents a row where documents are masked) or, with
+`--data real`, on the prepared store. Under torchrun it measures all of its processes. Overrides are the trainer's
+(`--training.micro_batch_size=32`); without one, a step is the config's global batch, which accumulates like training
+does. Prints a table, then one line of JSON; `--json FILE` appends that line to a file.
+"""
+
+import time
+
+STARTED = time.perf_counter()  # before torch is imported: time to the first step counts that too
+
+import argparse  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import logging  # noqa: E402
+import platform  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from torchxihe.config import Config, UserError, load_config  # noqa: E402
+from torchxihe.data.loader import Batch, Loader  # noqa: E402
+from torchxihe.data.order import Order, plan_stages  # noqa: E402
+from torchxihe.data.store import open_prepared  # noqa: E402
+from torchxihe.model.decoder import flops_per_token, parameter_counts  # noqa: E402
+from torchxihe.trainer import Trainer  # noqa: E402
+from torchxihe.utils.device import device_name, memory_gib, peak_flops  # noqa: E402
+from torchxihe.utils.distributed import all_gather_object, barrier, is_main, process_group, rank, world_size  # noqa: E402
+
+DOCUMENTS_A_ROW = 3
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="CONFIG")
+    parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps (default 20)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default 5)")
+    parser.add_argument("--data", choices=["synthetic", "real"], default="synthetic")
+    parser.add_argument("--json", default="", metavar="FILE", help="append the result to FILE as a line of JSON")
+    options, overrides = parser.parse_known_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stdout)
+    try:
+        config = load_config(options.config, overrides)
+        with process_group() as device:
+            result = measure(config, device, steps=options.steps, warmup=options.warmup, data=options.data)
+    except UserError as error:
+        sys.exit(str(error))
+    if is_main():
+        print_table(result)
+        print(json.dumps(result))
+        if options.json:
+            with Path(options.json).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+def measure(config: Config, device: torch.device, *, steps: int, warmup: int, data: str) -> dict[str, Any]:
+    """Train `warmup + steps` steps of `config` and describe the last `steps`."""
+    if data == "real":
+        prepared = open_prepared(config)
+        trainer = Trainer(config, device, prepared.bytes_per_token)
+        order = Order(plan_stages(config, prepared), {source.key: source.train_rows for source in prepared.sources})
+        loader: Iterator[Batch] = Loader(
+            prepared, order, step=0, accumulation=trainer.accumulation, **trainer.batch_layout
+        )
+    else:
+        trainer = Trainer(config, device, np.full(config.model.vocab_size, 4, np.int32))
+        loader = synthetic(trainer)
+    first_step = step_seconds(trainer, loader, 1)[0]
+    to_first_step = time.perf_counter() - STARTED
+    step_seconds(trainer, loader, max(warmup - 1, 0))
+    barrier()
+    seconds = step_seconds(trainer, loader, steps)
+    loss = trainer.sums.read()["loss"]
+    if isinstance(loader, Loader):
+        loader.close()
+    median = float(np.median(seconds))
+    per_gpu = config.tokens_per_step / median / world_size()
+    peak = peak_flops(device)
+    memory = [max(values) for values in zip(*all_gather_object(memory_gib(device)), strict=True)]
+    return {
+        "config": config.run.name,
+        "device": f"{world_size()} × {device_name(device)}",
+        "layout": trainer.layout,
+        "parameters": parameter_counts(config.model)[0],
+        "seq_len": config.data.seq_len,
+        "micro_batch_size": trainer.micro_batch_size,
+        "accumulation": trainer.accumulation,
+        "documents": config.data.document_mask,
+        "data": data,
+        "dtype": config.training.dtype,
+        "tokens_per_second_per_gpu": round(per_gpu),
+        "mfu": round(per_gpu * flops_per_token(config.model, config.data.seq_len) / peak, 4) if peak else None,
+        "mfu_causal": (
+            round(per_gpu * flops_per_token(config.model, config.data.seq_len, causal=True) / peak, 4) if peak else None
+        ),
+        "memory_allocated_gib": round(memory[0], 2),
+        "memory_reserved_gib": round(memory[1], 2),
+        "step_ms": round(1e3 * median, 2),
+        "step_ms_p10": round(1e3 * float(np.quantile(seconds, 0.1)), 2),
+        "step_ms_p90": round(1e3 * float(np.quantile(seconds, 0.9)), 2),
+        "compile_seconds": round(max(first_step - median, 0.0), 1),
+        "seconds_to_first_step": round(to_first_step, 1),
+        "loss": round(loss, 4),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def step_seconds(trainer: Trainer, loader: Iterator[Batch], steps: int) -> list[float]:
+    """Seconds of each of `steps` steps, on the device's own clock: the host waits for it at the end alone."""
+    if trainer.device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        events[0].record()
+        for event in events[1:]:
+            trainer.train_step(loader)
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        trainer.train_step(loader)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def synthetic(trainer: Trainer) -> Iterator[Batch]:
+    """Random tokens, the same batch over and over, on the device already."""
+    config, rows, seq_len = trainer.config, trainer.micro_batch_size, trainer.config.data.seq_len
+    generator = torch.Generator().manual_seed(rank())
+    tokens = torch.randint(0, config.model.vocab_size, (rows, seq_len + 1), generator=generator).to(trainer.device)
+    docs = None
+    if config.data.document_mask:
+        starts = [b * seq_len + d * seq_len // DOCUMENTS_A_ROW for b in range(rows) for d in range(DOCUMENTS_A_ROW)]
+        docs = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=trainer.device)
+    none = (-1,) * rows
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), docs, none, none, rows * seq_len)
+    return itertools.repeat(batch)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The result for people."""
+
+    def percent(value: float | None) -> str:
+        return "unknown device" if value is None else f"{100 * value:.1f} %"
+
+    rows = [
+        ("config", f"{result['config']}: {result['parameters'] / 1e6:.1f} M parameters, {result['dtype']}"),
+        ("device", f"{result['device']}, {result['layout']}, torch {result['versions']['torch']}"),
+        (
+            "step",
+            f"{result['accumulation']} × {result['micro_batch_size']} rows of {result['seq_len']} a GPU, "
+            f"documents {'masked' if result['documents'] else 'off'}, {result['data']} data",
+        ),
+        ("tokens/s/GPU", f"{result['tokens_per_second_per_gpu']:,}"),
+        ("MFU", f"{percent(result['mfu'])} (attention counted causal: {percent(result['mfu_causal'])})"),
+        ("step time", f"{result['step_ms']} ms median, {result['step_ms_p10']} p10, {result['step_ms_p90']} p90"),
+        ("memory", f"{result['memory_allocated_gib']} GiB allocated, {result['memory_reserved_gib']} reserved, at peak"),
+        ("start", f"{result['seconds_to_first_step']} s to the first step, {result['compile_seconds']} of them compiling"),
+        ("loss", f"{result['loss']}"),
+    ]
+    for name, value in rows:
+        print(f"{name:13} {value}")
+
+
+if __name__ == "__main__":
+    main()

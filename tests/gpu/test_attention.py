@@ -1,0 +1,49 @@
+"""Attention kernels on a GPU against the masked softmax in float32, forward and backward."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchxihe.model.attention import Attention, sdpa, varlen
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
+    """Softmax over an explicit mask, a document at a time."""
+    batch, seq_len, heads, head_dim = q.shape
+    edges = docs.tolist() if docs is not None else [b * seq_len for b in range(batch + 1)]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    out = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        if start < end:
+            scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) / head_dim**0.5
+            masked = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+            out.append(torch.einsum("hqk,khd->qhd", masked.softmax(-1), v[start:end]))
+    return torch.cat(out).view(batch, seq_len, heads, head_dim)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 6, 128), (12, 12, 64), (8, 2, 64)])
+@pytest.mark.parametrize("attention", [sdpa, varlen])
+def test_equals_masked_softmax(
+    attention: Attention, heads: int, kv_heads: int, head_dim: int, documents: bool, compiled: bool
+) -> None:
+    batch, seq_len = 3, 200
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(batch, seq_len, n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
+    total = batch * seq_len
+    edges = [0, 1, 70, 200, 333, 400, total, total, total]  # a document of one token, one of a whole row, padding
+    docs = torch.tensor(edges, dtype=torch.int32, device="cuda") if documents else None
+    function = torch.compile(attention, fullgraph=True, dynamic=False) if compiled else attention
+    out = function(*inputs, docs)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    expected = by_hand(exact[0], exact[1], exact[2], docs)
+    weight = torch.randn(out.shape, device="cuda", generator=generator)
+    results = [out, *torch.autograd.grad((out.float() * weight).sum(), inputs)]
+    references = [expected, *torch.autograd.grad((expected * weight).sum(), exact)]
+    for ours, theirs in zip(results, references, strict=True):
+        assert (ours.float() - theirs).norm() < 1e-2 * theirs.norm()
