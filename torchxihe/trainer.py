@@ -122,12 +122,11 @@ class Trainer:
             usage["mfu"] = flops * tokens_per_second / peak
         return usage
 
-    def load(self, checkpointer: Checkpointer, path: Location, only: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Fill the parts `only` (none: all, and the step) from a step directory; returns its train_state."""
+    def load(self, checkpointer: Checkpointer, path: Location, only: tuple[str, ...] = ()) -> None:
+        """Continue from a step directory; with parts in `only`, start at step 0 with nothing but these."""
         state = checkpointer.load(path, self.state(), only)
         self.step = 0 if only else state["step"]
         log.info("loaded %s of %s", " and ".join(only) or "everything", path)
-        return state
 
     def save(self, checkpointer: Checkpointer, history: History, validation_loss: float | None = None) -> None:
         """Commit everything that the run consists of; at the end, if that is wanted, the model alone."""
@@ -180,15 +179,17 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         log.info("Go on with a larger --training.steps=N, or start another run with --run.name=NAME.")
         return
     prepared = open_prepared(config)
+    history = History(config, prepared.tokenizer_dir)
+    start, only = newest, ()
+    if newest is not None:
+        history.go_on(checkpointer.train_state(newest))
+    elif config.checkpoint.load:
+        start, only = resolve(config.checkpoint.load), config.checkpoint.load_only
+        history.start_from(checkpointer.train_state(start), start, whole=not only)
     trainer = Trainer(config, device, prepared.bytes_per_token)
     report_start(config, prepared, trainer.layout, device, trainer.accumulation)
-    history = History(config, prepared.tokenizer_dir)
-    if newest is not None:
-        history.go_on(trainer.load(checkpointer, newest))
-    elif config.checkpoint.load:
-        start = resolve(config.checkpoint.load)
-        only = config.checkpoint.load_only
-        history.start_from(trainer.load(checkpointer, start, only), start, whole=not only)
+    if start is not None:
+        trainer.load(checkpointer, start, only)
     stages = plan_stages(config, prepared, [Stage.from_json(stage) for stage in history.stages], trainer.step)
     history.stages = [stage.to_json() for stage in stages]
     if is_main():

@@ -48,7 +48,7 @@ def run_distributed(
         ranks = []
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
-            settings = _environment(rank, world_size, store.port) | (env or {})
+            settings = rank_environment(rank, world_size, store.port) | (env or {})
             stack = Path(scratch) / f"stack-{rank}"
             process = context.Process(
                 target=_rank, args=(fn, args, settings, init, timeout, stack, writer), daemon=True
@@ -77,7 +77,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """torchrun's variables, and a store that somebody else keeps."""
     return {
         "RANK": str(rank),

@@ -34,9 +34,10 @@ def test_free_changes_are_not_mentioned() -> None:
 
 
 def test_recorded_changes_come_with_both_values() -> None:
-    assert changes("--optimizer.lr=0.1", "--training.global_batch_size=8") == {
-        "optimizer.lr": (0.003, 0.1),
-        "training.global_batch_size": (16, 8),
+    debug = load_config(DEBUG)
+    assert changes("--optimizer.lr=0.1", "--training.global_batch_size=3") == {
+        "optimizer.lr": (debug.optimizer.lr, 0.1),
+        "training.global_batch_size": (debug.training.global_batch_size, 3),
     }
 
 

@@ -192,11 +192,18 @@ class Checkpointer:
         is corrupt or unreadable, or if its keys, shapes or dtypes are not exactly `state`'s.
         """
         directory = Location(path)
-        if directory != self._verified and (found := self._flaws(directory)):
-            raise _corrupt(directory, "; ".join(found))
+        train_state = self.train_state(directory)
         wanted = {key: tensor for key, tensor in state.items() if not only or key.partition(".")[0] in only}
         reader = self._ranks.each(lambda: _open_fitting(directory, wanted, only))
         _load_tensors(wanted, reader, self._ranks.group)
+        return train_state
+
+    def train_state(self, path: str | PathLike[str]) -> dict[str, Any]:
+        """What was saved beside the tensors of the step directory `path`. Raises UserError if it is corrupt."""
+        directory = Location(path)
+        if directory != self._verified and (found := self._flaws(directory)):
+            raise _corrupt(directory, "; ".join(found))
+        self._verified = directory
         return self._ranks.on_main(lambda: json.loads(with_retries((directory / TRAIN_STATE).read)))
 
     def _finish(self) -> None:

@@ -1,0 +1,109 @@
+"""A config, a tokenizer or a data file that is another one at the next start."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.conftest import write_texts
+from tests.faults.faults import Fault
+from tests.faults.harness import Workspace
+from torchxihe.config import load_config
+from torchxihe.data.prepare import prepare
+
+
+def stopped(workspace: Workspace, at: int = 6) -> Workspace:
+    """A run that has stopped after step `at` + 1."""
+    outcome = workspace.run(2, fault=Fault("step", at, "SIGTERM"))
+    assert outcome.succeeded, outcome.log
+    return workspace
+
+
+def changes(workspace: Workspace, step: int = 20) -> dict[str, tuple[int, object, object]]:
+    """What the checkpoint says has changed."""
+    state = json.loads((workspace.checkpoints / f"step-{step:08d}" / "train_state.json").read_text())
+    return {c["option"]: (c["step"], c["from"], c["to"]) for c in state["changes"]}
+
+
+def test_batch_and_learning_rate_are_recorded(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
+    """The samples go on where they stood, in batches of the new size."""
+    stopped(workspace)
+    step = max(workspace.steps())
+    log = workspace.finish(2, "--training.global_batch_size=4", "--optimizer.lr=5e-3")
+    assert f"optimizer.lr changes from 0.01 to 0.005 at step {step}" in log
+    assert changes(workspace) == {
+        "training.global_batch_size": (step, 6, 4),
+        "optimizer.lr": (step, 0.01, 0.005),
+    }
+    found, reference = workspace.ledger(), unbroken(2).ledger()
+    seen = [g for number in sorted(found) for g in sorted(found[number]["rows"])]
+    assert seen == list(range(6 * step + 4 * (20 - step)))
+    rows = {g: row for entry in reference.values() for g, row in entry["rows"].items()}
+    assert all(rows[g] == row for entry in found.values() for g, row in entry["rows"].items())
+
+
+@pytest.mark.parametrize(
+    ("flag", "option"),
+    [
+        ("--model.intermediate_size=96", "model.intermediate_size"),
+        ("--training.seed=7", "training.seed"),
+        ("--tokenizer.revision=main", "tokenizer.revision"),
+    ],
+)
+def test_what_would_be_another_run_is_refused(flag: str, option: str, workspace: Workspace) -> None:
+    """Seen to fail with the option's kind set to "recorded": a width then fails in the comparison of shapes, whose
+    message names no option, and a seed not at all."""
+    stopped(workspace)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        prepare(load_config("config.toml", [flag]))
+    workspace.run(2, flag).check_mistake(f"{option}: was", "--run.name=NAME")
+
+
+def test_another_tokenizer_behind_the_same_path_is_refused(workspace: Workspace) -> None:
+    """Seen to fail without the hash in train_state.json: the sizes fit, and the run goes on with other tokens."""
+    stopped(workspace)
+    path = workspace.root.parent / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = [token for token in vocab if len(token) > 1][:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        prepare(load_config("config.toml"))
+    workspace.run(2).check_mistake("tokenizer: it is not the one", "--run.name=NAME")
+
+
+def test_another_data_file_begins_a_new_stage(workspace: Workspace) -> None:
+    """The changed source starts at its beginning, the other goes on; the checkpoint tells."""
+    stopped(workspace)
+    step = max(workspace.steps())
+    more = workspace.root.parent / "more"
+    more.rename(more.with_name("old"))
+    write_texts(more, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        prepare(load_config("config.toml"))
+    workspace.finish(2)
+    state = json.loads((workspace.checkpoints / "step-00000020" / "train_state.json").read_text())
+    before, after = state["stages"]
+    assert after["step"] == step and after["g"] == 6 * step
+    assert before["sources"][0] == after["sources"][0] and before["sources"][1] != after["sources"][1]
+    assert after["first"][0] > 0 and after["first"][1] == 0
+
+
+@pytest.mark.parametrize("removed", [True, False], ids=["removed", "shrunk"])
+def test_a_data_shard_is_gone_or_shrunk(removed: bool, workspace: Workspace) -> None:
+    """A mistake with the file's name, where a memory map would be a SIGBUS."""
+    stopped(workspace)
+    shards = sorted((workspace.root.parent / "cache" / "stores").glob("*/train-*.bin"))
+    for shard in shards:
+        if removed:
+            shard.unlink()
+        else:
+            with shard.open("r+b") as file:
+                file.truncate(100)
+    outcome = workspace.run(2)
+    outcome.check_failure(".bin")
+    assert "SIGBUS" not in outcome.log and -7 not in outcome.codes
