@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,7 @@ def main(args: list[str]) -> None:
     if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 0:
         raise UserError("generate: --temperature, --top-k and --max-tokens are 0 or more, --top-p is in (0, 1]")
     step_dir = resolve(options.run)
-    run_dir = step_dir.parent.parent
+    run_dir = Path(step_dir.parent.parent)
     config = load_config(run_dir / "config.toml")
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     device = default_device()
