@@ -123,7 +123,7 @@ class Checkpointer:
         `train_state` must be JSON. With mode "async" the values are copied when this returns and written later:
         `poll` tells of an error. Raises UserError when the disk is full, broken or read-only.
         """
-        self._finish()
+        self.wait()
         directory = self.directory / step_name(step)
         if self._ranks.on_main(lambda: is_committed(directory)):
             return directory
@@ -140,12 +140,18 @@ class Checkpointer:
     def poll(self) -> None:
         """Raise the error of the save in the background, if it has met one; costs nothing."""
         if self._pending is not None and self._pending.done():
-            self._finish()
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in the background; raises its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         """Wait until nothing is being written any more; raises the error that the last save met."""
         try:
-            self._finish()
+            self.wait()
         finally:
             self._thread.shutdown()
 
@@ -205,12 +211,6 @@ class Checkpointer:
             raise _corrupt(directory, "; ".join(found))
         self._verified = directory
         return self._ranks.on_main(lambda: json.loads(with_retries((directory / TRAIN_STATE).read)))
-
-    def _finish(self) -> None:
-        """Wait for the save in the background; raise its error."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
 
     def _write(self, directory: Location, state: dict[str, Tensor], train_state: str, manifest: Manifest) -> None:
         """Write a step's files, each rank its own, and commit them. Runs in the background thread if that is wanted."""
