@@ -152,7 +152,7 @@ class Validation(Section):
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
     """Share of the documents held out, chosen by a hash of their content, per source. 0: none."""
     every: NonNegativeInt = 0
-    """Steps between two validations; the last step is always validated. 0: never, not even at the end."""
+    """Steps between two validations; a run of at least that many steps validates its last one too. 0: never."""
     max_tokens: NonNegativeInt = 1_000_000
     """Tokens at most of each validation, spread over the sources by their size. 0: all that are held out."""
 

@@ -243,6 +243,9 @@ def _train(
     def due(every: int) -> bool:
         return bool(every) and (trainer.step % every == 0 or trainer.step == total)
 
+    # A trial of two steps shall not end in an hour of validation.
+    validate_every = config.validation.every if config.validation.every <= total else 0
+
     # A collection of all the objects that torch has made takes half a second, at a moment of its own on every rank.
     gc.collect()
     gc.freeze()
@@ -268,7 +271,7 @@ def _train(
                 gc.collect(1)
             with window.pause(), stop.unhurried():
                 validation_loss = None
-                if due(config.validation.every):
+                if due(validate_every):
                     watchdog.begin(f"validation after step {trainer.step}", limits.init_timeout)
                     batches = validation_batches(
                         prepared, max_tokens=config.validation.max_tokens, **trainer.batch_layout
