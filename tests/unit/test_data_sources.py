@@ -101,6 +101,14 @@ def test_every_format_gives_every_text_once(
         assert len(shards) > 2 or write not in CUT
 
 
+def test_a_large_array_is_read_an_entry_at_a_time(tmp_path: Path) -> None:
+    texts = ["é]," * 50_000, *(f'{i}: "[{{' * (i % 50) for i in range(5000))]
+    for indent in (None, 2):
+        (tmp_path / "a.json").write_text(json.dumps([{"text": text, "n": [1]} for text in texts], indent=indent))
+        [rows] = rows_of(Source(path=str(tmp_path / "a.json")))
+        assert [text for text, _ in rows] == texts
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_document_a_line(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_bytes(end.join(TEXTS).encode())

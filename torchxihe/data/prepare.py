@@ -52,9 +52,8 @@ from torchxihe.data.store import (
 from torchxihe.data.token_files import read_chunks, read_layout
 from torchxihe.data.tokenizer import Encoder, obtain, windows
 
-COMPARED = 16
-"""Documents of every shard, of at most `COMPARED_CHARS` each, on which the fast encoder is compared with the slow."""
-COMPARED_CHARS = 20_000
+COMPARED, COMPARED_CHARS = 8, 4_000
+"""Documents of every shard, and characters of each at most, on which the fast encoder is compared with the slow."""
 SAMPLED_SHARDS = 64
 """Shards of a source at most that a tokenizer's training text is taken from."""
 

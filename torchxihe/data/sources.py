@@ -347,7 +347,7 @@ def _read_json(piece: Piece, columns: list[str]) -> Iterator[Row]:
     """JSON lines, or one array of objects."""
     if not piece.start and _is_array(piece.path):
         with _open(piece.path) as file:
-            for i, value in enumerate(json.load(file)):
+            for i, value in enumerate(_entries(io.TextIOWrapper(file, encoding="utf-8"))):
                 yield _object(value, f"{piece.path}, entry {i}")
         return
     for where, line in _lines(piece):
@@ -360,6 +360,26 @@ def _read_json(piece: Piece, columns: list[str]) -> Iterator[Row]:
                 yield Row(where, {}, "malformed JSON")
             else:
                 yield _object(value, where)
+
+
+def _entries(file: io.TextIOWrapper) -> Iterator[Any]:
+    """The entries of a JSON array, one after the other. Raises ValueError where it is not one."""
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    text = file.read(2**16).lstrip().removeprefix("[")
+    at = 0
+    while True:
+        at = between.match(text, at).end()  # type: ignore[union-attr]  # it matches "", too
+        if text[at : at + 1] == "]":
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except ValueError:  # an entry that is not whole yet; reading as much again each time bounds the retries
+            more = file.read(max(2**16, len(text) - at))
+            if not more:
+                raise
+            text, at = text[at:] + more, 0
+        else:
+            yield value
 
 
 def _object(value: Any, where: str) -> Row:

@@ -1,0 +1,73 @@
+"""`torchxihe data` and `torchxihe prepare`, as they are called."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.data_corpus import make_config, write_texts
+from torchxihe.commands import data as data_command
+from torchxihe.commands import prepare as prepare_command
+from torchxihe.config import UserError, dump_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    sources = [
+        {**write_texts(tmp_path / "words.jsonl", ["Hello!", "two", "", "x" * 30]), "name": "words", "weight": 3.0},
+        {**write_texts(tmp_path / "digits.jsonl", ["123", "4"]), "name": "digits", "weight": 1.0},
+    ]
+    made = make_config(
+        tmp_path / "cache", *sources, tokenizer={"vocab_size": 257}, data={"packing": "concat"},
+        training={"steps": 4, "global_batch_size": 4},
+    )  # fmt: skip
+    (tmp_path / "config.toml").write_text(dump_config(made))
+    return str(tmp_path / "config.toml")
+
+
+def test_summary_and_rows(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"run `torchxihe prepare CONFIG` first"):
+        data_command.main([config])
+    prepare_command.main([config])
+    assert capsys.readouterr().out == (
+        "words: 3 documents, 42 tokens, 0.93 bytes per token; 3 rows to train on, 0 held out, 1 dropped (empty)\n"
+        "digits: 2 documents, 6 tokens, 0.67 bytes per token; 1 rows to train on, 0 held out\n"
+    )
+    data_command.main([config, "--rows", "2"])
+    summary, *rows = capsys.readouterr().out.split("\n\n")
+    assert summary.splitlines() == [
+        "source  documents  tokens  bytes/token  rows  held out   share  epochs  dropped",
+        "words           3      42         0.93     3         0  75.00%    4.00  1 empty",
+        "digits          2       6         0.67     1         0  25.00%    4.00  none",
+    ]
+    assert [row.splitlines()[0].split(",")[0] for row in rows] == ["=== sample 0: words", "=== sample 1: words"]
+
+
+def test_a_row_shows_boundaries_and_what_is_masked(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_command.main([config])
+    capsys.readouterr()
+    data_command.main([config, "--rows", "8"])
+    rows = capsys.readouterr().out.split("\n\n")[1:]
+    heads = {row.splitlines()[0].split(": ", 1)[1]: row.splitlines()[1:] for row in rows}
+    assert heads["words, row 0, epoch 0, 3 documents, 17 tokens"] == [
+        "--- document 0: 7 tokens from 0 on",
+        "⟦H⟧ello!⏹",
+        "--- document 1: 4 tokens from 7 on",
+        "⟦t⟧wo⏹",
+        "--- document 2: 6 tokens from 11 on",
+        "⟦x⟧xxxxx …",
+    ]
+    assert heads["digits, row 0, epoch 1, 2 documents, 6 tokens"][2:] == [
+        "--- document 1: 2 tokens from 4 on",
+        "⟦4⟧⏹",
+        "--- ⟦11 tokens of padding⟧",
+    ]
+
+
+def test_parts(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("2/2", "x", "1", "1/0"):
+        with pytest.raises(UserError, match=rf"--shard={part}: must be I/N with I from 0 to N - 1, such as 0/4"):
+            prepare_command.main([config, "--shard", part])
+    prepare_command.main([config, "--shard", "0/2"])
+    prepare_command.main([config, "--shard=1/2", "--data.seq_len=16"])
+    assert "part 0 of 2: 2 shards are done; after the last part, run" in capsys.readouterr().out
+    prepare_command.main([config])

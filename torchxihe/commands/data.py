@@ -1,0 +1,92 @@
+"""`torchxihe data`: what a config's data is, and the rows as the model will see them."""
+
+import argparse
+
+import numpy as np
+
+from torchxihe.config import Config, load_config
+from torchxihe.data.order import Order, plan_stages
+from torchxihe.data.store import Prepared, open_prepared
+from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
+
+HELP = "show the sources of a config, and with --rows the decoded rows"
+
+
+def main(args: list[str]) -> None:
+    """Run the command with its arguments. Raises UserError."""
+    parser = argparse.ArgumentParser("torchxihe data", description=HELP)
+    parser.add_argument("config", help="a TOML file; --section.key=value overrides it")
+    parser.add_argument("--rows", type=int, default=0, metavar="N", help="also show the first N rows of training")
+    parser.add_argument("--first", type=int, default=0, metavar="G", help="with --rows: from sample G on")
+    known, overrides = parser.parse_known_args(args)
+    config = load_config(known.config, overrides)
+    prepared = open_prepared(config)
+    order = Order(plan_stages(config, prepared), prepared.rows)
+    print(_table(summarise(config, prepared, order)))
+    if known.rows:
+        tokenizer = load_tokenizer(prepared.tokenizer_dir)
+        for g in range(known.first, known.first + known.rows):
+            print()
+            print(show_row(prepared, order, tokenizer, g, config.data.seq_len))
+
+
+def summarise(config: Config, prepared: Prepared, order: Order) -> list[dict[str, str]]:
+    """A line per source: what it holds, and what the planned run takes of it."""
+    [stage] = order.stages
+    planned = stage.consumed(stage.first_sample(config.total_steps))
+    lines = []
+    for source, quota, samples in zip(prepared.sources, stage.quotas, planned, strict=True):
+        dropped = source.manifest["dropped"]
+        lines.append(
+            {
+                "source": source.name,
+                "documents": f"{source.documents:,}",
+                "tokens": f"{source.tokens:,}",
+                "bytes/token": f"{source.bytes / source.tokens:.2f}",
+                "rows": f"{source.train_rows:,}",
+                "held out": f"{source.valid_rows:,}",
+                "share": f"{quota / sum(stage.quotas):.2%}",
+                "epochs": f"{samples / source.train_rows:.2f}",
+                "dropped": ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none",
+            }
+        )
+    return lines
+
+
+def _table(lines: list[dict[str, str]]) -> str:
+    """Aligned columns, names to the left and numbers to the right."""
+    rows = [list(lines[0]), *(list(line.values()) for line in lines)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0, len(widths) - 1}
+    cells = [
+        [f"{c:<{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths, strict=True))]
+        for r in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def show_row(prepared: Prepared, order: Order, tokenizer: TextTokenizer, g: int, seq_len: int) -> str:
+    """The row of sample `g`: a heading, then a paragraph per document; what carries no loss is in ⟦brackets⟧.
+
+    Masked targets are the first token of every document but the first (nothing before it may predict it) and padding;
+    the row's very first token is no target at all.
+    """
+    sources, rows, epochs = (int(x[0]) for x in order.samples(np.array([g])))
+    source = prepared.sources[sources]
+    tokens = np.empty(seq_len + 1, source.train.dtype)
+    lengths = source.train.read(rows, tokens)
+    lines = [
+        f"=== sample {g}: {source.name}, row {rows}, epoch {epochs}, {len(lengths)} documents, {sum(lengths)} tokens"
+    ]
+    at = 0
+    for number, length in enumerate(lengths):
+        ids = tokens[at : at + length].tolist()
+        ended = ids[-1] == prepared.eos_id
+        text = tokenizer.decode(ids[1:-1] if ended else ids[1:])
+        first = tokenizer.decode(ids[:1]) or "EOS"
+        lines.append(f"--- document {number}: {length} tokens from {at} on")
+        lines.append(f"⟦{first}⟧{text}{'⏹' if ended else ' …'}")
+        at += length
+    if at <= seq_len:
+        lines.append(f"--- ⟦{seq_len + 1 - at} tokens of padding⟧")
+    return "\n".join(lines)
