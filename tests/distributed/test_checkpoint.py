@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.launch import run_distributed
 from torchxihe.components.checkpoint import Checkpointer, flat_state, load_model_only
 from torchxihe.components.manifest import CORRUPT
+from torchxihe.components.staging import share_of_this_rank
 from torchxihe.components.storage import HashedFile
 from torchxihe.config import Checkpoint, UserError
 from torchxihe.utils.distributed import rank
@@ -131,9 +132,22 @@ def _load_steps(root: Path) -> list[str]:
 def test_async_saves_of_sharded_and_replicated_tensors(tmp_path: Path) -> None:
     saved = run_distributed(_save_async, 4, tmp_path)[0]
     assert run_distributed(_load_steps, 2, tmp_path) == [saved, saved]
-    # Replicas are divided: every rank has written, and nothing twice.
-    sizes = [(tmp_path / "step-00000001" / f"__{r}_0.distcp").stat().st_size for r in range(4)]
-    assert max(sizes) < 2 * min(sizes)
+
+
+def _share(layout: str) -> tuple[int, int]:
+    """Bytes that this rank copies and writes, and bytes of the whole state."""
+    state = flat_state(*build(layout))
+    mine = share_of_this_rank(state).values()
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in mine]
+    return sum(t.nbytes for t in local), sum(t.numel() * t.element_size() for t in state.values())
+
+
+@pytest.mark.parametrize("layout", ["ddp2", "hsdp4"])
+def test_replicas_are_divided(layout: str) -> None:
+    """Nothing is copied twice, and no rank has much more than its part. Seen to fail when every rank takes all."""
+    shares = run_distributed(_share, LAYOUTS[layout], layout)
+    assert sum(mine for mine, _ in shares) == shares[0][1]
+    assert max(mine for mine, _ in shares) < 2 * min(mine for mine, _ in shares)
 
 
 def _fall_back(root: Path) -> tuple[str, dict[str, Any], bool]:

@@ -117,6 +117,11 @@ class Workspace:
         """See `ledger`."""
         return ledger(self.root)
 
+    def forget_ledger(self) -> None:
+        """Begin a new one, for another run."""
+        for path in self.root.glob("ledger-*.jsonl"):
+            path.unlink()
+
     def files(self, step: int) -> dict[str, str]:
         """Hashes of the tensors' files of a checkpoint."""
         files = json.loads((self.checkpoints / f"step-{step:08d}" / "MANIFEST.json").read_text())["files"]

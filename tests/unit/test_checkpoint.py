@@ -394,6 +394,19 @@ def test_a_run_does_not_go_on_from_the_model_alone(tmp_path: Path) -> None:
     checkpointer.load(last, flat_state(model, optimizer), only=("model",))
 
 
+def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(f"file://{tmp_path}", KEEP_ALL)
+    path = checkpointer.save(10, flat_state(*toy()), {"step": 10})
+    assert path == tmp_path / "step-00000010" and Path(path).is_dir()
+    assert resolve(f"file://{tmp_path}") == path
+    assert checkpointer.newest() == path
+
+
+def test_an_unknown_url_is_a_mistake() -> None:
+    with pytest.raises(UserError, match="nosuch://here: Protocol not known"):
+        Checkpointer("nosuch://here", KEEP_ALL)
+
+
 def test_urls() -> None:
     """The same in an object store, where there is no rename: a directory without a manifest is a draft."""
     place = Location("memory://run/checkpoints")

@@ -33,6 +33,8 @@ class Location(os.PathLike[str]):
             raise UserError(f"{self._text}: {error}") from None
         self._fs: Any = fs
         self.local = isinstance(fs, LocalFileSystem)
+        if self.local and "://" in self._text:  # file:///here is /here, also for those who take this for a path
+            self._text = self._path
 
     def __fspath__(self) -> str:
         return self._text
