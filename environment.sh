@@ -14,6 +14,11 @@ lacks() {
     "$1" - "$root/pyproject.toml" "${2:-}" <<'PYTHON'
 import re
 import sys
+
+if sys.version_info < (3, 10):
+    print("Python 3.10 or newer")
+    sys.exit()
+
 from importlib.metadata import PackageNotFoundError, version
 
 def numbers(text):
@@ -21,8 +26,6 @@ def numbers(text):
 
 text = open(sys.argv[1], encoding="utf-8").read()
 missing = []
-if sys.version_info < (3, 10):
-    missing.append("Python 3.10 or newer (it is %d.%d)" % sys.version_info[:2])
 for block in ["dependencies"] + ([sys.argv[2]] if sys.argv[2] else []):
     for line in re.findall(r'^ +"(.+)",$', re.search(r"^%s = \[$(.*?)^\]$" % block, text, re.M | re.S).group(1), re.M):
         requirement, _, below = line.partition("; python_version < ")
@@ -40,7 +43,7 @@ PYTHON
 }
 
 environment() {
-    local extra=${1:-} install=$root base lack stamp wanted
+    local extra=${1:-} install=$root name base lack stamp wanted
     [ -n "$extra" ] && install="$root[$extra]"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # this checkout's code, whatever else is installed
     if [ -n "${PYTHON:-}" ]; then
@@ -48,12 +51,12 @@ environment() {
         [ -z "$lack" ] || fail "PYTHON=$PYTHON lacks $lack: $PYTHON -m pip install -c $root/constraints.txt -e '$install'"
         return
     fi
-    base=$(command -v python3 || command -v python) || fail "no python3 found; install Python 3.10 or newer, or set PYTHON"
-    lack=$(lacks "$base" "$extra") || fail "$base does not run; set PYTHON to a working interpreter"
-    case $lack in
-    "") PYTHON=$base && return ;;
-    Python*) fail "$base is too old: needs ${lack%%,*}; set PYTHON to a newer one" ;;
-    esac
+    for name in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
+        base=$(command -v "$name") && lack=$(lacks "$base" "$extra" 2>/dev/null) && [ "$lack" != "Python 3.10 or newer" ] && break
+        base=""
+    done
+    [ -n "$base" ] || fail "no Python 3.10 or newer found; install one, or set PYTHON"
+    [ -n "$lack" ] || { PYTHON=$base && return; }
     # One installation at a time; the nodes of a cluster may share this directory.
     exec 9<"$root"
     flock 9 2>/dev/null || true
