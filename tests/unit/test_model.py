@@ -141,7 +141,8 @@ def cross_entropy_inputs(dtype: torch.dtype, rows: int = 77) -> tuple[Tensor, Te
 def test_linear_cross_entropy_equals_definition(
     dtype: torch.dtype, tolerance: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lce, "CHUNK_LOGITS", 20 * 101)  # 77 rows in chunks of 20, 20, 20 and 17
+    monkeypatch.setattr(lce, "CHUNK_LOGITS", 20 * 101)
+    monkeypatch.setattr(lce, "ROWS_MULTIPLE", 6)  # 77 rows in chunks of 24, 24, 24 and 5
     x, w, targets = cross_entropy_inputs(dtype)
     function = torch.compile(lce.linear_cross_entropy, fullgraph=True) if compiled else lce.linear_cross_entropy
     loss = function(x, w, targets)

@@ -7,8 +7,6 @@ logits would take 13 GB, twice.
 Axes: N rows (tokens), C hidden size, V vocabulary, n rows of one chunk.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-CHUNK_LOGITS = 2**29  # logits of one chunk at most: 1 GiB in bfloat16
+CHUNK_LOGITS = 2**29  # logits of one chunk, about: 1 GiB in bfloat16
+ROWS_MULTIPLE = 128  # what the matrix units like
 
 
 def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tensor:
@@ -26,8 +25,7 @@ def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> Tenso
     returned in float32. targets: int64 [N]. Returns a float32 scalar.
     """
     gradients = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
-    # Inside torch.compile this operator is opaque, so it compiles its elementwise part itself.
-    loss, _, _ = _chunked(x_NC, w_VC, targets_N, gradients, torch.compiler.is_compiling())
+    loss, _, _ = _chunked(x_NC, w_VC, targets_N, gradients)
     return loss
 
 
@@ -37,42 +35,42 @@ def linear_cross_entropy_reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor
     return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _softmax_parts(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk (float32 scalar) and its gradient with respect to the logits (their dtype)."""
+def _cross_entropy_(logits_nV: Tensor, targets_n: Tensor, gradients: bool) -> Tensor:
+    """Loss of a chunk (float32 scalar); with `gradients`, its gradient takes the logits' place."""
+    if logits_nV.is_cuda:
+        # Triton comes with PyTorch's CUDA builds alone.
+        from torchxihe.model.softmax_kernel import cross_entropy_
+
+        return cross_entropy_(logits_nV, targets_n, IGNORE_INDEX, gradients)
     logits = logits_nV.float()
-    lse_n = torch.logsumexp(logits, dim=-1)
-    valid_n = targets_n != IGNORE_INDEX
-    index_n1 = torch.where(valid_n, targets_n, 0).unsqueeze(-1)
-    loss = torch.where(valid_n, lse_n - logits.gather(-1, index_n1).squeeze(-1), 0.0).sum()
-    hit_nV = torch.arange(logits.shape[-1], device=logits.device) == index_n1
-    gradient = torch.where(valid_n.unsqueeze(-1), torch.exp(logits - lse_n.unsqueeze(-1)) - hit_nV.float(), 0.0)
-    return loss, gradient.to(logits_nV.dtype)
-
-
-@functools.cache
-def _softmax_parts_compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return torch.compile(_softmax_parts, fullgraph=True, dynamic=False)
+    lse_n1 = torch.logsumexp(logits, dim=-1, keepdim=True)
+    valid_n1 = (targets_n != IGNORE_INDEX).unsqueeze(-1)
+    index_n1 = torch.where(valid_n1, targets_n.unsqueeze(-1), 0)
+    loss = torch.where(valid_n1, lse_n1 - logits.gather(-1, index_n1), 0.0).sum()
+    if gradients:
+        probabilities = torch.exp(logits - lse_n1)
+        probabilities.scatter_add_(-1, index_n1, -valid_n1.float())
+        logits_nV.copy_(probabilities.mul_(valid_n1))
+    return loss
 
 
 @torch.library.custom_op("torchxihe::linear_cross_entropy", mutates_args=())
-def _chunked(
-    x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool, compiled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chunked(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (float32 scalar), dX [N, C] in x's dtype, dW [V, C] in float32; both empty unless `gradients`."""
     rows, vocab = x_NC.shape[0], w_VC.shape[0]
     w = w_VC.to(x_NC.dtype)
     loss = torch.zeros((), dtype=torch.float32, device=x_NC.device)
     dx = torch.empty_like(x_NC) if gradients else x_NC.new_empty(0)
     dw = torch.zeros_like(w_VC, dtype=torch.float32) if gradients else w_VC.new_empty(0, dtype=torch.float32)
-    parts = _softmax_parts_compiled() if compiled else _softmax_parts
-    size = -(-rows // -(-rows * vocab // CHUNK_LOGITS))  # equal chunks, so that at most two shapes are compiled
+    size = -(-rows // -(-rows * vocab // CHUNK_LOGITS))
+    size = -(-size // ROWS_MULTIPLE) * ROWS_MULTIPLE
     for start in range(0, rows, size):
         chunk = slice(start, start + size)
-        part, dlogits_nV = parts(x_NC[chunk] @ w.t(), targets_N[chunk])
-        loss += part
+        logits_nV = x_NC[chunk] @ w.t()
+        loss += _cross_entropy_(logits_nV, targets_N[chunk], gradients)
         if gradients:
-            torch.mm(dlogits_nV, w, out=dx[chunk])
-            _add_product(dw, dlogits_nV.t(), x_NC[chunk])
+            torch.mm(logits_nV, w, out=dx[chunk])
+            _add_product(dw, logits_nV.t(), x_NC[chunk])
     return loss, dx, dw
 
 
@@ -87,7 +85,7 @@ def _add_product(sum_VC: Tensor, a_Vn: Tensor, b_nC: Tensor) -> None:
 
 
 @_chunked.register_fake
-def _(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
     loss = x_NC.new_empty((), dtype=torch.float32)
     if not gradients:
         return loss, x_NC.new_empty(0), w_VC.new_empty(0, dtype=torch.float32)
@@ -100,9 +98,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[1], output[2])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None, None]:
+def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None]:
     dx, dw = ctx.saved_tensors
-    return dx * grad.to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None, None
+    return dx * grad.to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None
 
 
 _chunked.register_autograd(_backward, setup_context=_setup_context)
