@@ -200,15 +200,15 @@ class Checkpointer:
         directory = Location(path)
         train_state = self.train_state(directory)
         wanted = {key: tensor for key, tensor in state.items() if not only or key.partition(".")[0] in only}
-        reader = self._ranks.each(lambda: _open_fitting(directory, wanted, only))
-        _load_tensors(wanted, reader, self._ranks.group)
+        reader = self._ranks.each(lambda: open_fitting(directory, wanted, only))
+        load_tensors(wanted, reader, self._ranks.group)
         return train_state
 
     def train_state(self, path: str | PathLike[str]) -> dict[str, Any]:
         """What was saved beside the tensors of the step directory `path`. Raises UserError if it is corrupt."""
         directory = Location(path)
         if directory != self._verified and (found := self._flaws(directory)):
-            raise _corrupt(directory, "; ".join(found))
+            raise corrupt(directory, "; ".join(found))
         self._verified = directory
         return self._ranks.on_main(lambda: json.loads(with_retries((directory / TRAIN_STATE).read)))
 
@@ -306,28 +306,29 @@ def load_model_only(path: str | PathLike[str], model: nn.Module) -> dict[str, An
     state = flat_state(model, None)
     try:
         if found := step_flaws(directory):
-            raise _corrupt(directory, "; ".join(found))
-        _load_tensors(state, _open_fitting(directory, state, ("model",)), None)
+            raise corrupt(directory, "; ".join(found))
+        load_tensors(state, open_fitting(directory, state, ("model",)), None)
         return json.loads(with_retries((directory / TRAIN_STATE).read))
     except OSError as error:
         raise explained(error) from None
 
 
-def _corrupt(directory: Location, why: str) -> UserError:
+def corrupt(directory: Location, why: str) -> UserError:
+    """The error that a damaged checkpoint is."""
     return UserError(f"{directory}: corrupt: {why}; use an earlier step")
 
 
-def _open_fitting(directory: Location, state: dict[str, Tensor], only: tuple[str, ...]) -> TensorReader:
+def open_fitting(directory: Location, state: dict[str, Tensor], only: tuple[str, ...]) -> TensorReader:
     """The tensors of a step directory, which are exactly `state`'s. Raises UserError."""
     try:
         reader = TensorReader(directory)
     except CorruptError as error:
-        raise _corrupt(directory, str(error)) from None
+        raise corrupt(directory, str(error)) from None
     _compare(directory, state, reader.metadata, only)
     return reader
 
 
-def _load_tensors(state: dict[str, Tensor], reader: TensorReader, group: dist.ProcessGroup | None) -> None:
+def load_tensors(state: dict[str, Tensor], reader: TensorReader, group: dist.ProcessGroup | None) -> None:
     """Fill `state` in place, together with the group's ranks or alone. Raises UserError."""
     alone = group is None
     try:

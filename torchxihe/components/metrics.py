@@ -25,7 +25,7 @@ class StepSums:
         self.grad_norm = torch.zeros((), device=device)
 
     def add(self, loss: Tensor, tokens: Tensor, size: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
-        """One step's summed loss (nats), valid tokens and bytes over all ranks; its gradient norm; if it was skipped."""
+        """One step's summed loss (nats), valid tokens and bytes over all ranks; gradient norm; if it was skipped."""
         step = torch.stack([loss.double(), tokens.double(), size.double()])
         self.sums[:3] += torch.where(skip, 0.0, step)
         self.sums[3] += skip

@@ -19,7 +19,7 @@ SLOW_STEP_SECONDS = 60.0
 def report_start(config: Config, prepared: Prepared, layout: str, device: torch.device, accumulation: int) -> None:
     """Print the start-up table; on a CPU, also what a step will cost if that is long."""
     model, training = config.model, config.training
-    total, multiplying = parameter_counts(model)
+    total, _ = parameter_counts(model)
     shape = f"{model.num_hidden_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads"
     rows = [
         ("run", f"{config.run_dir}"),

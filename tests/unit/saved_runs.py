@@ -1,0 +1,75 @@
+"""Runs as training leaves them, made in a second and without training, for tests of what comes after."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.unit.test_model import Shape, model_config
+from torchxihe.components.checkpoint import Checkpointer, flat_state
+from torchxihe.components.history import History
+from torchxihe.config import Config, dump_config
+from torchxihe.data.tokenizer import obtain
+from torchxihe.model.attention import sdpa
+from torchxihe.model.decoder import Decoder
+
+LLAMA = Shape(64, 4, 2, 16, False, False)
+QWEN3 = Shape(48, 4, 2, 32, True, True)
+TEXT = ["def f(x):\n    return x + 1\n", "import os\nimport sys\n", "the quick brown fox jumps over the lazy dog. " * 9]
+TOKENS = 290
+
+
+def make_config(root: Path, shape: Shape, vocab_size: int = 320, **sections: dict[str, Any]) -> Config:
+    """A config of a small run in `root`."""
+    model = model_config(shape).model_copy(update={"vocab_size": vocab_size})
+    values: dict[str, Any] = {
+        "run": {"dir": str(root), "name": "small"},
+        "model": model.model_dump(),
+        "tokenizer": {"vocab_size": TOKENS},
+        "data": {"sources": [{"path": "text.txt"}], "seq_len": 64},
+        "training": {"steps": 7, "global_batch_size": 2, "dtype": "float32", "compile": False},
+    }
+    return Config.model_validate(values | sections)
+
+
+def make_tokenizer(config: Config) -> Path:
+    """The run's tokenizer/, of 290 tokens."""
+    folder = config.run_dir / "tokenizer"
+    obtain(config.tokenizer, config.run_dir / "cache", TEXT, "").rename(folder)
+    return folder
+
+
+def make_decoder(config: Config) -> Decoder:
+    """Weights with norms away from one, or a norm that is missing would not show."""
+    with torch.device("meta"):
+        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=torch.float32, attention=sdpa)
+    model.to_empty(device="cpu")
+    model.init_weights(config.training.seed)
+    shake_norms(model)
+    return model
+
+
+@torch.no_grad()
+def shake_norms(model: torch.nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            p.mul_(1 + 0.01 * (len(name) % 20))
+
+
+def make_run(root: Path, shape: Shape, vocab_size: int = 320) -> tuple[Config, Decoder]:
+    """A run with a checkpoint of step 7; its model."""
+    config = make_config(root, shape, vocab_size)
+    tokenizer = make_tokenizer(config)
+    model = make_decoder(config)
+    (config.run_dir / "config.toml").write_text(dump_config(config))
+    checkpointer = Checkpointer(config.run_dir / "checkpoints", config.checkpoint)
+    checkpointer.save(7, flat_state(model, None), train_state(config, tokenizer))
+    checkpointer.close()
+    return config, model
+
+
+def train_state(config: Config, tokenizer: Path) -> dict[str, Any]:
+    """What a checkpoint of step 7 holds beside its tensors."""
+    history = History(config, tokenizer)
+    history.stages = [{"g": 0, "step": 0, "global_batch": 2}]
+    return history.to_json(7)

@@ -1,0 +1,164 @@
+"""Make a checkpoint of a Hugging Face model, to go on training from: Llama and Qwen3.
+
+usage: torchxihe import DIR_OR_HUB_ID --out DIR [--revision REVISION]
+
+The model comes from a folder, or from the hub (HF_TOKEN in the environment or .env opens gated ones). Its weights, in
+one or many safetensors files, become float32, which takes 4 bytes of memory a parameter. Whatever the model has that
+the decoder cannot carry (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not
+exist; it gets
+
+  checkpoints/step-00000000   the weights
+  tokenizer/
+  model.toml                  the model, its tokenizer and where to start from: a config begins with
+                              extends = "DIR/model.toml" and adds [data] and [training]
+
+example: torchxihe import exported/xihe_debug --out imported/xihe_debug
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from tqdm import tqdm
+
+from torchxihe.components.checkpoint import Checkpointer, flat_state
+from torchxihe.components.ranks import explained
+from torchxihe.components.storage import Location, hash_file
+from torchxihe.config import Checkpoint, Model, Tokenizer, UserError
+from torchxihe.data.tokenizer import obtain
+from torchxihe.model.attention import sdpa
+from torchxihe.model.decoder import Decoder
+from torchxihe.model.hf import hf_name, model_from_hf
+
+HELP = "make a checkpoint of a Hugging Face model, to go on training from"
+INDEX = "model.safetensors.index.json"
+
+
+def main(args: list[str]) -> None:
+    """Import, and say how to go on. Raises UserError."""
+    parser = argparse.ArgumentParser("torchxihe import", description=HELP)
+    parser.add_argument("source", metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path)
+    parser.add_argument("--revision", default="", help="branch, tag or commit of a hub model")
+    options = parser.parse_args(args)
+    if options.out.exists():
+        raise UserError(f"--out: {options.out} is there already; name a new folder")
+    folder = Path(options.source)
+    if not folder.is_dir():
+        folder = _download(options.source, options.revision)
+    try:
+        import_model(folder, options.out, options.source)
+    except OSError as error:
+        raise explained(error) from None
+    print(f'{options.out}: begin a config with extends = "{options.out}/model.toml" and add [data] and [training]')
+
+
+def import_model(folder: Path, out: Path, origin: str) -> None:
+    """Make the directory `out` of the Hugging Face `folder`. Raises UserError or OSError."""
+    model, seq_len = _read_config(folder / "config.json")
+    state = _read_weights(folder, model)
+    with tempfile.TemporaryDirectory() as cache:
+        tokenizer = obtain(Tokenizer(path=str(folder)), Path(cache), (), "")
+        vocab_size = json.loads((tokenizer / "torchxihe.json").read_bytes())["vocab_size"]
+        if vocab_size > model.vocab_size:
+            raise UserError(f"{folder}: its tokenizer has {vocab_size} tokens, its embedding {model.vocab_size} rows")
+        shutil.copytree(tokenizer, out / "tokenizer")
+    config = {
+        "run": {"dir": str(out.parent), "name": out.name},
+        "model": model.model_dump(mode="json"),
+        "data": {"seq_len": seq_len},
+    }
+    train_state = {
+        "step": 0,
+        "stages": [],
+        "config": config,
+        "changes": [],
+        "tokenizer": hash_file(Location(out / "tokenizer" / "tokenizer.json"))[1],
+        "origin": origin,
+    }
+    checkpointer = Checkpointer(out / "checkpoints", Checkpoint(mode="sync"))
+    checkpointer.save(0, state, train_state)
+    checkpointer.close()
+    start = {
+        "model": config["model"],
+        "tokenizer": {"path": str(out / "tokenizer")},
+        "checkpoint": {"load": str(out), "load_only": ["model"]},
+    }
+    (out / "model.toml").write_text(tomli_w.dumps(start), encoding="utf-8")
+
+
+def _download(hub_id: str, revision: str) -> Path:
+    """The files of a hub model that matter here, from its cache if they are there."""
+    import huggingface_hub  # slow, and only for models that are not here
+
+    try:
+        patterns = ["config.json", "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json"]
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # not found, gated, no network: all manner of types, every one about what was asked for
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{hub_id}: not a folder here, and not to be had from the hub: {why}") from None
+
+
+def _read_config(path: Path) -> tuple[Model, int]:
+    """The model and its sequence length. Raises UserError."""
+    try:
+        return model_from_hf(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the folder of a Hugging Face model") from None
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is missing") from None
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{path}: {found}") from None
+    except ValueError as error:  # not JSON, or a model of another kind
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_weights(folder: Path, model: Model) -> dict[str, Tensor]:
+    """The checkpoint's state, in float32. Raises UserError unless the files hold exactly the model's parameters."""
+    from safetensors import safe_open  # only for imports
+
+    with torch.device("meta"):
+        decoder = Decoder(model, seq_len=2, dtype=torch.float32, attention=sdpa)
+    wanted = {hf_name(key.removeprefix("model.")): (key, value) for key, value in flat_state(decoder, None).items()}
+    state: dict[str, Tensor] = {}
+    flaws: list[str] = []
+    for file in tqdm(_weight_files(folder), desc="import", unit="file", disable=None):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it has no iterator)
+                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted):
+                    continue  # computed from the config; a copy of the tied table
+                if name not in wanted:
+                    flaws.append(f"{name} has no place in the model")
+                    continue
+                key, like = wanted.pop(name)
+                tensor: Any = tensors.get_tensor(name)
+                if tensor.shape != like.shape:
+                    flaws.append(f"{name} is {list(tensor.shape)}, config.json says {list(like.shape)}")
+                state[key] = tensor.float()
+    flaws += [f"{name} is missing" for name in wanted]
+    if flaws:
+        more = f" and {len(flaws) - 6} more" if len(flaws) > 6 else ""
+        raise UserError(f"{folder}: {'; '.join(flaws[:6])}{more}: not a plain Llama or Qwen3")
+    return state
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files, as the index lists them if there is one. Raises UserError if there are none."""
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = [folder / name for name in names]
+    gone = next((file for file in files if not file.is_file()), None)
+    if gone is not None:
+        raise UserError(f"{gone}: no such file; the weights must be safetensors")
+    return files

@@ -1,0 +1,69 @@
+"""A checkpoint seen from outside training: of which run, of what model, with which tokenizer."""
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchxihe.components.checkpoint import TRAIN_STATE, checkpoints_of, load_model_only, resolve
+from torchxihe.components.manifest import step_of
+from torchxihe.components.ranks import explained
+from torchxihe.components.storage import Location, with_retries
+from torchxihe.config import Model, UserError, load_config
+from torchxihe.model.attention import Attention, sdpa
+from torchxihe.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A committed step and what belongs to it."""
+
+    step_dir: Location
+    train_state: dict[str, Any]
+    """What `History.to_json` wrote."""
+    model: Model
+    seq_len: int
+    tokenizer_dir: Path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the weights have behind them."""
+        return step_of(self.step_dir.name)
+
+
+def open_saved(path: str | PathLike[str]) -> SavedRun:
+    """The checkpoint that `path` (a run, or one of its step directories) means; a run's newest one.
+
+    Raises UserError if there is none. Weights are not read, nor is anything verified.
+    """
+    place: str | PathLike[str] = path
+    if (Path(path) / "config.toml").is_file():  # a run may keep its checkpoints elsewhere
+        place = checkpoints_of(load_config(Path(path) / "config.toml"))
+        place = place if place.is_dir() else path
+    step_dir = resolve(place)
+    try:
+        train_state = json.loads(with_retries((step_dir / TRAIN_STATE).read))
+    except OSError as error:
+        raise explained(error) from None
+    config = train_state["config"]
+    of_run = Path(config["run"]["dir"], config["run"]["name"])
+    homes = [Path(path), Path(step_dir.parent.parent), of_run]
+    found = next((home / "tokenizer" for home in homes if (home / "tokenizer" / "torchxihe.json").is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{step_dir}: the run's tokenizer/ is neither beside checkpoints/ nor in {of_run}; put it there"
+        )
+    return SavedRun(step_dir, train_state, Model.model_validate(config["model"]), config["data"]["seq_len"], found)
+
+
+def load_decoder(saved: SavedRun, device: torch.device, dtype: torch.dtype, attention: Attention = sdpa) -> Decoder:
+    """The model with its weights, verified, on `device`, computing in `dtype`. Raises UserError."""
+    with torch.device("meta"):
+        model = Decoder(saved.model, seq_len=saved.seq_len, dtype=dtype, attention=attention)
+    model.to_empty(device=device)
+    model.init_weights(seed=0)
+    load_model_only(saved.step_dir, model)
+    return model
