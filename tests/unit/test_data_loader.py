@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data_corpus import make_config, write_texts
-from torchxihe.data.loader import IGNORE, Batch, Loader, validation_batches
+from torchxihe.data import prepare as prepare_module
+from torchxihe.data import sources as sources_module
+from torchxihe.data.loader import IGNORE, Batch, Loader, validation_batches, validation_rows
 from torchxihe.data.order import Order, plan_micro_batches, plan_stages
 from torchxihe.data.prepare import prepare
 from torchxihe.data.store import Prepared
@@ -37,7 +39,10 @@ def data(request: pytest.FixtureRequest, corpus: tuple[Path, list[dict[str, obje
     config = make_config(
         folder / "cache", *sources, seq_len=SEQ_LEN, data={"packing": request.param}, validation={"fraction": 0.1}
     )
-    prepared = prepare(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources_module, "SMALLEST_SHARD", 3000)  # several shards a source
+        patch.setattr(prepare_module, "_cores", lambda: 1)
+        prepared = prepare(config)
     stages = plan_stages(config, prepared)
     for step, batch in ((3, 10), (5, 7)):
         grown = config.model_copy(update={"training": config.training.model_copy(update={"global_batch_size": batch})})
@@ -59,16 +64,19 @@ def global_batches(data: Data, first: int, stop: int, world_size: int, most: int
         ]  # fmt: skip
         for step in range(start, end):
             rows = {}
-            for loader in loaders:
-                for _ in range(accumulation):
+            g, count = order.batch(step)
+            for rank, loader in enumerate(loaders):
+                for i in range(accumulation):
                     batch = next(loader)
-                    for b, g in enumerate(batch.samples):
-                        if g >= 0:
-                            assert g not in rows
-                            rows[g] = torch.cat([batch.tokens[b], batch.targets[b]]).numpy().tobytes()
+                    j = (i * world_size + rank) * micro_batch
+                    expected = [g + n if n < count else -1 for n in range(j, j + micro_batch)]
+                    assert batch.samples == tuple(expected)
+                    for b, n in enumerate(batch.samples):
+                        if n >= 0:
+                            assert n not in rows
+                            rows[n] = torch.cat([batch.tokens[b], batch.targets[b]]).numpy().tobytes()
                         else:
                             assert (batch.targets[b] == IGNORE).all() and batch.sources[b] == -1
-            g, count = order.batch(step)
             assert sorted(rows) == list(range(g, g + count))
             hashes.append(hashlib.sha256(b"".join(rows[n] for n in sorted(rows))).hexdigest())
         for loader in loaders:
@@ -88,7 +96,9 @@ def read_slowly(prepared: Prepared, source: int, row: int, split: str) -> tuple[
     """Tokens, targets and document lengths of a row, from the files, a token at a time."""
     of = prepared.sources[source]
     [store] = {path.parent for path in of.rows(split)._paths[:-2]}
-    tokens = np.fromfile(store / f"{split}-00000.bin", of.manifest["dtype"])
+    shards = sorted(store.glob(f"{split}-*.bin"))
+    assert len(shards) > 2
+    tokens = np.concatenate([np.fromfile(shard, of.manifest["dtype"]) for shard in shards])
     index = of.rows(split)._paths[-1].parent
     starts, pieces = np.fromfile(index / f"{split}.rows", "<i8"), np.fromfile(index / f"{split}.pieces", "<i8")
     row_tokens, document = [], []
@@ -166,6 +176,16 @@ def test_validation_reads_every_held_out_row_once(
             (s, tuple(read_slowly(prepared, s, r, "valid")[1])) for s in range(len(have)) for r in range(have[s])
         ]
         assert sorted(seen.values()) == sorted(expected)
+
+
+def test_a_short_validation_is_spread_over_all_held_out_rows(data: Data) -> None:
+    prepared, _ = data
+    chosen = validation_rows(prepared, SEQ_LEN, 20 * SEQ_LEN)
+    assert len(chosen) == len(set(chosen)) == 20
+    for s, source in enumerate(prepared.sources):
+        rows = [row for of, row in chosen if of == s]
+        stride = source.valid_rows / len(rows)
+        assert rows == [int(i * stride + 1e-9) for i in range(len(rows))]
 
 
 def test_without_document_masks_the_targets_stay_masked(data: Data) -> None:

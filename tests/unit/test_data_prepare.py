@@ -217,9 +217,13 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return write_texts(tmp_path / "many.jsonl", [f"text number {i} of {i % 7}" for i in range(600)])
 
 
-def test_parts_on_many_machines_make_the_same_store(tmp_path: Path, many: dict[str, Any]) -> None:
+def test_parts_on_many_machines_make_the_same_store(
+    tmp_path: Path, many: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fraction = {"fraction": 0.1}
+    monkeypatch.setattr(module, "_cores", lambda: 2)
     prepare(make_config(tmp_path / "whole", many, validation=fraction))
+    monkeypatch.setattr(module, "_cores", lambda: 1)
     parted = make_config(tmp_path / "parts", many, validation=fraction)
     for part in (2, 0, 1):
         prepare_part(parted, part, 3)
@@ -249,6 +253,19 @@ def test_a_full_disk_is_an_error_and_the_rerun_equals_a_clean_run(
             prepare(config)
     assert len(list(tmp_path.glob("cache/stores/*/0*.json"))) == 4 and not list(tmp_path.glob("cache/stores/*/*.tmp"))
     prepare(config)
+    prepare(make_config(tmp_path / "clean", many))
+    assert tree(tmp_path / "cache") == tree(tmp_path / "clean")
+
+
+def test_a_shard_that_was_damaged_before_the_store_was_whole_is_made_again(
+    tmp_path: Path, many: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_cores", lambda: 1)
+    prepare_part(make_config(tmp_path / "cache", many), 0, 1)
+    for name, keep in (("train-00001.bin", 50), ("train-00003.idx", 0), ("00004.json", 20)):
+        [file] = tmp_path.glob(f"cache/stores/*/{name}")
+        file.write_bytes(file.read_bytes()[:keep])
+    prepare(make_config(tmp_path / "cache", many))
     prepare(make_config(tmp_path / "clean", many))
     assert tree(tmp_path / "cache") == tree(tmp_path / "clean")
 
