@@ -19,9 +19,9 @@ def test_a_rank_that_sleeps_for_ever(workspace: Workspace) -> None:
 
 def test_a_hang_at_the_start(workspace: Workspace) -> None:
     """The first step, which may compile, has the longer limit."""
-    flags = ("--training.init_timeout=4", "--training.step_timeout=1")
+    flags = ("--training.init_timeout=12", "--training.step_timeout=1")
     outcome = workspace.run(2, *flags, fault=Fault("step", 1, "sleep", rank=1))
-    outcome.check_failure("[rank 1] no progress for 4 s in: step 1")
+    outcome.check_failure("[rank 1] no progress for 12 s in: step 1")
 
 
 def test_two_runs_in_one_directory(workspace: Workspace) -> None:
