@@ -276,10 +276,12 @@ class Metrics(Section):
 
     log_every: PositiveInt = 10
     """Steps between two lines on the console and in `metrics.jsonl`; the host waits for the GPU only there."""
+    sample_every: NonNegativeInt = 0
+    """Steps between two samples of the model's writing; a finished run prints one in any case. 0: only then."""
     sample_prompt: str = ""
-    """Prompt of the text sampled when the run has finished; "" starts from the end-of-document token."""
+    """Prompt that samples continue; "" begins a document."""
     sample_tokens: NonNegativeInt = 100
-    """Tokens of that sample. 0: none."""
+    """Tokens of a sample. 0: none, ever."""
 
 
 class Config(Section):

@@ -140,12 +140,12 @@ class Trainer:
             flat_state(self.model, self.optimizer) | self.bad_steps.state() if whole else flat_state(self.model, None)
         )
 
-    def sample_text(self, prepared: Prepared) -> str:
-        """Text that continues `metrics.sample_prompt`; all ranks must ask together."""
+    def log_sample(self, prepared: Prepared) -> None:
+        """Print text that continues `metrics.sample_prompt`; all ranks must ask together."""
         options = self.config.metrics
         if not options.sample_tokens:
-            return ""
-        # Rank 0 of a training run needs no tokenizer library until its last second.
+            return
+        # Training needs no tokenizer library until it samples.
         from torchxihe.data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(prepared.tokenizer_dir)
@@ -158,7 +158,8 @@ class Trainer:
             vocab_size=prepared.vocab_size,
             stop_id=prepared.eos_id,
         )
-        return options.sample_prompt + tokenizer.decode(list(tokens))
+        text = options.sample_prompt + tokenizer.decode(list(tokens))
+        log.info("a sample of its writing after step %d:\n%s", self.step, text)
 
 
 def run(config: Config) -> None:
@@ -202,9 +203,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
             (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")
         log.info("stopped after step %d (%s) with a checkpoint; the same command goes on", trainer.step, stop.reason)
         return
-    text = trainer.sample_text(prepared)
-    if text:
-        log.info("a sample of its writing:\n%s", text)
+    trainer.log_sample(prepared)
     log.info("finished: %s holds config.toml, metrics.jsonl, tokenizer/ and checkpoints/", config.run_dir)
 
 
@@ -280,6 +279,9 @@ def _train(
                     validation_loss = result["validation/loss"]
                     if writer:
                         writer.validation(trainer.step, result)
+                if due(config.metrics.sample_every) and trainer.step < total:
+                    watchdog.begin(f"sample after step {trainer.step}", limits.init_timeout)
+                    trainer.log_sample(prepared)
                 if due(config.checkpoint.every or total):
                     watchdog.begin(f"checkpoint of step {trainer.step}", limits.init_timeout)
                     trainer.save(checkpointer, history, validation_loss)

@@ -26,7 +26,7 @@ def make_config(root: Path, shape: Shape, vocab_size: int = 320, **sections: dic
         "run": {"dir": str(root), "name": "small"},
         "model": model.model_dump(),
         "tokenizer": {"vocab_size": TOKENS},
-        "data": {"sources": [{"path": "text.txt"}], "seq_len": 64},
+        "data": {"sources": [{"path": "text.txt"}], "seq_len": 128},
         "training": {"steps": 7, "global_batch_size": 2, "dtype": "float32", "compile": False},
     }
     return Config.model_validate(values | sections)

@@ -76,7 +76,7 @@ def test_the_card_has_the_facts(tmp_path: Path) -> None:
     config, _ = make_run(tmp_path, QWEN3)
     run(["export", str(config.run_dir), "--out", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
-    for fact in ("Qwen3ForCausalLM", "| Steps | 7 |", "| Tokens | 896 |", "text.txt (100 %)", "3 layers of 48"):
+    for fact in ("Qwen3ForCausalLM", "| Steps | 7 |", "| Tokens | 1,792 |", "text.txt (100 %)", "3 layers of 48"):
         assert fact in card
 
 
@@ -110,7 +110,7 @@ def test_import_of_an_export_is_the_same_model(tmp_path: Path, shape: Shape, sha
     run(["export", str(config.run_dir), "--out", str(out), "--shard-gb", shard_gb])
     run(["import", str(out), "--out", str(back)])
     saved = open_saved(back)
-    assert saved.model == config.model and saved.seq_len == 64 and saved.step == 0
+    assert saved.model == config.model and saved.seq_len == 128 and saved.step == 0
     again = load_decoder(saved, torch.device("cpu"), torch.float32)
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
     assert saved.train_state["tokenizer"] == open_saved(config.run_dir).train_state["tokenizer"]

@@ -1,64 +1,94 @@
-"""`torchxihe generate`: text from a checkpoint."""
+"""Continue a text with a run's model.
+
+usage: torchxihe generate RUN_OR_STEP [--prompt TEXT] [--stream] [--max-tokens N] [--temperature T] [--top-k K]
+                          [--top-p P] [--seed N]
+
+  --prompt TEXT     text to continue; "" begins a document. Without it every line that you type is one, until Ctrl-D
+  --stream          print as it comes, not when it is done; always so while you type
+  --max-tokens N    tokens at most, default 200; the end of the document ends it too
+  --temperature T   default 0.8; 0 always takes the most likely token
+  --top-k K         draw from the K most likely tokens, default 50; 0: all
+  --top-p P         draw from the most likely tokens of this total probability, default 0.95
+  --seed N          the same seed draws the same text, default 0
+
+examples: torchxihe generate runs/xihe_debug --prompt "import " --stream
+          torchxihe generate runs/xihe_debug --prompt "def main" --temperature 0
+"""
 
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
-from torchxihe.components.checkpoint import load_model_only, resolve
-from torchxihe.config import UserError, load_config
-from torchxihe.data.tokenizer import load_tokenizer
-from torchxihe.model.attention import sdpa
-from torchxihe.model.decoder import Decoder
+from torchxihe.components.saved_run import load_decoder, open_saved
+from torchxihe.config import UserError
+from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
 from torchxihe.model.generate import generate
 from torchxihe.utils.device import default_device
 
-HELP = "continue a prompt with a run's model"
+HELP = "continue a prompt with a run's model, or every line that is typed"
 
 
 def main(args: list[str]) -> None:
-    """Parse `RUN --prompt TEXT` and print the continuation as it comes."""
-    parser = argparse.ArgumentParser(prog="torchxihe generate", description=HELP)
-    parser.add_argument("run", metavar="RUN_OR_STEP", help="a run directory, or one of its step directories")
-    parser.add_argument("--prompt", default="", help='text to continue; "" starts a new document')
+    """Print the continuation of `--prompt`, or of every line of standard input."""
+    parser = argparse.ArgumentParser("torchxihe generate", description=HELP)
+    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_argument("--prompt")
+    parser.add_argument("--stream", action="store_true")
     parser.add_argument("--max-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from the k most likely tokens; 0: all")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total mass")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)
     if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 0:
         raise UserError("generate: --temperature, --top-k and --max-tokens are 0 or more, --top-p is in (0, 1]")
-    step_dir = resolve(options.run)
-    run_dir = Path(step_dir.parent.parent)
-    config = load_config(run_dir / "config.toml")
-    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    saved = open_saved(options.run)
+    tokenizer = load_tokenizer(saved.tokenizer_dir)
     device = default_device()
-    with torch.device("meta"):
-        dtype = getattr(torch, config.training.dtype) if device.type == "cuda" else torch.float32
-        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=sdpa)
-    model.to_empty(device=device)
-    model.init_weights(seed=0)
-    load_model_only(step_dir, model)
-    sys.stdout.write(options.prompt)
-    written, tokens = "", []
-    for token in generate(
-        model,
-        tokenizer.encode(options.prompt) or [tokenizer.eos_id],
-        max_tokens=options.max_tokens,
-        context=config.data.seq_len,
-        vocab_size=tokenizer.vocab_size,
-        stop_id=tokenizer.eos_id,
-        seed=options.seed,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-    ):
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
+    model = load_decoder(saved, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+    def answer(prompt: str) -> Iterator[int]:
+        return generate(
+            model,
+            tokenizer.encode(prompt) or [tokenizer.eos_id],
+            max_tokens=options.max_tokens,
+            context=saved.seq_len,
+            vocab_size=tokenizer.vocab_size,
+            stop_id=tokenizer.eos_id,
+            seed=options.seed,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
+
+    if options.prompt is None:
+        for line in _typed_lines():
+            _stream(line, answer(line), tokenizer)
+    elif options.stream:
+        _stream(options.prompt, answer(options.prompt), tokenizer)
+    else:
+        print(options.prompt + tokenizer.decode(list(answer(options.prompt))))
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines of standard input to its end, with a prompt where somebody types them."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def _stream(prompt: str, tokens: Iterator[int], tokenizer: TextTokenizer) -> None:
+    """Print `prompt` and its continuation as it comes."""
+    print(prompt, end="", flush=True)
+    written, ids = "", []
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # the bytes of a character may come in several tokens
-            sys.stdout.write(text[len(written) :])
-            sys.stdout.flush()
+            print(text[len(written) :], end="", flush=True)
             written = text
-    sys.stdout.write("\n")
+    print(tokenizer.decode(ids)[len(written) :])

@@ -150,15 +150,18 @@ class Decoder(nn.Module):
         self.register_buffer("cos_TD", cos, persistent=False)
         self.register_buffer("sin_TD", sin, persistent=False)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, docs: Tensor | None = None, start: int = 0
+    ) -> Tensor:
         """Summed cross-entropy over the valid targets (float32 scalar), or logits [B, T, V] without targets.
 
         tokens, targets: int64 [B, T], T at most `seq_len`; targets of -100 count nothing. docs: see `attention.py`.
+        start: position of the first token, where what comes before it is in a cache (`generate.py`).
         The loss is computed in here, so that FSDP2 gathers the head with the root and nothing reaches around it.
         """
-        seq_len = tokens_BT.shape[1]
+        end = start + tokens_BT.shape[1]
         x_BTC = self.embed_tokens(tokens_BT).to(self.dtype)
-        cos_TD, sin_TD = self.cos_TD[:seq_len], self.sin_TD[:seq_len]
+        cos_TD, sin_TD = self.cos_TD[start:end], self.sin_TD[start:end]
         for layer in self.layers:
             x_BTC = layer(x_BTC, cos_TD, sin_TD, docs)
         w_VC = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight

@@ -1,9 +1,68 @@
-"""Sampling text from a decoder, one token at a time."""
+"""Sampling text from a decoder, a token at a time, with the keys and values of what came before kept.
+
+A cache is an attention: while text is generated each layer attends through one, and no other line of the model knows.
+"""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from torchxihe.model.decoder import SelfAttention
+
+
+class CachedAttention:
+    """Causal attention to all keys and values that it has seen; the signature of `attention.py`, for a batch of one.
+
+    Axes as there: B batch, T positions of this call, H query heads, K key and value heads, D head dimension; S
+    positions seen so far, this call's included.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Room for `size` positions."""
+        self.size, self.seen = size, 0
+        self._keys_BSKD, self._values_BSKD = torch.empty(0), torch.empty(0)
+
+    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) -> Tensor:
+        """[B, T, H, D] in q's dtype. The whole row is one document."""
+        if not self.seen:
+            shape = (k_BTKD.shape[0], self.size, *k_BTKD.shape[2:])
+            self._keys_BSKD, self._values_BSKD = k_BTKD.new_empty(shape), v_BTKD.new_empty(shape)
+        new, start = q_BTHD.shape[1], self.seen
+        self.seen = end = start + new
+        self._keys_BSKD[:, start:end], self._values_BSKD[:, start:end] = k_BTKD, v_BTKD
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, self._keys_BSKD[:, :end], self._values_BSKD[:, :end]))
+        # A single new position sees everything; several see each other causally, and all that came before them.
+        mask_TS = torch.ones(new, end, dtype=torch.bool, device=q.device).tril(start) if new > 1 else None
+        out = F.scaled_dot_product_attention(q, k, v, mask_TS, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+
+@contextmanager
+def cached(model: nn.Module, size: int) -> Iterator[list[CachedAttention]]:
+    """Inside, the layers of `model` attend through new caches for `size` positions; `model.forward` takes `start`."""
+    layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
+    attentions = [layer.attention for layer in layers]
+    caches = [CachedAttention(size) for _ in layers]
+    try:
+        for layer, cache in zip(layers, caches, strict=True):
+            layer.attention = cache
+        yield caches
+    finally:
+        for layer, attention in zip(layers, attentions, strict=True):
+            layer.attention = attention
+
+
+def window_start(length: int, context: int) -> int:
+    """The first of `length` tokens that the model still sees.
+
+    When the context is full the oldest quarter of it is forgotten at once: forgetting token by token would shift every
+    position each time, and nothing could be kept.
+    """
+    stride = max(1, context // 4)
+    return max(0, -(-(length - context) // stride) * stride)
 
 
 def sample(logits_V: Tensor, generator: torch.Generator, temperature: float, top_k: int, top_p: float) -> int:
@@ -33,18 +92,26 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_tokens` token ids that continue `prompt` (not empty), without the `stop_id` that ends it.
 
-    The model sees the last `context` tokens; ids from `vocab_size` on are padding and never drawn. Under FSDP2 all
-    ranks must call this together; the same seed draws the same tokens.
+    `model` is a Decoder, wrapped or not, that sees at most the last `context` tokens (`window_start`); ids from
+    `vocab_size` on are padding and never drawn. Under FSDP2 all ranks must call this together; the same seed draws the
+    same tokens. Until the iterator is exhausted or closed the model is good for nothing else.
     """
     tokens = list(prompt)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(max_tokens):
-        # Every length is a new shape: a compiled model would compile each. no_grad ends at each yield.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logits_BTV = model(torch.tensor([tokens[-context:]], device=device))
-        token = sample(logits_BTV[0, -1, :vocab_size].cpu(), generator, temperature, top_k, top_p)
-        if token == stop_id:
-            return
-        tokens.append(token)
-        yield token
+    with cached(model, context) as caches:
+        first = seen = 0  # of `tokens`, the caches hold those from `first` up to `seen`
+        for _ in range(max_tokens):
+            if window_start(len(tokens), context) != first:
+                first = seen = window_start(len(tokens), context)
+                for cache in caches:
+                    cache.seen = 0
+            # Every length is a new shape: a compiled model would compile each. no_grad ends at each yield.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                logits_BTV = model(torch.tensor([tokens[seen:]], device=device), start=seen - first)
+            seen = len(tokens)
+            token = sample(logits_BTV[0, -1, :vocab_size].cpu(), generator, temperature, top_k, top_p)
+            if token == stop_id:
+                return
+            tokens.append(token)
+            yield token
