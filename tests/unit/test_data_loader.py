@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data_corpus import make_config, write_texts
-from torchxihe.data import prepare as prepare_module
+from torchxihe.data import encode
 from torchxihe.data import sources as sources_module
 from torchxihe.data.loader import IGNORE, Batch, Loader, validation_batches, validation_rows
 from torchxihe.data.order import Order, plan_micro_batches, plan_stages
@@ -41,7 +41,7 @@ def data(request: pytest.FixtureRequest, corpus: tuple[Path, list[dict[str, obje
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources_module, "SMALLEST_SHARD", 3000)  # several shards a source
-        patch.setattr(prepare_module, "_cores", lambda: 1)
+        patch.setattr(encode, "_cores", lambda: 1)
         prepared = prepare(config)
     stages = plan_stages(config, prepared)
     for step, batch in ((3, 10), (5, 7)):
@@ -95,12 +95,10 @@ def test_global_batches_depend_on_nothing_but_the_step(data: Data, world_size: i
 def read_slowly(prepared: Prepared, source: int, row: int, split: str) -> tuple[list[int], list[int], list[int]]:
     """Tokens, targets and document lengths of a row, from the files, a token at a time."""
     of = prepared.sources[source]
-    [store] = {path.parent for path in of.rows(split)._paths[:-2]}
-    shards = sorted(store.glob(f"{split}-*.bin"))
+    shards = sorted(of.store.glob(f"{split}-*.bin"))
     assert len(shards) > 2
     tokens = np.concatenate([np.fromfile(shard, of.manifest["dtype"]) for shard in shards])
-    index = of.rows(split)._paths[-1].parent
-    starts, pieces = np.fromfile(index / f"{split}.rows", "<i8"), np.fromfile(index / f"{split}.pieces", "<i8")
+    starts, pieces = (np.fromfile(of.index / f"{split}.{kind}", "<i8") for kind in ("rows", "pieces"))
     row_tokens, document = [], []
     for number, (start, length) in enumerate(pieces.reshape(-1, 2)[starts[row] : starts[row + 1]].tolist()):
         row_tokens += tokens[start : start + length].tolist()

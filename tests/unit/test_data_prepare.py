@@ -15,8 +15,8 @@ import torch
 
 from tests.unit.data_corpus import make_config, write_lines, write_texts
 from torchxihe.config import UserError, dump_config
+from torchxihe.data import encode, sources
 from torchxihe.data import prepare as module
-from torchxihe.data import sources
 from torchxihe.data.loader import IGNORE, Loader
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.prepare import prepare, prepare_part
@@ -74,10 +74,9 @@ def manifest_of(prepared: Prepared) -> dict[str, Any]:
 
 def texts_of(prepared: Prepared) -> list[list[int]]:
     """The documents' ids without their EOS, in order, for a store of one shard."""
-    rows = prepared.sources[0].train
-    [store] = {path.parent for path in rows._paths[:-2]}
-    tokens = np.fromfile(store / "train-00000.bin", rows.dtype)
-    places = np.fromfile(store / "train-00000.idx", "<i8").reshape(-1, 2).tolist()
+    [source] = prepared.sources
+    tokens = np.fromfile(source.store / "train-00000.bin", source.manifest["dtype"])
+    places = np.fromfile(source.store / "train-00000.idx", "<i8").reshape(-1, 2).tolist()
     assert all(tokens[start + length - 1] == prepared.eos_id for start, length in places)
     return [tokens[start : start + length - 1].tolist() for start, length in places]
 
@@ -86,7 +85,7 @@ def test_empty_documents_are_dropped_and_counted_and_short_ones_kept(tmp_path: P
     source = write_texts(tmp_path / "a.jsonl", ["", "ab", " \n\t ", "c"])
     prepared = prepare(make_config(tmp_path / "cache", source, tokenizer=BYTES))
     assert texts_of(prepared) == [ids("ab"), ids("c")]
-    assert manifest_of(prepared)["dropped"] == {"empty": 2}
+    assert prepared.sources[0].dropped == {"empty": 2}
 
 
 def test_nul_bytes_and_special_tokens_are_text(tmp_path: Path) -> None:
@@ -115,12 +114,20 @@ def test_a_bad_line_is_counted_or_named(tmp_path: Path, line: str | bytes, why: 
     file.write_bytes(b'{"text": "ab"}\n' * 150 + data + b"\n" + b'{"text": "cd"}')
     skip = make_config(tmp_path / "cache", {"path": str(file)}, tokenizer=BYTES)
     prepared = prepare(skip)
-    assert manifest_of(prepared)["dropped"] == {why: 1}
+    assert prepared.sources[0].dropped == {why: 1}
     assert texts_of(prepared) == [ids("ab")] * 150 + [ids("cd")]
     strict = make_config(tmp_path / "cache2", {"path": str(file)}, tokenizer=BYTES, data={"on_bad_rows": "error"})
     with pytest.raises(UserError) as error:
         prepare(strict)
     assert str(error.value) == f'data.sources.0: {file}, line 151: {why}; mend it, or set data.on_bad_rows = "skip"'
+
+
+def test_a_store_with_bad_rows_is_no_excuse_for_a_stricter_config(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}] * 150 + [{"text": 1}])
+    prepare(make_config(tmp_path / "cache", source, tokenizer=BYTES))
+    for stricter in ({"on_bad_rows": "error"}, {"max_bad_rows": 0.001}):
+        with pytest.raises(UserError, match="1 of 151 rows: column 'text' is not a string, first .*a.jsonl, line 151"):
+            prepare(make_config(tmp_path / "cache", source, tokenizer=BYTES, data=stricter))
 
 
 def test_too_many_bad_rows_are_an_error_at_once(tmp_path: Path) -> None:
@@ -144,7 +151,7 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
         prepare(make_config(tmp_path / "cache", {"path": str(tmp_path / "t")}, tokenizer=BYTES))
     half = {"max_bad_rows": 0.5}
     prepared = prepare(make_config(tmp_path / "cache", {"path": str(tmp_path / "t")}, tokenizer=BYTES, data=half))
-    assert manifest_of(prepared)["dropped"] == {"not UTF-8": 1}
+    assert prepared.sources[0].dropped == {"not UTF-8": 1}
 
 
 def test_a_source_without_a_document_is_an_error(tmp_path: Path) -> None:
@@ -196,7 +203,7 @@ def test_nothing_prepared_says_what_to_do(tmp_path: Path) -> None:
 
 def test_max_tokens_ends_after_the_document_that_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SMALLEST_SHARD", 200)
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(encode, "_cores", lambda: 1)
     source = write_texts(tmp_path / "a.jsonl", ["abcdefghi"] * 100)  # ten tokens each, 20 bytes a line and more
     for most, documents in ((1, 1), (10, 1), (11, 2), (500, 50), (10**6, 100)):
         limited = {**source, "max_tokens": most}
@@ -221,9 +228,9 @@ def test_parts_on_many_machines_make_the_same_store(
     tmp_path: Path, many: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fraction = {"fraction": 0.1}
-    monkeypatch.setattr(module, "_cores", lambda: 2)
+    monkeypatch.setattr(encode, "_cores", lambda: 2)
     prepare(make_config(tmp_path / "whole", many, validation=fraction))
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(encode, "_cores", lambda: 1)
     parted = make_config(tmp_path / "parts", many, validation=fraction)
     for part in (2, 0, 1):
         prepare_part(parted, part, 3)
@@ -236,11 +243,11 @@ def test_parts_on_many_machines_make_the_same_store(
 def test_a_full_disk_is_an_error_and_the_rerun_equals_a_clean_run(
     tmp_path: Path, many: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(encode, "_cores", lambda: 1)
     config = make_config(tmp_path / "cache", many)
-    commit, count = module.ShardWriter.commit, 0
+    commit, count = encode.ShardWriter.commit, 0
 
-    def full(self: module.ShardWriter, report: dict[str, Any]) -> dict[str, Any]:
+    def full(self: encode.ShardWriter, report: dict[str, Any]) -> dict[str, Any]:
         nonlocal count
         count += 1
         if count == 5:
@@ -248,7 +255,7 @@ def test_a_full_disk_is_an_error_and_the_rerun_equals_a_clean_run(
         return commit(self, report)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.ShardWriter, "commit", full)
+        patch.setattr(encode.ShardWriter, "commit", full)
         with pytest.raises(UserError, match=r"data.cache_dir: .*cache: No space left on device; it must be writable"):
             prepare(config)
     assert len(list(tmp_path.glob("cache/stores/*/0*.json"))) == 4 and not list(tmp_path.glob("cache/stores/*/*.tmp"))
@@ -260,7 +267,7 @@ def test_a_full_disk_is_an_error_and_the_rerun_equals_a_clean_run(
 def test_a_shard_that_was_damaged_before_the_store_was_whole_is_made_again(
     tmp_path: Path, many: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(encode, "_cores", lambda: 1)
     prepare_part(make_config(tmp_path / "cache", many), 0, 1)
     for name, keep in (("train-00001.bin", 50), ("train-00003.idx", 0), ("00004.json", 20)):
         [file] = tmp_path.glob(f"cache/stores/*/{name}")
@@ -340,10 +347,10 @@ def test_a_new_seq_len_does_not_tokenise_again(tmp_path: Path, monkeypatch: pyte
     source = write_texts(tmp_path / "a.jsonl", ["some text"] * 30)
     prepare(make_config(tmp_path / "cache", source))
 
-    def never(job: module.Job) -> dict[str, Any]:
+    def never(job: encode.Job) -> dict[str, Any]:
         raise AssertionError(job)
 
-    monkeypatch.setattr(module, "prepare_shard", never)
+    monkeypatch.setattr(encode, "prepare_shard", never)
     for changes in ({"seq_len": 8}, {"data": {"packing": "concat"}}):
         prepare(make_config(tmp_path / "cache", source, **changes))  # type: ignore[arg-type]
     with pytest.raises(AssertionError):
@@ -423,8 +430,9 @@ def test_token_files_are_used_where_they_lie(tmp_path: Path, kind: str, monkeypa
     for what in ("documents", "tokens", "bytes", "train_rows", "max_documents"):
         assert getattr(by_tokens.sources[0], what) == getattr(by_text.sources[0], what)
     rows = [np.empty(17, "<u2"), np.empty(17, "<u2")]
+    readers = [prepared.sources[0].open("train") for prepared in (by_text, by_tokens)]
     for i in range(by_text.sources[0].train_rows):
-        lengths = [p.sources[0].train.read(i, row) for p, row in zip((by_text, by_tokens), rows, strict=True)]
+        lengths = [reader.read(i, row) for reader, row in zip(readers, rows, strict=True)]
         assert lengths[0] == lengths[1] and rows[0][: sum(lengths[0])].tolist() == rows[1][: sum(lengths[0])].tolist()
     split = make_config(tmp_path / "cache", source, tokenizer={"path": str(by_text.tokenizer_dir)},
                         validation={"fraction": 0.3})  # fmt: skip

@@ -21,7 +21,7 @@ def rows_of(source: Source) -> list[list[tuple[str, str]]]:
     template = parse_template(source.template, "template")
     shards = cut_shards(find_pieces(source, "data.sources.0"))
     return [
-        [template.text(row) for piece in pieces for row in read_rows(piece, template.columns, source)]
+        [template.text(row) for piece in pieces for row in read_rows(piece, template.columns, source, "key")]
         for pieces in shards
     ]
 
@@ -183,7 +183,7 @@ def test_a_missing_column_names_the_file_and_what_there_is(tmp_path: Path, write
     with pytest.raises(UserError) as error:
         rows_of(Source(path=str(file), template="{title}"))
     have = "n, text" if write is write_csv else "text"
-    assert str(error.value) == f"template: {file}: there is no column 'title'; there are {have}"
+    assert str(error.value) == f"key.template: {file}: there is no column 'title'; there are {have}"
 
 
 def truncate(file: Path) -> None:
@@ -194,7 +194,7 @@ def truncate(file: Path) -> None:
 def test_a_truncated_file_is_named(tmp_path: Path, write: Callable[[Path], str]) -> None:
     file = tmp_path / write(tmp_path)
     truncate(file)
-    with pytest.raises(UserError, match=rf"path: {file}: cannot be read as "):
+    with pytest.raises(UserError, match=rf"key.path: {file}: cannot be read as "):
         rows_of(Source(path=str(file)))
 
 
@@ -203,7 +203,7 @@ def test_garbage_in_a_gzip_file_is_named(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[200:260] = bytes(60)
     file.write_bytes(data)
-    with pytest.raises(UserError, match=rf"path: {file}: cannot be read as json"):
+    with pytest.raises(UserError, match=rf"key.path: {file}: cannot be read as json"):
         rows_of(Source(path=str(file)))
 
 
@@ -246,13 +246,17 @@ def test_a_hub_dataset(repository: Path, stream: bool, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(
     ("changes", "why"),
-    [({"subset": "fr"}, "BuilderConfig 'fr' not found"), ({"subset": "de", "split": "test"}, "Unknown split")],
+    [
+        ({"subset": "fr"}, "BuilderConfig 'fr' not found"),
+        ({"subset": "de", "split": "test"}, "Unknown split"),
+        ({"subset": "de", "split": "train[:10%]"}, "only whole splits can be read"),
+    ],
 )
 def test_a_hub_dataset_that_cannot_be_had(repository: Path, changes: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError) as error:
         rows_of(Source(path=str(repository), template="{body}", **changes))
     message = str(error.value)
-    assert message.startswith("data.sources.0.path: ") and why in message and "\n" not in message
+    assert message.startswith("data.sources.0.") and why in message and "\n" not in message
 
 
 def test_a_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:

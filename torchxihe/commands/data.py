@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from torchxihe.config import Config, load_config
-from torchxihe.data.order import Order, plan_stages
+from torchxihe.data.order import Order, first_stage
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
 
@@ -14,14 +14,14 @@ HELP = "show the sources of a config, and with --rows the decoded rows"
 
 def main(args: list[str]) -> None:
     """Run the command with its arguments. Raises UserError."""
-    parser = argparse.ArgumentParser("torchxihe data", description=HELP)
+    parser = argparse.ArgumentParser("torchxihe data", description=HELP, allow_abbrev=False)
     parser.add_argument("config", help="a TOML file; --section.key=value overrides it")
     parser.add_argument("--rows", type=int, default=0, metavar="N", help="also show the first N rows of training")
     parser.add_argument("--first", type=int, default=0, metavar="G", help="with --rows: from sample G on")
     known, overrides = parser.parse_known_args(args)
     config = load_config(known.config, overrides)
     prepared = open_prepared(config)
-    order = Order(plan_stages(config, prepared), prepared.rows)
+    order = Order([first_stage(config, prepared)], prepared.rows)
     print(_table(summarise(config, prepared, order)))
     if known.rows:
         tokenizer = load_tokenizer(prepared.tokenizer_dir)
@@ -36,7 +36,6 @@ def summarise(config: Config, prepared: Prepared, order: Order) -> list[dict[str
     planned = stage.consumed(stage.first_sample(config.total_steps))
     lines = []
     for source, quota, samples in zip(prepared.sources, stage.quotas, planned, strict=True):
-        dropped = source.manifest["dropped"]
         lines.append(
             {
                 "source": source.name,
@@ -47,7 +46,7 @@ def summarise(config: Config, prepared: Prepared, order: Order) -> list[dict[str
                 "held out": f"{source.valid_rows:,}",
                 "share": f"{quota / sum(stage.quotas):.2%}",
                 "epochs": f"{samples / source.train_rows:.2f}",
-                "dropped": ", ".join(f"{count} {why}" for why, count in dropped.items()) or "none",
+                "dropped": ", ".join(f"{count} {why}" for why, count in source.dropped.items()) or "none",
             }
         )
     return lines
@@ -73,8 +72,9 @@ def show_row(prepared: Prepared, order: Order, tokenizer: TextTokenizer, g: int,
     """
     sources, rows, epochs = (int(x[0]) for x in order.samples(np.array([g])))
     source = prepared.sources[sources]
-    tokens = np.empty(seq_len + 1, source.train.dtype)
-    lengths = source.train.read(rows, tokens)
+    reader = source.open("train")
+    tokens = np.empty(seq_len + 1, reader.dtype)
+    lengths = reader.read(rows, tokens)
     lines = [
         f"=== sample {g}: {source.name}, row {rows}, epoch {epochs}, {len(lengths)} documents, {sum(lengths)} tokens"
     ]

@@ -10,7 +10,7 @@ HELP = "tokenise and pack the data of a config, once"
 
 def main(args: list[str]) -> None:
     """Run the command with its arguments. Raises UserError."""
-    parser = argparse.ArgumentParser("torchxihe prepare", description=HELP)
+    parser = argparse.ArgumentParser("torchxihe prepare", description=HELP, allow_abbrev=False)
     parser.add_argument("config", help="a TOML file; --section.key=value overrides it")
     parser.add_argument("--shard", metavar="I/N", default="", help="only part I (from 0) of N, on one of N machines")
     known, overrides = parser.parse_known_args(args)

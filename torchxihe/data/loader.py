@@ -55,7 +55,7 @@ class _Reader:
         self._pin = device.type == "cuda"
         self._eos = prepared.eos_id
         self._documents = rows * prepared.max_documents + 1 if document_mask else 0
-        self._sources = [source.rows(split) for source in prepared.sources]
+        self._sources = [source.open(split) for source in prepared.sources]
         self._buffers = [np.empty(seq_len + 1, rows.dtype) for rows in self._sources]
 
     def read(self, samples: list[int], sources: list[int], rows: list[int]) -> Batch:

@@ -1,8 +1,8 @@
 """From documents to a token store, once: on every core, resumable, and with the same bytes whoever runs it.
 
-A source's inputs are cut into shards by their sizes alone; each shard is read, encoded and committed by one process,
-and needs nothing of the others. So a killed run goes on where it was, several machines can share the work, and the
-manifest, written last, is the same in any case.
+A source's inputs are cut into shards by their sizes alone; each shard is read, encoded and committed by one process
+(encode.py), and needs nothing of the others. So a killed run goes on where it was, several machines can share the
+work, and the manifest, written last, is the same in any case.
 
 `datasets` and the tokenizer libraries are imported by the functions that need them (sources.py, tokenizer.py):
 training reads stores and must not pay for them.
@@ -13,35 +13,26 @@ import hashlib
 import json
 import os
 import socket
-import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import chain
-from multiprocessing import active_children, get_context, parent_process
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from torchxihe.config import Config, Source, UserError
+from torchxihe.data.encode import Job, check_bad_rows, run_jobs
 from torchxihe.data.order import plan_stages
 from torchxihe.data.packing import AT_ONCE, best_fit, concat
-from torchxihe.data.sources import Piece, Row, cut_shards, find_pieces, parse_template, read_rows, source_name
+from torchxihe.data.sources import Piece, cut_shards, find_pieces, parse_template, read_rows, source_name
 from torchxihe.data.store import (
     SPLITS,
     Prepared,
-    ShardWriter,
-    Split,
+    SourceRows,
     check_vocab_size,
-    committed_shard,
     digest,
     index_path,
     open_prepared,
@@ -49,11 +40,8 @@ from torchxihe.data.store import (
     recipe_path,
     write_json,
 )
-from torchxihe.data.token_files import read_chunks, read_layout
-from torchxihe.data.tokenizer import Encoder, obtain, windows
+from torchxihe.data.tokenizer import obtain
 
-COMPARED, COMPARED_CHARS = 8, 4_000
-"""Documents of every shard, and characters of each at most, on which the fast encoder is compared with the slow."""
 SAMPLED_SHARDS = 64
 """Shards of a source at most that a tokenizer's training text is taken from."""
 
@@ -69,25 +57,6 @@ class Plan:
     shards: list[list[Piece]]
     identity: str
     """Changes with every byte that is read and with the template."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard's work; goes to another process."""
-
-    plan_key: str
-    source: Source
-    pieces: list[Piece]
-    store: Path
-    name: str
-    dtype: str
-    tokenizer: Path
-    eos_id: int
-    bos_id: int
-    fraction: float
-    on_bad_rows: str
-    max_bad_rows: float
-    max_tokens: int
 
 
 def prepare(config: Config) -> Prepared:
@@ -111,7 +80,7 @@ def prepare(config: Config) -> Prepared:
     prepared = open_prepared(config)
     _check(config, prepared)
     for source in prepared.sources:
-        print(_summary(source.name, source.manifest, source.train_rows, source.valid_rows), flush=True)
+        print(_summary(source), flush=True)
     return prepared
 
 
@@ -129,7 +98,7 @@ def prepare_part(config: Config, part: int, parts: int) -> None:
         with _lock(cache / f"prepare-{part}-of-{parts}.lock"):
             jobs = _jobs(plans, stores, config, tokenizer)
             mine = [[job for job in jobs[i] if int(job.name) % parts == part] for i in range(len(plans))]
-            count = sum(1 for _ in _run(mine, "preparing"))
+            count = sum(1 for _ in run_jobs(mine))
     print(f"part {part} of {parts}: {count} shards are done; after the last part, run `torchxihe prepare CONFIG` once")
 
 
@@ -196,7 +165,7 @@ def _sample(plan: Plan, most: int) -> Iterator[str]:
     for i in range(count):
         left = share
         for piece in plan.shards[i * len(plan.shards) // count]:
-            for row in _rows(plan.key, piece, template.columns, plan.source):
+            for row in read_rows(piece, template.columns, plan.source, plan.key):
                 text, _ = template.text(row)
                 text = text[: max(1, share // 4)].encode("utf-8", "ignore")[:left].decode("utf-8", "ignore")
                 left -= len(text.encode())
@@ -206,14 +175,6 @@ def _sample(plan: Plan, most: int) -> Iterator[str]:
                     break
             if left <= 0:
                 break
-
-
-def _rows(key: str, piece: Piece, columns: list[str], source: Source) -> Iterator[Row]:
-    """`read_rows`, whose errors learn which source they are about."""
-    try:
-        yield from read_rows(piece, columns, source)
-    except UserError as error:
-        raise UserError(f"{key}.{error}") from error
 
 
 def _store(plan: Plan, config: Config, tokenizer: Path, cache: Path) -> Path:
@@ -245,7 +206,7 @@ def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path
     return [
         [
             Job(
-                plan_key=plan.key,
+                key=plan.key,
                 source=plan.source,
                 pieces=pieces,
                 store=store,
@@ -255,8 +216,7 @@ def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path
                 eos_id=meta["eos_id"],
                 bos_id=meta["bos_id"],
                 fraction=config.validation.fraction,
-                on_bad_rows=config.data.on_bad_rows,
-                max_bad_rows=config.data.max_bad_rows,
+                max_bad_rows=_max_bad_rows(config),
                 max_tokens=plan.source.max_tokens,
             )
             for i, pieces in enumerate(plan.shards)
@@ -271,12 +231,20 @@ def _encode(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Pa
     all_jobs = _jobs(plans, stores, config, tokenizer)
     jobs = [[] if manifest else all_jobs[i] for i, manifest in enumerate(ready)]
     entries: list[list[dict[str, Any]]] = [[] for _ in plans]
-    for i, entry in _run(jobs, "preparing"):
+    for i, entry in run_jobs(jobs):
         entries[i].append(entry)
     manifests = []
     for plan, store, manifest, shards in zip(plans, stores, ready, entries, strict=True):
-        manifests.append(manifest or _write_manifest(plan, store, shards, config.data.max_bad_rows))
+        manifest = manifest or _write_manifest(plan, store, shards)
+        bad = Counter[str](manifest["bad"])
+        check_bad_rows(plan.key, bad, manifest["rows"], max(0.0, _max_bad_rows(config)), manifest["examples"])
+        manifests.append(manifest)
     return manifests
+
+
+def _max_bad_rows(config: Config) -> float:
+    """Share of bad rows that is skipped; -1: none."""
+    return config.data.max_bad_rows if config.data.on_bad_rows == "skip" else -1.0
 
 
 def _read_manifest(store: Path) -> dict[str, Any] | None:
@@ -285,8 +253,8 @@ def _read_manifest(store: Path) -> dict[str, Any] | None:
     return json.loads(path.read_bytes()) if path.exists() else None
 
 
-def _write_manifest(plan: Plan, store: Path, shards: list[dict[str, Any]], max_bad_rows: float) -> dict[str, Any]:
-    """Sum up the shards, check the whole, and commit the store."""
+def _write_manifest(plan: Plan, store: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sum up the shards and commit the store."""
     sums = {split: Counter[str]() for split in SPLITS}
     dropped, bad, examples, rows = Counter[str](), Counter[str](), {}, 0
     for shard in shards:
@@ -296,9 +264,9 @@ def _write_manifest(plan: Plan, store: Path, shards: list[dict[str, Any]], max_b
         bad.update(shard["bad"])
         examples = shard["examples"] | examples
         rows += shard["rows"]
-    _check_bad_rows(plan.key, bad, rows, max_bad_rows, examples)
     if not sums["train"]["documents"]:
-        kept = f"; all {sums['valid']['documents']} documents are held out" if sums["valid"] else ""
+        held_out = sums["valid"]["documents"]
+        kept = f"; all {held_out} documents are held out" if held_out else ""
         why = "".join(f", {count} {reason}" for reason, count in dropped.items())
         raise UserError(f"{plan.key}.path: {plan.source.path}: no documents to train on in {rows} rows{why}{kept}")
     if len({shard["dtype"] for shard in shards}) > 1:
@@ -308,176 +276,18 @@ def _write_manifest(plan: Plan, store: Path, shards: list[dict[str, Any]], max_b
         "dtype": shards[0]["dtype"],
         **{split: {name: sums[split][name] for name in ("documents", "tokens", "bytes")} for split in SPLITS},
         "rows": rows,
-        "dropped": dict(dropped + bad),
+        "dropped": dropped,
+        "bad": bad,
+        "examples": examples,
         "shards": shards,
     }
+    # Shards beyond `max_tokens` that were under way, and what a kill has left.
+    known = {name for shard in shards for name in (f"{shard['name']}.json", *shard["xxh3_128"])}
+    for file in store.iterdir():
+        if file.is_file() and file.name not in known:
+            file.unlink()
     write_json(store / "manifest.json", manifest)
     return manifest
-
-
-def _check_bad_rows(key: str, bad: Counter[str], rows: int, most: float, examples: dict[str, str]) -> None:
-    if sum(bad.values()) > most * rows:
-        reasons = "; ".join(f"{count} of {rows} rows: {why}, first {examples[why]}" for why, count in bad.most_common())
-        raise UserError(f"{key}: {reasons}; data.max_bad_rows = {most:g} allows fewer")
-
-
-def _run(jobs: list[list[Job]], label: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Do the jobs on all cores; (source, manifest entry) of each, in order. A source ends where its `max_tokens` do."""
-    todo = deque((i, job) for i, of_source in enumerate(jobs) for job in of_source)
-    workers = min(_cores(), len(todo))
-    tokens = Counter[int]()
-    started = time.perf_counter()
-    size = sum(piece.size for _, job in todo for piece in job.pieces)
-    with _pool(workers) as submit, tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None) as bar:
-        ahead: deque[tuple[int, Job, Callable[[], dict[str, Any]]]] = deque()
-        while todo or ahead:
-            while todo and len(ahead) < 2 * workers:
-                i, job = todo.popleft()
-                ahead.append((i, job, submit(job)))
-            i, job, result = ahead.popleft()
-            left = job.max_tokens - tokens[i]
-            if job.max_tokens and left <= 0:
-                continue
-            entry = result()
-            count = sum(entry[split]["tokens"] for split in SPLITS)
-            if job.max_tokens and count > left:
-                entry = prepare_shard(replace(job, max_tokens=left))
-            tokens[i] += count
-            bar.update(sum(piece.size for piece in job.pieces))
-            bar.set_postfix_str(f"{tokens.total() / (time.perf_counter() - started) / 1e6:.2f}M tokens/s")
-            yield i, entry
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Callable[[Job], Callable[[], dict[str, Any]]]]:
-    """Yields a function that starts a job and gives back a function that waits for its result."""
-    if workers <= 1:
-        yield lambda job: lambda: prepare_shard(job)
-        return
-    before = set(active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_die_with_parent)
-    try:
-        yield lambda job: pool.submit(prepare_shard, job).result
-    except BrokenProcessPool:
-        raise UserError("a process that prepared data was killed, most likely for want of memory") from None
-    finally:
-        # Jobs that nobody waits for any more (after an error, or beyond max_tokens) would go on for a while.
-        for child in set(active_children()) - before:
-            child.terminate()
-        pool.shutdown(cancel_futures=True)
-
-
-def _die_with_parent() -> None:
-    """Have this process end when the one that started it was killed, rather than wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@lru_cache(maxsize=1)
-def _encoder(tokenizer: Path) -> Encoder:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core already
-    return Encoder(tokenizer)
-
-
-def prepare_shard(job: Job) -> dict[str, Any]:
-    """Read, encode and commit one shard, unless it is there; its manifest entry."""
-    entry = committed_shard(job.store, job.name)
-    if entry is not None and entry["max_tokens"] == job.max_tokens:
-        return entry
-    return _index_shard(job) if job.pieces[0].format == "tokens" else _encode_shard(job)
-
-
-def _encode_shard(job: Job) -> dict[str, Any]:
-    """Read documents, encode and commit them."""
-    template = parse_template(job.source.template, job.plan_key)
-    encoder = _encoder(job.tokenizer)
-    begin = [np.array([job.bos_id], np.uint32)] if job.bos_id >= 0 else []
-    end = [np.array([job.eos_id], np.uint32)]
-    dropped, bad, examples, rows, exactly = Counter[str](), Counter[str](), {}, 0, False
-    with ShardWriter(job.store, job.name, job.dtype) as writer:
-        for row in _all_rows(job, template.columns):
-            rows += 1
-            text, why = template.text(row)
-            if why:
-                if job.on_bad_rows == "error":
-                    raise UserError(f'{job.plan_key}: {row.where}: {why}; mend it, or set data.on_bad_rows = "skip"')
-                bad[why] += 1
-                examples.setdefault(why, row.where)
-                if sum(bad.values()) >= 100:  # no need to read on if it is hopeless
-                    _check_bad_rows(job.plan_key, bad, rows, job.max_bad_rows, examples)
-            elif not text or text.isspace():
-                dropped["empty"] += 1
-            else:
-                if rows <= COMPARED:
-                    exactly = exactly or not encoder.agrees(text[:COMPARED_CHARS])
-                content, size = _content_hash(), 0
-                for part in windows(text):
-                    data = part.encode("utf-8", "replace")
-                    content.update(data)
-                    size += len(data)
-                tokens = (encoder.encode(part, exactly) for part in windows(text))
-                writer.add(_split(content, job.fraction), chain(begin, tokens, end), size)
-                if job.max_tokens and sum(writer.counts[split]["tokens"] for split in SPLITS) >= job.max_tokens:
-                    break
-        report = {"rows": rows, "dropped": dropped, "bad": bad, "examples": examples, "max_tokens": job.max_tokens}
-        return writer.commit(report)
-
-
-def _index_shard(job: Job) -> dict[str, Any]:
-    """Find the documents of a token file that stays where it is, and commit their places."""
-    [piece] = job.pieces
-    table = np.load(job.tokenizer / "bytes_per_token.npy")
-    try:
-        layout = read_layout(Path(piece.path), len(table))
-        with ShardWriter(job.store, job.name, layout.dtype, in_place=True) as writer:
-            at = start = size = 0  # where the chunk and the document begin, and the bytes of the document so far
-            content = _content_hash()
-            for tokens, ends in read_chunks(layout, job.eos_id):
-                if tokens.max() >= len(table):
-                    raise UserError(f"path: {piece.path}: token {tokens.max()} is not in the tokenizer of {len(table)}")
-                stops = [(end, True) for end in ends.tolist()]
-                stops.append((len(tokens), at + len(tokens) == layout.tokens))  # the last document may lack its end
-                begin = 0
-                for end, ended in stops:
-                    content.update(tokens[begin:end].tobytes())
-                    size += int(table[tokens[begin:end]].sum())
-                    begin, length = end, at + end - start
-                    if length and ended and not 0 < job.max_tokens <= start:
-                        writer.note(_split(content, job.fraction), start, length, size)
-                        start, size, content = at + end, 0, _content_hash()
-                at += len(tokens)
-            file = {"path": os.path.abspath(piece.path), "start": layout.start, "tokens": layout.tokens}
-            documents = sum(writer.counts[split]["documents"] for split in SPLITS)
-            report = {"rows": documents, "dropped": {}, "bad": {}, "examples": {}, "max_tokens": job.max_tokens}
-            return writer.commit({**report, "file": file})
-    except UserError as error:
-        raise UserError(f"{job.plan_key}.{error}") from error
-
-
-def _all_rows(job: Job, columns: list[str]) -> Iterator[Row]:
-    for piece in job.pieces:
-        yield from _rows(job.plan_key, piece, columns, job.source)
-
-
-def _content_hash() -> "hashlib.blake2b":
-    """What decides the split of a document."""
-    return hashlib.blake2b(digest_size=8, key=b"torchxihe validation")
-
-
-def _split(content: "hashlib.blake2b", fraction: float) -> Split:
-    """Which split a document belongs to, by its content alone: equal documents never lie on both sides."""
-    return "valid" if int.from_bytes(content.digest(), "little") < fraction * 2**64 else "train"
 
 
 def _index(store: Path, manifest: dict[str, Any], config: Config) -> None:
@@ -533,17 +343,17 @@ def _check(config: Config, prepared: Prepared) -> None:
             f"validation.fraction: {config.validation.fraction:g} holds out no document of so few; raise it, or set "
             "validation.every = 0"
         )
-    plan_stages(config, prepared)
+    if not (config.run_dir / "checkpoints").exists():  # a run that goes on has stages that only it knows
+        plan_stages(config, prepared)
 
 
-def _summary(name: str, manifest: dict[str, Any], train_rows: int, valid_rows: int) -> str:
+def _summary(source: SourceRows) -> str:
     """A line about a source."""
-    count = {what: sum(manifest[split][what] for split in SPLITS) for what in ("documents", "tokens", "bytes")}
-    dropped = "".join(f", {count} dropped ({why})" for why, count in manifest["dropped"].items())
+    dropped = "".join(f", {count} dropped ({why})" for why, count in source.dropped.items())
     return (
-        f"{name}: {count['documents']:,} documents, {count['tokens']:,} tokens, "
-        f"{count['bytes'] / count['tokens']:.2f} bytes per token; {train_rows:,} rows to train on, "
-        f"{valid_rows:,} held out{dropped}"
+        f"{source.name}: {source.documents:,} documents, {source.tokens:,} tokens, "
+        f"{source.bytes / source.tokens:.2f} bytes per token; {source.train_rows:,} rows to train on, "
+        f"{source.valid_rows:,} held out{dropped}"
     )
 
 

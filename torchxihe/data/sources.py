@@ -16,7 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -183,10 +183,10 @@ def cut_shards(pieces: list[Piece]) -> list[list[Piece]]:
     return shards
 
 
-def read_rows(piece: Piece, columns: list[str], source: Source) -> Iterator[Row]:
-    """The rows of `piece`, with at least `columns`.
+def read_rows(piece: Piece, columns: list[str], source: Source, key: str) -> Iterator[Row]:
+    """The rows of `piece`, with at least `columns`. `key`: "data.sources.N", for the errors.
 
-    Raises UserError, beginning with the option below `data.sources.N`, if the file as a whole cannot be read.
+    Raises UserError if the file as a whole cannot be read.
     """
     readers = {
         "text": _read_text,
@@ -196,15 +196,15 @@ def read_rows(piece: Piece, columns: list[str], source: Source) -> Iterator[Row]
         "parquet": _read_parquet,
         "arrow": _read_arrow,
     }
-    if piece.format == "stream":
-        yield from _read_stream(piece, source)
-        return
     try:
-        yield from readers[piece.format](piece, columns)
+        if piece.format == "stream":
+            yield from _read_stream(piece, source)
+        else:
+            yield from readers[piece.format](piece, columns)
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from error
     except (OSError, EOFError, ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"path: {piece.path}: cannot be read as {piece.format}: {error}") from error
+        raise UserError(f"{key}.path: {piece.path}: cannot be read as {piece.format}: {error}") from error
 
 
 def _format(path: Path, source: Source) -> str:
@@ -244,8 +244,10 @@ def _hub_pieces(source: Source, key: str) -> list[Piece]:
         what = f"{source.path}: not a file here, and `datasets` cannot load it"
         raise UserError(f"{key}.path: {what} ({type(error).__name__}: {why}); {hint}") from None
     if isinstance(dataset, datasets.Dataset):
-        paths = [file["filename"] for file in dataset.cache_files]
-        return [Piece(path, "arrow", size=os.path.getsize(path)) for path in paths]
+        pieces = [Piece(str(file["filename"]), "arrow") for file in dataset.cache_files]
+        if sum(_count_rows(piece.path) for piece in pieces) != len(dataset):
+            raise UserError(f"{key}.split: {source.split!r}: only whole splits can be read; max_tokens limits them")
+        return [replace(piece, size=os.path.getsize(piece.path)) for piece in pieces]
     return [Piece(source.path, "stream", i, i + 1, revision=revision) for i in range(dataset.num_shards)]
 
 
@@ -411,6 +413,14 @@ def _count_groups(piece: Piece) -> int:
         return pq.ParquetFile(piece.path).num_row_groups
     with pa.memory_map(piece.path) as file:
         return sum(1 for _ in _arrow_batches(file))
+
+
+def _count_rows(path: str) -> int:
+    """Rows of an Arrow file."""
+    import pyarrow as pa  # slow, and only for this format
+
+    with pa.memory_map(path) as file:
+        return sum(batch.num_rows for batch in _arrow_batches(file))
 
 
 def _arrow_batches(file: Any) -> Iterator[Any]:

@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
@@ -55,13 +54,6 @@ class Rows:
             self._starts.append(self._starts[-1] + file.tokens)
         self._paths = [file.path for file in files] + [index / f"{split}.rows", index / f"{split}.pieces"]
         self._open: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return self._count
-
-    @cached_property
-    def _count(self) -> int:
-        return max(0, self._paths[-2].stat().st_size // 8 - 1)
 
     def read(self, row: int, out: np.ndarray) -> tuple[int, ...]:
         """Read row `row` into the front of `out` ([seq_len + 1], of `self.dtype`); the lengths of its pieces in order.
@@ -120,21 +112,33 @@ class SourceRows:
     key: str
     """Content key: changes with every byte of the documents, the tokenizer, the template and the validation split."""
     weight: float
-    train: Rows
-    valid: Rows
-    max_documents: int
-    """Most pieces in any row of either split, padding counted as one."""
+    store: Path
+    index: Path
+    """Folder of the row index."""
     manifest: dict[str, Any]
+    """Of the store."""
+    summary: dict[str, Any]
+    """Of the row index."""
+
+    def open(self, split: Split) -> Rows:
+        """A reader of the rows of `split`."""
+        dtype = np.dtype(self.manifest["dtype"])
+        return Rows(self.index, split, token_files(self.store, self.manifest, split), dtype)
 
     @property
     def train_rows(self) -> int:
         """Rows for training."""
-        return len(self.train)
+        return self.summary["train"]["rows"]
 
     @property
     def valid_rows(self) -> int:
         """Rows held out."""
-        return len(self.valid)
+        return self.summary["valid"]["rows"]
+
+    @property
+    def max_documents(self) -> int:
+        """Most pieces in any row of either split, padding counted as one."""
+        return max(self.summary[split]["max_documents"] for split in SPLITS)
 
     @property
     def documents(self) -> int:
@@ -151,9 +155,10 @@ class SourceRows:
         """UTF-8 bytes of the text of both splits."""
         return sum(self.manifest[split]["bytes"] for split in SPLITS)
 
-    def rows(self, split: Split) -> Rows:
-        """The rows of `split`."""
-        return self.train if split == "train" else self.valid
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows that gave no document, by reason."""
+        return {**self.manifest["dropped"], **self.manifest["bad"]}
 
 
 @dataclass(frozen=True)
@@ -215,10 +220,7 @@ def open_source(store: Path, config: Config, name: str, weight: float) -> Source
         summary = json.loads((index / "index.json").read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: is gone: run `torchxihe prepare CONFIG` again") from None
-    dtype = np.dtype(manifest["dtype"])
-    train, valid = (Rows(index, split, token_files(store, manifest, split), dtype) for split in SPLITS)
-    most = max(summary[split]["max_documents"] for split in SPLITS)
-    return SourceRows(name, manifest["key"], weight, train, valid, most, manifest)
+    return SourceRows(name, manifest["key"], weight, store, index, manifest, summary)
 
 
 def token_files(store: Path, manifest: dict[str, Any], split: Split) -> list[TokenFile]:
