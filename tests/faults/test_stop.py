@@ -83,7 +83,13 @@ def test_a_signal_while_a_rank_is_stuck_ends_the_run(workspace: Workspace) -> No
 def test_sigterm_to_the_launcher(times: int, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
     """Real torchrun: exit code 0, and the resumed run ends with the unbroken run's tensors."""
     command = [sys.executable, "-m", "torchxihe", "launch", "config.toml"]
-    env = {**os.environ, "NGPU": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    env = {
+        **os.environ,
+        "NGPU": "2",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]),
+    }
     long = [*command, "--training.steps=100000", "--run.name=long"]
     log = workspace.root / "launch.txt"
     with log.open("w") as file:
