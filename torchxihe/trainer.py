@@ -16,10 +16,11 @@ from torchxihe.components.checkpoint import Checkpointer, checkpoints_of, flat_s
 from torchxihe.components.history import History
 from torchxihe.components.lr_scheduler import learning_rate
 from torchxihe.components.manifest import step_of
-from torchxihe.components.metrics import MetricsWriter, StepSums, Window
+from torchxihe.components.metrics import MetricsWriter, StepSums, Window, memory_of_ranks
 from torchxihe.components.optimizer import build_optimizer, clip_gradients, optimizer_step
-from torchxihe.components.ranks import Ranks
-from torchxihe.components.report import report_start
+from torchxihe.components.profiler import Profiler, memory_explained
+from torchxihe.components.ranks import Ranks, explained
+from torchxihe.components.report import report_end, report_start
 from torchxihe.components.run_lock import run_lock
 from torchxihe.components.stop import Stop
 from torchxihe.components.storage import Location
@@ -44,6 +45,7 @@ from torchxihe.utils.distributed import (
     rank,
     world_size,
 )
+from torchxihe.utils.log import rank_log
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,28 @@ class Trainer:
             "device": self.device,
         }
 
+    def measure(self, order: Order, window: Window, loader: Loader, lr: float) -> dict[str, float]:
+        """What a log step after this step reports; here the host waits for the device, and the ranks for each other."""
+        first, size = order.batch(self.step - 1)
+        seq_len = self.config.data.seq_len
+        metrics = {"step": self.step, "tokens": (first + size) * seq_len, "lr": lr} | self.sums.read()
+        metrics |= window.close(self.step, size * seq_len, loader.wait_seconds)
+        loader.wait_seconds = 0.0
+        metrics |= self.usage(metrics["tokens_per_second_per_gpu"]) | memory_of_ranks(self.device)
+        log.debug(
+            "%.3f s a step, %.1f %% of it waiting for data, %.2f GiB of the host's memory",
+            metrics["step_seconds"],
+            100 * metrics["data_wait_fraction"],
+            metrics[f"host_memory_gib/{rank()}"],
+        )
+        return metrics
+
+    def validate(self, prepared: Prepared) -> dict[str, float]:
+        """Loss on the held-out documents, in whole and by source; all ranks must ask together."""
+        batches = validation_batches(prepared, max_tokens=self.config.validation.max_tokens, **self.batch_layout)
+        names = [source.name for source in prepared.sources]
+        return validate(self.module, batches, self.bytes_per_token, names)
+
     def usage(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOP/s utilisation at this rank's speed, where the device's peak is known, and its peak memory."""
         allocated, reserved = memory_gib(self.device)
@@ -167,8 +191,12 @@ def run(config: Config) -> None:
     timeout = config.training.init_timeout
     with Watchdog(config.run_dir, "start", timeout) as watchdog, process_group() as device:
         _share_run_directory(config)
-        with Stop(config.training.time_limit) as stop, run_lock(config.run_dir):
-            _run(config, device, stop, watchdog)
+        files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
+        with files, Stop(config.training.time_limit) as stop, run_lock(config.run_dir):
+            try:
+                _run(config, device, stop, watchdog)
+            except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
+                raise explained(error) from error
 
 
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
@@ -197,14 +225,16 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         (config.run_dir / "PREEMPTED").unlink(missing_ok=True)
         (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
         shutil.copytree(prepared.tokenizer_dir, config.run_dir / "tokenizer", dirs_exist_ok=True)
-    _train(trainer, Order(stages, prepared.rows), prepared, history, checkpointer, stop, watchdog)
+    with memory_explained(config):
+        _train(trainer, Order(stages, prepared.rows), prepared, history, checkpointer, stop, watchdog)
     if trainer.step < config.total_steps:
         if is_main():
             (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")
         log.info("stopped after step %d (%s) with a checkpoint; the same command goes on", trainer.step, stop.reason)
         return
     trainer.log_sample(prepared)
-    log.info("finished: %s holds config.toml, metrics.jsonl, tokenizer/ and checkpoints/", config.run_dir)
+    if is_main():
+        report_end(config)
 
 
 def _share_run_directory(config: Config) -> None:
@@ -236,7 +266,8 @@ def _train(
     config, total = trainer.config, trainer.config.total_steps
     limits = config.training
     loader = Loader(prepared, order, step=trainer.step, accumulation=trainer.accumulation, **trainer.batch_layout)
-    writer = MetricsWriter(config.run_dir / "metrics.jsonl", total) if is_main() else None
+    writer = MetricsWriter(config, trainer.step) if is_main() else None
+    profiler = Profiler(config, trainer.device)
     window = Window(trainer.step)
 
     def due(every: int) -> bool:
@@ -255,27 +286,20 @@ def _train(
             watchdog.begin(f"step {trainer.step + 1}", limit)
             limit = limits.step_timeout
             lr = trainer.lr
+            profiler.before_step(trainer.step + 1)
             trainer.train_step(loader)
             checkpointer.poll()
-            first, size = order.batch(trainer.step - 1)
             if due(config.metrics.log_every):
-                metrics = {"step": trainer.step, "tokens": (first + size) * config.data.seq_len, "lr": lr}
-                metrics |= trainer.sums.read()
-                metrics |= window.close(trainer.step, size * config.data.seq_len, loader.wait_seconds)
-                metrics |= trainer.usage(metrics["tokens_per_second_per_gpu"])
-                loader.wait_seconds = 0.0
+                metrics = trainer.measure(order, window, loader, lr)
                 if writer:
                     writer.train(metrics)
-                trainer.bad_steps.check(_describe_batch(order, prepared, first, size))
+                trainer.bad_steps.check(_describe_batch(order, prepared, trainer.step - 1))
                 gc.collect(1)
             with window.pause(), stop.unhurried():
                 validation_loss = None
                 if due(validate_every):
                     watchdog.begin(f"validation after step {trainer.step}", limits.init_timeout)
-                    batches = validation_batches(
-                        prepared, max_tokens=config.validation.max_tokens, **trainer.batch_layout
-                    )
-                    result = validate(trainer.module, batches, trainer.bytes_per_token)
+                    result = trainer.validate(prepared)
                     validation_loss = result["validation/loss"]
                     if writer:
                         writer.validation(trainer.step, result)
@@ -286,10 +310,12 @@ def _train(
                     watchdog.begin(f"checkpoint of step {trainer.step}", limits.init_timeout)
                     trainer.save(checkpointer, history, validation_loss)
         watchdog.begin(f"last checkpoint, of step {trainer.step}", limits.init_timeout)
-        if trainer.step < total:
-            trainer.save(checkpointer, history)
-        checkpointer.close()
+        with stop.unhurried():
+            if trainer.step < total:
+                trainer.save(checkpointer, history)
+            checkpointer.close()
     finally:
+        profiler.close()
         loader.close()
         if writer:
             writer.close()
@@ -297,8 +323,9 @@ def _train(
         gc.unfreeze()
 
 
-def _describe_batch(order: Order, prepared: Prepared, first: int, size: int) -> str:
-    """A global batch in words: its samples' numbers and the sources they come from."""
+def _describe_batch(order: Order, prepared: Prepared, step: int) -> str:
+    """The global batch that `step` took, in words: its samples' numbers and the sources they come from."""
+    first, size = order.batch(step)
     sources = sorted(set(order.samples(np.arange(first, first + size))[0].tolist()))
     names = ", ".join(prepared.sources[i].name for i in sources)
     return f"the last of them with samples g = {first} to {first + size - 1} from {names}"

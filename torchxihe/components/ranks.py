@@ -66,5 +66,7 @@ REMEDIES = {
 
 def explained(error: OSError) -> UserError:
     """An error of the disk as the one line that a user can act upon."""
-    what = error.strerror or str(error) or type(error).__name__
-    return UserError(f"{error.filename or 'a file'}: {what}; {REMEDIES.get(error.errno or 0, 'mend it and run again')}")
+    if error.errno is None:  # one of ours, which says everything itself
+        return UserError(str(error) or type(error).__name__)
+    what = error.strerror or type(error).__name__
+    return UserError(f"{error.filename or 'a file'}: {what}; {REMEDIES.get(error.errno, 'mend it and run again')}")

@@ -90,10 +90,6 @@ class Location(os.PathLike[str]):
             return []
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
-    def size(self) -> int:
-        """Bytes of this file."""
-        return int(self._fs.size(self._path))
-
     def open(self) -> IO[bytes]:
         """This file, for reading."""
         return self._fs.open(self._path, "rb")
@@ -144,8 +140,10 @@ class Location(os.PathLike[str]):
                 if self.local:
                     os.fsync(raw.fileno())
         except OSError as error:
+            if error.errno is None:
+                raise OSError(f"{self}: {error}") from error
             # A failed write(2) knows only its number: say where.
-            raise OSError(error.errno, error.strerror or str(error), str(self)) from error
+            raise OSError(error.errno, error.strerror, str(self)) from error
 
 
 class HashedFile:
