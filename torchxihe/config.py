@@ -282,6 +282,24 @@ class Metrics(Section):
     """Prompt that samples continue; "" begins a document."""
     sample_tokens: NonNegativeInt = 100
     """Tokens of a sample. 0: none, ever."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files, to `tensorboard/` in the run directory. Needs the package tensorboard."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Also report to Weights & Biases; "offline" keeps everything in `wandb/` in the run directory. Needs the package
+    wandb and, online, WANDB_API_KEY in the environment or in `.env`."""
+    wandb_project: str = "torchxihe"
+    """Project of the wandb run."""
+
+
+class Profiler(Section):
+    """Traces of a few steps, for chrome://tracing or ui.perfetto.dev; see docs/watch.md."""
+
+    first_step: NonNegativeInt = 0
+    """First step to trace, on rank 0; the first steps of a start also compile and warm up. 0: none."""
+    steps: PositiveInt = 3
+    """Steps to trace."""
+    memory: bool = False
+    """Remember who allocated what on the GPU, and write a snapshot after the traced steps and when memory runs out."""
 
 
 class Config(Section):
@@ -298,6 +316,7 @@ class Config(Section):
     parallelism: Parallelism = Parallelism()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
+    profiler: Profiler = Profiler()
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,4 +1,7 @@
-"""What a run says of itself: sums kept on the device, one line a log step on the console and in `metrics.jsonl`."""
+"""What a run says of itself: sums kept on the device, one line a log step on the console and in `metrics.jsonl`.
+
+TensorBoard and Weights & Biases (trackers.py) get what `metrics.jsonl` gets.
+"""
 
 import json
 import logging
@@ -12,8 +15,12 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from torchxihe.utils.distributed import world_size
+from torchxihe.components.trackers import Trackers
+from torchxihe.config import Config
+from torchxihe.utils.device import host_memory_gib, memory_gib
+from torchxihe.utils.distributed import all_reduce_sum, rank, world_size
 
+METRICS = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -47,17 +54,20 @@ class StepSums:
 
 
 class MetricsWriter:
-    """`metrics.jsonl` and the console line, on rank 0."""
+    """`metrics.jsonl`, the console line and the trackers, on rank 0."""
 
-    def __init__(self, path: Path, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self.file: TextIO = path.open("a", encoding="utf-8")
+    def __init__(self, config: Config, step: int) -> None:
+        """`step`: the one that training goes on from."""
+        self.total_steps = config.total_steps
+        self.file: TextIO = (config.run_dir / METRICS).open("a", encoding="utf-8")
+        self.trackers = Trackers(config, step)
 
     def write(self, metrics: dict[str, float]) -> None:
         """One JSON object a line, flushed; what is not finite becomes null, as JSON has no NaN."""
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
+        self.trackers.write(int(metrics["step"]), {k: v for k, v in finite.items() if v is not None})
 
     def train(self, metrics: dict[str, float]) -> None:
         """A log step: `metrics` has the keys of DESIGN's metrics.jsonl, step counted from 1."""
@@ -73,8 +83,8 @@ class MetricsWriter:
         ]
         if "mfu" in metrics:
             parts.append(f"mfu {100 * metrics['mfu']:4.1f} %")
-        if metrics["memory_reserved_gib"]:
-            parts.append(f"{metrics['memory_reserved_gib']:5.1f} GiB")
+        if reserved := [value for key, value in metrics.items() if key.startswith("memory_reserved_gib/")]:
+            parts.append(f"{max(reserved):5.1f} GiB")
         if metrics["skipped"]:
             parts.append(f"skipped {metrics['skipped']:.0f}")
         parts.append(f"eta {duration(left * metrics['step_seconds'])}" if left else "done")
@@ -83,12 +93,46 @@ class MetricsWriter:
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """A validation's result."""
         self.write({"step": step, **metrics})
-        values = "   ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-        log.info("step %*d/%d   %s", len(str(self.total_steps)), step, self.total_steps, values)
+        loss, bpb = metrics["validation/loss"], metrics["validation/bpb"]
+        by_set = [f"{key.split('/')[1]} {value:.4f}" for key, value in metrics.items() if key.count("/") == 2]
+        sets = f"   ({', '.join(by_set[::2])})" if by_set else ""
+        width = len(str(self.total_steps))
+        log.info("step %*d/%d   held out: loss %.4f   bpb %.4f%s", width, step, self.total_steps, loss, bpb, sets)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the trackers."""
         self.file.close()
+        self.trackers.close()
+
+
+def memory_of_ranks(device: torch.device) -> dict[str, float]:
+    """GiB on every rank: "memory_reserved_gib/<rank>", its GPU's peak, and "host_memory_gib/<rank>", resident now.
+
+    Called on all ranks together.
+    """
+    table = torch.zeros(world_size(), 2, dtype=torch.float64)
+    table[rank()] = torch.tensor([memory_gib(device)[1], host_memory_gib()])
+    reserved, host = all_reduce_sum(table.to(device)).T.tolist()
+    by_rank = {f"host_memory_gib/{r}": value for r, value in enumerate(host)}
+    if device.type == "cuda":
+        by_rank |= {f"memory_reserved_gib/{r}": value for r, value in enumerate(reserved)}
+    return by_rank
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Training's and validation's lines of a `metrics.jsonl` by step, NaN for null.
+
+    A step that was taken again, after an interruption, counts as it was the last time. A torn line is left out.
+    """
+    train: dict[int, dict[str, float]] = {}
+    valid: dict[int, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            metrics = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+        except ValueError:
+            continue
+        (train if "loss" in metrics else valid)[metrics["step"]] = metrics
+    return [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)]
 
 
 class Window:

@@ -1,11 +1,11 @@
-"""What a run says before its first step: the model, the data, the layout, the plan."""
+"""What a run says before its first step (the model, the data, the layout, the plan), and after its last."""
 
 import logging
 import time
 
 import torch
 
-from torchxihe.components.metrics import duration
+from torchxihe.components.metrics import METRICS, duration, read_metrics
 from torchxihe.config import Config
 from torchxihe.data.store import Prepared
 from torchxihe.model.decoder import flops_per_token, parameter_counts
@@ -36,6 +36,8 @@ def report_start(config: Config, prepared: Prepared, layout: str, device: torch.
             f"{flops_per_token(model, config.data.seq_len) * config.tokens_per_step / 1e12:,.1f} TFLOP a step",
         ),
     ]
+    held = 16 * total / config.parallelism.degrees(world_size())[1]  # float32: weights, gradients and two moments
+    rows.insert(3, ("memory", f"{held / 2**30:,.2f} GiB a process for the model and optimizer, before activations"))
     samples = config.total_steps * training.global_batch_size
     weights = sum(source.weight for source in prepared.sources)
     for source in prepared.sources:
@@ -50,9 +52,38 @@ def report_start(config: Config, prepared: Prepared, layout: str, device: torch.
             )
         )
     for name, value in rows:
-        log.info("%-7s %s", name, value)
+        log.info("%-8s %s", name, value)
     if device.type == "cpu":
         _warn_of_slow_steps(config)
+
+
+def report_end(config: Config) -> None:
+    """Print what a finished run came to, and what can be done with it."""
+    train, valid = read_metrics(config.run_dir / METRICS)
+    rows = []
+    if train:
+        last = train[-1]
+        speed = sorted(line["tokens_per_second"] for line in train)[len(train) // 2]
+        rows += [
+            (
+                "finished",
+                f"{last['step']:,} steps, {last['tokens'] / 1e6:,.1f} M tokens, {speed:,.0f} a second",
+            ),
+            ("loss", f"{last['loss']:.4f}, {last['bpb']:.4f} bits a byte"),
+        ]
+    if valid:
+        best = min(valid, key=lambda line: line["validation/loss"])
+        loss, bpb = valid[-1]["validation/loss"], valid[-1]["validation/bpb"]
+        at = f"best {best['validation/loss']:.4f} at step {best['step']:,}"
+        rows.append(("held out", f"loss {loss:.4f}, {bpb:.4f} bits a byte ({at})"))
+    rows += [
+        ("files", f"{config.run_dir}/ holds config.toml, {METRICS}, logs/, tokenizer/ and checkpoints/"),
+        ("next", f'torchxihe generate {config.run_dir} --prompt "..."'),
+        ("", f"torchxihe export {config.run_dir} --out DIR"),
+        ("", f"torchxihe plot {config.run_dir}"),
+    ]
+    for name, value in rows:
+        log.info("%-8s %s", name, value)
 
 
 def _warn_of_slow_steps(config: Config) -> None:

@@ -41,6 +41,11 @@ class Watchdog:
         with self._changed:
             self._phase, self._timeout, self._since = phase, timeout, time.monotonic()
 
+    @property
+    def phase(self) -> str:
+        """What this process is doing."""
+        return self._phase
+
     def _watch(self) -> None:
         with self._changed:
             while not self._ended:

@@ -214,12 +214,15 @@ def validation_batches(
     """This rank's batches of one validation.
 
     Over all ranks, each row of `validation_rows` comes once, at any world size and micro-batch; all ranks get equally
-    many batches, filled up with padding rows. `Batch.samples` counts the rows of the validation.
+    many batches, filled up with padding rows, and the rows of a batch are of one source. `Batch.samples` counts the
+    rows of the validation.
     """
     chosen = validation_rows(prepared, seq_len, max_tokens)
     reader = _Reader(prepared, "valid", seq_len=seq_len, document_mask=document_mask, rows=micro_batch, device=device)
-    for i in range(-(-len(chosen) // (world_size * micro_batch))):
-        start = (i * world_size + rank) * micro_batch
-        samples = range(start, min(start + micro_batch, len(chosen)))
-        batch = reader.read(list(samples), [chosen[n][0] for n in samples], [chosen[n][1] for n in samples])
-        yield _to_device(batch, device)
+    for _, group in itertools.groupby(range(len(chosen)), lambda n: chosen[n][0]):
+        samples = list(group)
+        for i in range(-(-len(samples) // (world_size * micro_batch))):
+            start = (i * world_size + rank) * micro_batch
+            mine = samples[start : start + micro_batch]
+            batch = reader.read(mine, [chosen[n][0] for n in mine], [chosen[n][1] for n in mine])
+            yield _to_device(batch, device)

@@ -1,6 +1,7 @@
 """The device: which one, what it can do, what it holds."""
 
 import functools
+import os
 import shutil
 import sysconfig
 from pathlib import Path
@@ -49,6 +50,12 @@ def memory_gib(device: torch.device) -> tuple[float, float]:
     if device.type != "cuda":
         return 0.0, 0.0
     return torch.cuda.max_memory_allocated(device) / 2**30, torch.cuda.max_memory_reserved(device) / 2**30
+
+
+def host_memory_gib() -> float:
+    """GiB of the host's memory that this process has resident; 0.0 where there is no /proc."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30 if file.exists() else 0.0
 
 
 @functools.cache

@@ -1,0 +1,87 @@
+"""Looking inside: traces of a range of steps, what the memory holds, and what to do when it is full."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from torchxihe.config import Config, UserError
+from torchxihe.utils.distributed import is_main, rank
+
+log = logging.getLogger(__name__)
+MEMORY_EVENTS = 1_000_000  # allocations remembered for a snapshot, with their stacks: about 1 GiB of host memory
+
+
+class Profiler:
+    """Traces `profiler.steps` steps from `profiler.first_step` on, on rank 0, into the run's profile/."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._options = config.profiler
+        self._folder = config.run_dir / "profile"
+        self._device = device
+        self._profile: profile | None = None
+        if config.profiler.memory and device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+
+    def before_step(self, step: int) -> None:
+        """Called before step number `step`, counted from 1, is taken."""
+        options = self._options
+        if not options.first_step or not is_main():
+            return
+        if step == options.first_step:
+            on_gpu = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+            self._profile = profile(activities=[ProfilerActivity.CPU, *on_gpu])
+            self._profile.start()
+        if step == options.first_step + options.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been traced; at the end of the range, or of a run that ends inside it."""
+        traced, self._profile = self._profile, None
+        if traced is None:
+            return
+        traced.stop()
+        self._folder.mkdir(exist_ok=True)
+        name = f"step-{self._options.first_step:08}"
+        traced.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
+        order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        table = traced.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+        (self._folder / f"{name}.kernels.txt").write_text(table, encoding="utf-8")
+        log.info(
+            "profile: %s/%s.trace.json.gz (chrome://tracing, ui.perfetto.dev) and .kernels.txt", self._folder, name
+        )
+        if self._options.memory:
+            _write_memory(self._folder, name)
+
+
+def _write_memory(folder: Path, name: str) -> None:
+    """What the GPU's memory holds, for https://pytorch.org/memory_viz."""
+    if torch.cuda.is_available():
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}.rank-{rank()}.memory.pickle"
+        torch.cuda.memory._dump_snapshot(str(path))
+        log.info("memory snapshot: %s (https://pytorch.org/memory_viz)", path)
+
+
+@contextmanager
+def memory_explained(config: Config) -> Iterator[None]:
+    """Turn "out of memory" into a UserError that says what to change, and leave a snapshot of what filled it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        _write_memory(config.run_dir / "profile", "out-of-memory")
+        size, layout = config.training.micro_batch_size, config.parallelism
+        remedies = []
+        if size > 1:
+            remedies.append(f"--training.micro_batch_size={size // 2} (the global batch and the loss stay the same)")
+        if layout.activation_checkpointing != "full":
+            stronger = "selective" if layout.activation_checkpointing == "none" else "full"
+            remedies.append(f"--parallelism.activation_checkpointing={stronger}")
+        if layout.dp_shard == 1:
+            remedies.append("--parallelism.dp_shard=-1 (shards the parameters over the GPUs)")
+        remedies.append("more GPUs")
+        first = str(error).splitlines()[0]
+        raise UserError(f"out of memory on rank {rank()}: {first} Try, in this order: {'; '.join(remedies)}") from None
