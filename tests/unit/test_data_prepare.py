@@ -138,6 +138,11 @@ def test_too_many_bad_rows_are_an_error_at_once(tmp_path: Path) -> None:
         f"data.sources.0: 1 of 3 rows: column 'text' is not a string, first {few['path']}, line 2; "
         "data.max_bad_rows = 0.01 allows fewer"
     )
+    none = write_lines(tmp_path / "none.jsonl", [{"other": "a"}] * 3)
+    with pytest.raises(
+        UserError, match=r"data.sources.0: 3 of 3 rows: column 'text' is missing, first .*none.jsonl, line"
+    ):
+        prepare(make_config(tmp_path / "cache", none, tokenizer=BYTES))
     many = write_lines(tmp_path / "many.jsonl", [{"text": 1}] * 100_000)
     with pytest.raises(UserError, match=r"100 of 100 rows: column 'text' is not a string"):
         prepare(make_config(tmp_path / "cache", many, tokenizer=BYTES))

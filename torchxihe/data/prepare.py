@@ -235,9 +235,11 @@ def _encode(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Pa
         entries[i].append(entry)
     manifests = []
     for plan, store, manifest, shards in zip(plans, stores, ready, entries, strict=True):
-        manifest = manifest or _write_manifest(plan, store, shards)
-        bad = Counter[str](manifest["bad"])
-        check_bad_rows(plan.key, bad, manifest["rows"], max(0.0, _max_bad_rows(config)), manifest["examples"])
+        known = manifest
+        manifest = known or _sum_up(store, shards)
+        _check_documents(plan, manifest, max(0.0, _max_bad_rows(config)))
+        if not known:
+            _commit(store, manifest)
         manifests.append(manifest)
     return manifests
 
@@ -253,8 +255,8 @@ def _read_manifest(store: Path) -> dict[str, Any] | None:
     return json.loads(path.read_bytes()) if path.exists() else None
 
 
-def _write_manifest(plan: Plan, store: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sum up the shards and commit the store."""
+def _sum_up(store: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of a store of these shards."""
     sums = {split: Counter[str]() for split in SPLITS}
     dropped, bad, examples, rows = Counter[str](), Counter[str](), {}, 0
     for shard in shards:
@@ -264,14 +266,7 @@ def _write_manifest(plan: Plan, store: Path, shards: list[dict[str, Any]]) -> di
         bad.update(shard["bad"])
         examples = shard["examples"] | examples
         rows += shard["rows"]
-    if not sums["train"]["documents"]:
-        held_out = sums["valid"]["documents"]
-        kept = f"; all {held_out} documents are held out" if held_out else ""
-        why = "".join(f", {count} {reason}" for reason, count in dropped.items())
-        raise UserError(f"{plan.key}.path: {plan.source.path}: no documents to train on in {rows} rows{why}{kept}")
-    if len({shard["dtype"] for shard in shards}) > 1:
-        raise UserError(f"{plan.key}.path: {plan.source.path}: token files of different widths; make them two sources")
-    manifest = {
+    return {
         "key": store.name,
         "dtype": shards[0]["dtype"],
         **{split: {name: sums[split][name] for name in ("documents", "tokens", "bytes")} for split in SPLITS},
@@ -281,13 +276,31 @@ def _write_manifest(plan: Plan, store: Path, shards: list[dict[str, Any]]) -> di
         "examples": examples,
         "shards": shards,
     }
-    # Shards beyond `max_tokens` that were under way, and what a kill has left.
-    known = {name for shard in shards for name in (f"{shard['name']}.json", *shard["xxh3_128"])}
+
+
+def _check_documents(plan: Plan, manifest: dict[str, Any], max_bad_rows: float) -> None:
+    """Raise UserError if the source as a whole is no good."""
+    rows = manifest["rows"]
+    check_bad_rows(plan.key, Counter(manifest["bad"]), rows, max_bad_rows, manifest["examples"])
+    if not manifest["train"]["documents"]:
+        held_out = manifest["valid"]["documents"]
+        why = "".join(f", {count} {reason}" for reason, count in manifest["dropped"].items())
+        why += f"; all {held_out} documents are held out" if held_out else ""
+        raise UserError(f"{plan.key}.path: {plan.source.path}: no documents to train on in {rows} rows{why}")
+    if len({shard["dtype"] for shard in manifest["shards"]}) > 1:
+        raise UserError(f"{plan.key}.path: {plan.source.path}: token files of different widths; make them two sources")
+
+
+def _commit(store: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, which makes the store whole; remove what does not belong to it.
+
+    That is shards beyond `max_tokens` which were under way, and what a kill has left.
+    """
+    ours = {name for shard in manifest["shards"] for name in (f"{shard['name']}.json", *shard["xxh3_128"])}
     for file in store.iterdir():
-        if file.is_file() and file.name not in known:
+        if file.is_file() and file.name not in ours:
             file.unlink()
     write_json(store / "manifest.json", manifest)
-    return manifest
 
 
 def _index(store: Path, manifest: dict[str, Any], config: Config) -> None:

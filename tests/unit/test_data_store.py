@@ -1,0 +1,120 @@
+"""The store's files: read as written, short or missing ones named, nothing half-written taken for whole."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.data_corpus import make_config, write_texts
+from torchxihe.config import UserError
+from torchxihe.data import store as module
+from torchxihe.data.prepare import prepare
+from torchxihe.data.store import Rows, ShardWriter, TokenFile, committed_shard, digest, open_prepared, write_json
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Rows:
+    """Two rows over three files, the second of which has a header; tokens are 0, 1, 2, ... from end to end."""
+    files = [TokenFile(tmp_path / "a", 0, 5), TokenFile(tmp_path / "b", 6, 4), TokenFile(tmp_path / "c", 0, 6)]
+    for file, first in zip(files, (0, 5, 9), strict=True):
+        tokens = np.arange(first, first + file.tokens, dtype="<u2").tobytes()
+        file.path.write_bytes(bytes(file.start) + tokens)
+    np.array([0, 2, 5], "<i8").tofile(tmp_path / "train.rows")
+    np.array([[3, 2], [5, 3], [14, 1], [0, 2], [8, 1]], "<i8").tofile(tmp_path / "train.pieces")
+    return Rows(tmp_path, "train", files, np.dtype("<u2"))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 128])
+def test_pieces_are_read_from_whatever_file_they_lie_in(
+    rows: Rows, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OPEN_FILES", limit)
+    out = np.full(6, 99, "<u2")
+    assert rows.read(1, out) == (1, 2, 1) and out.tolist() == [14, 0, 1, 8, 99, 99]
+    assert rows.read(0, out) == (2, 3) and out.tolist() == [3, 4, 5, 6, 7, 99]
+    assert len(rows._open) <= limit
+    descriptors = list(rows._open.values())
+    rows.close()
+    for descriptor in descriptors:
+        with pytest.raises(OSError):
+            os.fstat(descriptor)
+    assert rows.read(0, out) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "train.rows", "train.pieces"])
+def test_a_file_that_is_too_short_or_gone_is_named(rows: Rows, tmp_path: Path, name: str) -> None:
+    out = np.empty(6, "<u2")
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[:3])
+    with pytest.raises(OSError, match=rf"{tmp_path}/{name}: ends at byte 3, so it is not the file that was prepared"):
+        rows.read(0, out), rows.read(1, out)
+    rows.close()
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/{name}"):
+        rows.read(0, out), rows.read(1, out)
+
+
+def test_a_shard_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "00000", "<u4") as writer:
+        writer.add("train", [np.arange(5)], 9)
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == [] and committed_shard(tmp_path, "00000") is None
+    with ShardWriter(tmp_path, "00000", "<u4") as writer:
+        writer.add("train", [np.arange(5), np.arange(2)], 9)
+        writer.add("valid", [np.arange(3)], 4)
+        entry = writer.commit({"rows": 2})
+    assert committed_shard(tmp_path, "00000") == json.loads(json.dumps(entry))
+    assert np.fromfile(tmp_path / "train-00000.bin", "<u4").tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert np.fromfile(tmp_path / "valid-00000.idx", "<i8").tolist() == [0, 3]
+    assert entry["train"] == {"documents": 1, "tokens": 7, "bytes": 9}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_digest_is_the_same_everywhere() -> None:
+    assert digest({"b": 1, "a": [2.5, "é"]}) == digest({"a": [2.5, "é"], "b": 1}) == "3d5cb8ab863cbaf8774ae212c7c4f764"
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_opening_takes_milliseconds_and_looks_at_no_source(tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "a.jsonl", [f"some text {i}" for i in range(40)])
+    config = make_config(tmp_path / "cache", source, validation={"fraction": 0.5})
+    made = prepare(config)
+    Path(source["path"]).unlink()
+    started = time.perf_counter()
+    opened = open_prepared(config)
+    assert time.perf_counter() - started < 0.1
+    assert opened.rows == made.rows and opened.sources == made.sources
+    assert opened.tokenizer_dir == made.tokenizer_dir
+
+
+def test_what_changes_the_recipe(tmp_path: Path) -> None:
+    source = {"path": "x"}
+    base = make_config(tmp_path, source)
+    same = make_config(tmp_path, {**source, "weight": 3.0}, data={"document_mask": False, "max_epochs": 3})
+    assert module.recipe_path(base) == module.recipe_path(same)
+    others = [
+        make_config(tmp_path, source, seq_len=8),
+        make_config(tmp_path, {**source, "template": "{a}"}),
+        make_config(tmp_path, source, data={"packing": "concat"}),
+        make_config(tmp_path, source, tokenizer={"vocab_size": 999}),
+        make_config(tmp_path, source, validation={"fraction": 0.1}),
+    ]
+    assert len({module.recipe_path(config) for config in [base, *others]}) == 6
+
+
+def test_a_store_that_is_gone_says_what_to_do(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", ["some text"] * 9))
+    [source] = prepare(config).sources
+    (source.index / "index.json").unlink()
+    with pytest.raises(UserError, match=r"index.json: is gone: run `torchxihe prepare CONFIG` again"):
+        open_prepared(config)
