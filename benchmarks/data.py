@@ -145,7 +145,7 @@ def measure(part: str, folder: Path) -> dict[str, float]:
     most = 0.0
     while process.poll() is None:
         most = max(most, _resident(process.pid))
-        time.sleep(0.05)
+        time.sleep(0.2)
     assert process.stdout is not None
     output = process.stdout.read().splitlines()
     if process.returncode:

@@ -1,0 +1,38 @@
+"""Batches that travel to a GPU without anybody waiting for them arrive as they were read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.data_corpus import make_config, write_texts
+from torchxihe.data.loader import Loader
+from torchxihe.data.order import Order, plan_stages
+from torchxihe.data.prepare import prepare
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_batches_on_the_gpu_equal_those_on_the_cpu(tmp_path: Path) -> None:
+    texts = [f"document {i} " * (1 + i % 7) for i in range(500)]
+    config = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", texts), seq_len=64)
+    prepared = prepare(config)
+    order = Order(plan_stages(config, prepared), prepared.rows)
+    on_gpu, on_cpu = (
+        Loader(prepared, order, seq_len=64, document_mask=True, step=0, rank=0, world_size=1, accumulation=1,
+               micro_batch=4, device=torch.device(device))
+        for device in ("cuda", "cpu")
+    )  # fmt: skip
+    kept = []
+    for i in range(300):
+        if i % 20 == 0:  # the GPU falls behind: copies wait while the thread reads on into more pinned memory
+            torch.cuda._sleep(50_000_000)
+        batch = next(on_gpu)
+        assert batch.tokens.device.type == "cuda" and batch.docs is not None
+        kept.append((batch.tokens, batch.targets, batch.docs))
+    for tokens, targets, docs in kept:
+        expected = next(on_cpu)
+        assert expected.docs is not None
+        assert torch.equal(tokens.cpu(), expected.tokens) and torch.equal(targets.cpu(), expected.targets)
+        assert torch.equal(docs.cpu(), expected.docs)
+    on_gpu.close(), on_cpu.close()
