@@ -188,8 +188,10 @@ class Trainer:
 
 def run(config: Config) -> None:
     """Train `config` to its horizon, from the newest checkpoint of the run if there is one."""
-    timeout = config.training.init_timeout
-    with Watchdog(config.run_dir, "start", timeout) as watchdog, process_group() as device:
+    limits = config.training.init_timeout, config.training.step_timeout
+    # The collectives' own limit comes after the watchdog's, which tells more.
+    patience = max(limits) + 60 if all(limits) else 7 * 86_400
+    with Watchdog(config.run_dir, "start", limits[0]) as watchdog, process_group(patience) as device:
         _share_run_directory(config)
         files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
         with files, Stop(config.training.time_limit) as stop, run_lock(config.run_dir):
