@@ -18,6 +18,7 @@ def newest(workspace: Workspace) -> int:
     return int(found.name[5:]) if found is not None else 0
 
 
+@pytest.mark.timeout(1800)
 def test_kill_9_of_all_ranks_at_random_moments(
     workspace: Workspace, unbroken: Callable[..., Workspace], request: pytest.FixtureRequest
 ) -> None:
