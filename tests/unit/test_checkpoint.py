@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import math
 import os
 import pickle
 import threading
@@ -376,7 +377,7 @@ def test_an_error_of_an_async_save_is_raised_by_the_poll_that_sees_it(
 def test_the_best_are_kept(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, Checkpoint(mode="sync", keep_last=1, keep_best=2))
     state = flat_state(*toy())
-    for step, loss in [(10, 3.0), (20, 2.0), (30, 2.5), (40, None), (50, 2.8), (60, None)]:
+    for step, loss in [(10, 3.0), (20, 2.0), (30, 2.5), (40, math.nan), (50, 2.8), (60, None)]:
         checkpointer.save(step, state, {"step": step}, validation_loss=loss)
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [20, 30, 60]
 

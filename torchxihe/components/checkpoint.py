@@ -6,6 +6,7 @@ hashes (manifest.py) and the strict comparison of keys, shapes and dtypes are ou
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -128,7 +129,8 @@ class Checkpointer:
         if self._ranks.on_main(lambda: is_committed(directory)):
             return directory
         parts = tuple(sorted({key.partition(".")[0] for key in state}))
-        manifest = Manifest(step, {}, parts, validation_loss)
+        finite = validation_loss is not None and math.isfinite(validation_loss)
+        manifest = Manifest(step, {}, parts, validation_loss if finite else None)  # JSON has no NaN, nor is it the best
         state = share_of_this_rank(state)
         text = json.dumps(train_state, indent=1)
         if self.config.mode == "async":
