@@ -131,7 +131,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, flo
             metrics = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
         except ValueError:
             continue
-        (train if "loss" in metrics else valid)[metrics["step"]] = metrics
+        (train if "loss" in metrics else valid)[int(metrics["step"])] = metrics
     return [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)]
 
 
