@@ -155,8 +155,7 @@ class Trainer:
     def save(self, checkpointer: Checkpointer, history: History, validation_loss: float | None = None) -> None:
         """Commit everything that the run consists of; at the end, if that is wanted, the model alone."""
         whole = self.step < self.config.total_steps or self.config.checkpoint.final == "full"
-        path = checkpointer.save(self.step, self.state(whole), history.to_json(self.step), validation_loss)
-        log.info("saving %s" if self.config.checkpoint.mode == "async" else "saved %s", path)
+        checkpointer.save(self.step, self.state(whole), history.to_json(self.step), validation_loss)
 
     def state(self, whole: bool = True) -> dict[str, torch.Tensor]:
         """Every tensor that the run consists of, by name; not `whole`: the model alone."""

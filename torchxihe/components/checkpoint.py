@@ -7,6 +7,7 @@ hashes (manifest.py) and the strict comparison of keys, shapes and dtypes are ou
 import json
 import logging
 import math
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -236,6 +237,7 @@ class Checkpointer:
                 self.directory.sync()
             self._retain()
 
+        start = time.perf_counter()
         self._ranks.on_main(prepare)
         writer = TensorWriter(draft)
         try:
@@ -244,6 +246,7 @@ class Checkpointer:
             raise explained(error) from None
         written = self._ranks.gather(lambda: writer.files)
         self._ranks.on_main(commit)
+        log.info("saved %s in %.1f s", directory, time.perf_counter() - start)
 
     def _flaws(self, directory: Location) -> list[str]:
         """What is wrong with a step directory, every rank having read its share of the files."""
