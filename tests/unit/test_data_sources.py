@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,9 +260,25 @@ def test_a_hub_dataset_that_cannot_be_had(repository: Path, changes: dict[str, A
     assert message.startswith("data.sources.0.") and why in message and "\n" not in message
 
 
+def test_an_unreachable_hub_is_not_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: tuple[str, int], timeout: float) -> None:
+        assert address == ("hub.example", 443) and timeout <= 5
+        raise OSError
+
+    monkeypatch.setattr(sources.socket, "create_connection", refuse)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    for proxy, expected in (("https://proxy.example", None), ("", "1")):
+        monkeypatch.setenv("HTTPS_PROXY", proxy) if proxy else monkeypatch.delenv("HTTPS_PROXY")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that it is put back
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        sources.settle_hub()
+        assert os.environ.get("HF_HUB_OFFLINE") == expected
+
+
 def test_a_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as error:
         rows_of(Source(path="nobody/nothing-of-this-name"))

@@ -233,6 +233,7 @@ def test_a_folder_without_a_usable_tokenizer(tmp_path: Path, files: dict[str, st
 def test_a_hub_tokenizer_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         UserError, match=r"tokenizer.path: nobody/nothing: not a file or folder here, .* reached"

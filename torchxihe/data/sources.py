@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import string
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from torchxihe.config import Source, UserError
 
@@ -233,6 +235,8 @@ def _saved_dataset(root: Path, source: Source, key: str) -> list[Path]:
 
 def _hub_pieces(source: Source, key: str) -> list[Piece]:
     """The Arrow files that `datasets` leaves of a hub dataset, or the shards of a stream."""
+    if not Path(source.path).exists():
+        settle_hub()
     import datasets  # slow, and only for hub sources
 
     try:
@@ -249,6 +253,20 @@ def _hub_pieces(source: Source, key: str) -> list[Piece]:
             raise UserError(f"{key}.split: {source.split!r}: only whole splits can be read; max_tokens limits them")
         return [replace(piece, size=os.path.getsize(piece.path)) for piece in pieces]
     return [Piece(source.path, "stream", i, i + 1, revision=revision) for i in range(dataset.num_shards)]
+
+
+def settle_hub() -> None:
+    """Use the hub's caches alone if it cannot be reached, rather than retry for half a minute.
+
+    To be called before `huggingface_hub` is imported, which is when it reads the variable.
+    """
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return  # a direct connection says nothing
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=5).close()
+    except OSError:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def load_hub(source: Source, revision: str) -> Any:

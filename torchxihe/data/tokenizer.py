@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from torchxihe.config import Tokenizer, UserError
+from torchxihe.data.sources import settle_hub
 from torchxihe.data.store import digest, write_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -207,6 +208,7 @@ def _find(options: Tokenizer) -> dict[str, bytes]:
 
 def _download(options: Tokenizer, name: str) -> Path | None:
     """A file of a hub repository, from its cache if it is there; None if the repository has no such file."""
+    settle_hub()
     import huggingface_hub  # slow, and only for hub tokenizers
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
