@@ -77,8 +77,12 @@ class Model(Section):
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the truncated normal (cut at 3 sigma) that weights start from. Projections back into
     the residual stream get it divided by sqrt(2 * num_hidden_layers)."""
-    attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    """Attention backend. "auto": varlen where documents are masked on a GPU in bfloat16, else sdpa."""
+    attention: Literal["auto", "fa4", "varlen", "sdpa"] = "auto"
+    """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer), PyTorch's variable-length one (a
+    GPU) or PyTorch's own choice. "auto": the fastest that works here."""
+    mlp: Literal["auto", "quack", "torch"] = "auto"
+    """Feed-forward kernel: quack's fused SwiGLU (the extra `[kernels]`, Hopper or newer) or plain PyTorch. "auto": the
+    fastest that works here."""
 
 
 class Tokenizer(Section):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchxihe.model.attention import Attention, sdpa, varlen
+from torchxihe.model.attention import Attention, fa4, sdpa, varlen
+from torchxihe.model.kernels import has_flash_attention_4
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -27,10 +28,12 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 6, 128), (12, 12, 64), (8, 2, 64)])
-@pytest.mark.parametrize("attention", [sdpa, varlen])
+@pytest.mark.parametrize("attention", [sdpa, varlen, fa4])
 def test_equals_masked_softmax(
     attention: Attention, heads: int, kv_heads: int, head_dim: int, documents: bool, compiled: bool
 ) -> None:
+    if attention is fa4 and not has_flash_attention_4(torch.device("cuda")):
+        pytest.skip("needs the extra [kernels] and a Hopper GPU")
     batch, seq_len = 3, 200
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(batch, seq_len, n, head_dim) for n in (heads, kv_heads, kv_heads)]

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchxihe.config import UserError
+from torchxihe.model.kernels import flash_attention_4, has_flash_attention_4
+
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 # Fastest first on an H100 (docs/performance.md); PyTorch's own order has flash before cuDNN.
@@ -68,9 +71,30 @@ def varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) 
     return out.view_as(q_BTHD)
 
 
+def fa4(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) -> Tensor:
+    """FlashAttention 4 (the extra `[kernels]`; Hopper or newer, 16-bit): [B, T, H, D] in q's dtype."""
+    if docs is None:
+        return flash_attention_4(q_BTHD, k_BTKD, v_BTKD, None, q_BTHD.shape[1])[0]
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
+    return flash_attention_4(q, k, v, docs, q_BTHD.shape[1])[0].view_as(q_BTHD)
+
+
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype, document_masking: bool) -> Attention:
-    """The kernel for `model.attention`; "auto" takes the fastest that works here."""
-    usable = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if name == "varlen" or (name == "auto" and document_masking and usable):
-        return varlen
-    return sdpa
+    """The kernel for `model.attention`; "auto" takes the fastest that works here.
+
+    Raises UserError if a named one does not work here.
+    """
+    usable = {
+        "fa4": dtype != torch.float32 and has_flash_attention_4(device),
+        "varlen": dtype != torch.float32 and device.type == "cuda",
+        "sdpa": True,
+    }
+    if name == "auto":
+        name = next(kernel for kernel, works in usable.items() if works and (kernel != "varlen" or document_masking))
+    if not usable[name]:
+        raise UserError(
+            f'model.attention: "{name}" needs a GPU and training.dtype = "bfloat16"'
+            + (", a Hopper or newer, and the extra torchxihe[kernels]" if name == "fa4" else "")
+            + '; take "auto"'
+        )
+    return {"fa4": fa4, "varlen": varlen, "sdpa": sdpa}[name]

@@ -19,8 +19,8 @@ _SAVED = {
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # The variable-length operator exists only once its module is imported: known by its namespace.
-    saved = op in _SAVED or getattr(op, "namespace", "") == "torch_attn"
+    # PyTorch's variable-length attention and our own operators exist once their modules are imported: by namespace.
+    saved = op in _SAVED or getattr(op, "namespace", "") in ("torch_attn", "torchxihe")
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
