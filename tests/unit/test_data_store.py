@@ -24,14 +24,12 @@ def rows(tmp_path: Path) -> Rows:
         file.path.write_bytes(bytes(file.start) + tokens)
     np.array([0, 2, 5], "<i8").tofile(tmp_path / "train.rows")
     np.array([[3, 2], [5, 3], [14, 1], [0, 2], [8, 1]], "<i8").tofile(tmp_path / "train.pieces")
-    return Rows(tmp_path, "train", files, np.dtype("<u2"))
+    return Rows(tmp_path, "train", files, np.dtype("<u2"), 5)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 128])
-def test_pieces_are_read_from_whatever_file_they_lie_in(
-    rows: Rows, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "OPEN_FILES", limit)
+def test_pieces_are_read_from_whatever_file_they_lie_in(rows: Rows, limit: int) -> None:
+    rows._most = limit
     out = np.full(6, 99, "<u2")
     assert rows.read(1, out) == (1, 2, 1) and out.tolist() == [14, 0, 1, 8, 99, 99]
     assert rows.read(0, out) == (2, 3) and out.tolist() == [3, 4, 5, 6, 7, 99]

@@ -6,6 +6,7 @@ the last T. A target is masked where it is padding or the first token of another
 
 import itertools
 import queue
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from torchxihe.data.store import Prepared, Split
 
 IGNORE = -100
 """Target that carries no loss."""
+MOST_OPEN = 1024
+"""Token files of one source that are kept open, if the process may open so many."""
 AHEAD = 4
 """Batches that the prefetch thread keeps ready."""
 
@@ -55,7 +58,9 @@ class _Reader:
         self._pin = device.type == "cuda"
         self._eos = prepared.eos_id
         self._documents = rows * prepared.max_documents + 1 if document_mask else 0
-        self._sources = [source.open(split) for source in prepared.sources]
+        # Half of the files that this process may open, so that all else has room.
+        share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(prepared.sources)
+        self._sources = [source.open(split, max(16, min(share, MOST_OPEN))) for source in prepared.sources]
         self._buffers = [np.empty(seq_len + 1, rows.dtype) for rows in self._sources]
 
     def read(self, samples: list[int], sources: list[int], rows: list[int]) -> Batch:

@@ -27,7 +27,7 @@ from torchxihe.config import Source, UserError
 
 SMALLEST_SHARD, LARGEST_SHARD = 4 * 2**20, 256 * 2**20
 """Bytes of input per shard: the unit that one core prepares and that is not done twice after a kill."""
-SHARDS = 512
+SHARDS = 256
 """Shards that a source is cut into if it is neither small nor very large."""
 
 INSTALLED = {"{stdlib}": "stdlib", "{site-packages}": "purelib"}
