@@ -1,0 +1,99 @@
+"""Measure a checkpoint on held-out documents: loss, perplexity and bits per byte, by source.
+
+usage: torchxihe eval RUN_OR_STEP [--on CONFIG [--section.key=value ...]] [--max-tokens N] [--json]
+
+  --on CONFIG       measure on the held-out documents of this config instead of the run's own, prepared with the run's
+                    tokenizer (`torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer`); repeat the overrides here
+  --max-tokens N    of all sources together, default 0: everything that is held out
+  --json            one JSON object instead of a table
+
+In one process, on a GPU if there is one. What the run itself logs as validation/loss is the same measure on
+validation.max_tokens tokens.
+
+example: torchxihe eval runs/xihe_debug
+"""
+
+import argparse
+import json
+import math
+
+import torch
+
+from torchxihe.components.saved_run import SavedRun, load_decoder, open_saved
+from torchxihe.components.storage import Location, hash_file
+from torchxihe.components.validation import validate
+from torchxihe.config import Config, UserError, load_config
+from torchxihe.data.loader import validation_batches
+from torchxihe.data.store import Prepared, open_prepared
+from torchxihe.model.attention import choose_attention
+from torchxihe.utils.device import default_device
+
+HELP = "measure a checkpoint on held-out documents: loss, perplexity, bits per byte"
+
+
+def main(args: list[str]) -> None:
+    """Print a line for all documents and one a source. Raises UserError."""
+    parser = argparse.ArgumentParser("torchxihe eval", description=HELP, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_argument("--on", metavar="CONFIG", default="")
+    parser.add_argument("--max-tokens", type=int, default=0, metavar="N")
+    parser.add_argument("--json", action="store_true")
+    options, overrides = parser.parse_known_args(args)
+    saved = open_saved(options.run)
+    if overrides and not options.on:
+        raise UserError(f"{overrides[0]}: not understood; overrides belong to --on CONFIG")
+    config = load_config(options.on, overrides) if options.on else _own_config(saved)
+    prepared = open_prepared(config)
+    _check(saved, config, prepared)
+    result = evaluate(saved, config, prepared, max(options.max_tokens, 0))
+    print(json.dumps(result) if options.json else _table(result))
+
+
+def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: int) -> dict[str, float]:
+    """What `validate` measures, on `prepared`'s held-out documents; 0: all of them."""
+    device = default_device()
+    dtype = getattr(torch, config.training.dtype) if device.type == "cuda" else torch.float32
+    attention = choose_attention(config.model.attention, device, dtype, config.data.document_mask)
+    batches = validation_batches(
+        prepared,
+        seq_len=config.data.seq_len,
+        document_mask=config.data.document_mask,
+        max_tokens=max_tokens,
+        rank=0,
+        world_size=1,
+        micro_batch=config.training.micro_batch_size,
+        device=device,
+    )
+    bytes_per_token = torch.from_numpy(prepared.bytes_per_token).to(device)
+    names = [source.name for source in prepared.sources]
+    return validate(load_decoder(saved, device, dtype, attention), batches, bytes_per_token, names)
+
+
+def _own_config(saved: SavedRun) -> Config:
+    """The config that the checkpoint was saved with. Raises UserError if it is no training run's."""
+    if not saved.train_state["stages"]:
+        raise UserError(f"{saved.step_dir}: an imported model has no data of its own; name some with --on CONFIG")
+    return Config.model_validate(saved.train_state["config"])
+
+
+def _check(saved: SavedRun, config: Config, prepared: Prepared) -> None:
+    """Raise UserError unless this data can be put to this model."""
+    if hash_file(Location(prepared.tokenizer_dir / "tokenizer.json"))[1] != saved.train_state["tokenizer"]:
+        remedy = f"prepare it with --tokenizer.path={saved.tokenizer_dir} and give that here too"
+        raise UserError(f"{config.run.name}: its data is of another tokenizer; {remedy}")
+    if config.data.seq_len > saved.seq_len:
+        raise UserError(f"data.seq_len: {config.data.seq_len} is more than the model's {saved.seq_len}; lower it")
+    if not sum(source.valid_rows for source in prepared.sources):
+        raise UserError("validation.fraction: no document is held out; raise it, or name other data with --on CONFIG")
+
+
+def _table(result: dict[str, float]) -> str:
+    """A line a set, all together first."""
+    names = [key.removesuffix("/loss") for key in result if key.endswith("/loss")]
+    width = max(len(name.removeprefix("validation/")) for name in names)
+    lines = [f"{'held out':{width}}  {'loss':>8}  {'perplexity':>11}  {'bits/byte':>9}"]
+    for name in names:
+        loss, bpb = result[f"{name}/loss"], result[f"{name}/bpb"]
+        shown = "all" if name == "validation" else name.removeprefix("validation/")
+        lines.append(f"{shown:{width}}  {loss:8.4f}  {math.exp(min(loss, 700)):11,.2f}  {bpb:9.4f}")
+    return "\n".join(lines)

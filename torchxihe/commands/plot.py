@@ -1,0 +1,114 @@
+"""Draw the curves of one run, or of several over each other, as a PNG.
+
+usage: torchxihe plot RUN [RUN ...] [--out FILE] [--by step|tokens]
+
+RUN is a run directory. One panel each for loss, bits per byte, learning rate, gradient norm, tokens per second and
+memory; held-out loss is dashed. Needs matplotlib: pip install 'torchxihe[plot]'. FILE defaults to plot.png in the
+working directory.
+
+example: torchxihe plot runs/xihe_debug --out runs/xihe_debug/plot.png
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from torchxihe.components.metrics import METRICS, read_metrics
+from torchxihe.config import UserError
+
+HELP = "draw the curves of one or several runs as a PNG"
+
+# Title, unit, key of training's lines, key of validation's, logarithmic axis.
+PANELS = [
+    ("Loss", "nats a token", "loss", "validation/loss", False),
+    ("Bits per byte", "bits a byte", "bpb", "validation/bpb", False),
+    ("Learning rate", "", "lr", "", False),
+    ("Gradient norm", "", "grad_norm", "", True),
+    ("Speed", "tokens a second", "tokens_per_second", "", False),
+    ("Memory", "GiB, fullest process", "memory", "", False),
+]
+
+Lines = list[dict[str, float]]
+
+
+def main(args: list[str]) -> None:
+    """Draw, and say where. Raises UserError."""
+    parser = argparse.ArgumentParser("torchxihe plot", description=HELP)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE")
+    parser.add_argument("--by", choices=("step", "tokens"), default="step")
+    options = parser.parse_args(args)
+    runs = {}
+    for run, name in zip(options.runs, _names(options.runs), strict=True):
+        if not (run / METRICS).is_file():
+            raise UserError(f"{run}: there is no {METRICS} in it; give the directory of a run that has logged a step")
+        runs[name] = read_metrics(run / METRICS)
+        if not runs[name][0]:
+            raise UserError(f"{run / METRICS}: has no step in it yet")
+    try:
+        draw(runs, options.by).savefig(options.out, dpi=150)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise UserError("plot: matplotlib is not installed; pip install 'torchxihe[plot]'") from None
+    except (OSError, ValueError) as error:  # no such directory, or no such format
+        raise UserError(f"--out: {options.out}: {error}") from None
+    print(options.out)
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """What each run is called in the legend: its directory's name, more of its path where that is not enough."""
+    names = [run.resolve().name for run in runs]
+    return [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+
+
+def draw(runs: dict[str, tuple[Lines, Lines]], by: str) -> Any:
+    """A matplotlib figure of the runs' training and validation lines, by name; `by`: "step" or "tokens"."""
+    from matplotlib.figure import Figure  # slow and optional
+
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+    for axis, (title, unit, key, valid_key, logarithmic) in zip(axes, PANELS, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("step" if by == "step" else "tokens (M)")
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.3)
+        if logarithmic:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
+        for i, (name, (train, valid)) in enumerate(runs.items()):
+            tokens_of = {line["step"]: line["tokens"] / 1e6 for line in train}
+            for lines, wanted, look, label in (
+                (train, key, {}, name),
+                (valid, valid_key, {"linestyle": "--", "marker": ".", "markersize": 4}, f"{name}, held out"),
+            ):
+                points = [(line["step"], _value(line, wanted)) for line in lines if wanted]
+                if by == "tokens":
+                    points = [(tokens_of[step], value) for step, value in points if step in tokens_of]
+                if any(math.isfinite(value) for _, value in points):
+                    axis.plot(*zip(*points, strict=True), color=f"C{i}", linewidth=1.2, label=label, **look)
+        _fit(axis, key)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _value(line: dict[str, float], key: str) -> float:
+    """A value of a line of metrics.jsonl; "memory" is that of the fullest GPU, without GPUs of the fullest process."""
+    if key != "memory":
+        return line.get(key, math.nan)
+    if line.get("memory_reserved_gib"):
+        return max([line["memory_reserved_gib"], *(line[k] for k in line if k.startswith("memory_reserved_gib/"))])
+    return max((value for k, value in line.items() if k.startswith("host_memory_gib/")), default=math.nan)
+
+
+def _fit(axis: Any, key: str) -> None:
+    """Begin at zero what is read as an amount, and keep the first steps' loss from squashing the rest."""
+    if key in ("lr", "tokens_per_second", "memory"):
+        axis.set_ylim(bottom=0)
+    elif key in ("loss", "bpb"):
+        values = sorted(y for line in axis.lines for y in line.get_ydata() if math.isfinite(y))
+        if len(values) >= 20:
+            low, high = values[0], values[int(0.97 * (len(values) - 1))]
+            axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
