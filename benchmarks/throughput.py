@@ -160,8 +160,14 @@ def print_table(result: dict[str, Any]) -> None:
         ("tokens/s/GPU", f"{result['tokens_per_second_per_gpu']:,}"),
         ("MFU", f"{percent(result['mfu'])} (attention counted causal: {percent(result['mfu_causal'])})"),
         ("step time", f"{result['step_ms']} ms median, {result['step_ms_p10']} p10, {result['step_ms_p90']} p90"),
-        ("memory", f"{result['memory_allocated_gib']} GiB allocated, {result['memory_reserved_gib']} reserved, at peak"),
-        ("start", f"{result['seconds_to_first_step']} s to the first step, {result['compile_seconds']} of them compiling"),
+        (
+            "memory",
+            f"{result['memory_allocated_gib']} GiB allocated, {result['memory_reserved_gib']} reserved",
+        ),
+        (
+            "start",
+            f"{result['seconds_to_first_step']} s to the first step, {result['compile_seconds']} of it compiling",
+        ),
         ("loss", f"{result['loss']}"),
     ]
     for name, value in rows:

@@ -1,5 +1,7 @@
 """Attention kernels on a GPU against the masked softmax in float32, forward and backward."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     out = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         if start < end:
             scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) / head_dim**0.5
             masked = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)

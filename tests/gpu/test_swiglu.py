@@ -7,7 +7,8 @@ from torchxihe.model.decoder import plain_swiglu
 from torchxihe.model.kernels import has_quack, quack_swiglu
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or not has_quack(torch.device("cuda")), reason="needs the extra [kernels] and a Hopper"
+    not torch.cuda.is_available() or not has_quack(torch.device("cuda")),
+    reason="needs the extra [kernels] and a Hopper",
 )
 
 

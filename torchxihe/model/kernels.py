@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 TUNED = True  # try their configurations at the first call, and keep the best on disk
 
 

@@ -28,9 +28,7 @@ def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     swiglu = choose_swiglu(config.model.mlp, device, dtype)
     log.info("kernels attention: %s, feed-forward: %s", attention.__name__, swiglu.__name__)
     with torch.device("meta"):
-        model = Decoder(
-            config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention, swiglu=swiglu
-        )
+        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention, swiglu=swiglu)
     apply_activation_checkpointing(model, config.parallelism.activation_checkpointing)
     if config.training.compile and compile_obstacle():
         log.warning("training.compile: %s, so this run is not compiled, only slower", compile_obstacle())
