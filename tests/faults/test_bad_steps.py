@@ -21,6 +21,7 @@ def test_nan_on_one_rank_changes_nothing_on_any(workspace: Workspace) -> None:
 
 
 def test_too_many_end_the_run(workspace: Workspace) -> None:
+    """Seen to fail (to train on) without the check at log steps."""
     fault = Fault("loss", 6, "nan", rank=1, for_ever=True)
     outcome = workspace.run(2, "--training.max_skipped=3", fault=fault)
     outcome.check_mistake("training.max_skipped: 3 steps in a row", "g = 42 to 47", "first, second")

@@ -26,7 +26,7 @@ def changes(workspace: Workspace, step: int = 20) -> dict[str, tuple[int, object
 
 
 def test_batch_and_learning_rate_are_recorded(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """The samples go on where they stood, in batches of the new size."""
+    """The samples go on where they stood, in batches of the new size. Seen to fail without the record of changes."""
     stopped(workspace)
     step = max(workspace.steps())
     log = workspace.finish(2, "--training.global_batch_size=4", "--optimizer.lr=5e-3")
@@ -51,8 +51,8 @@ def test_batch_and_learning_rate_are_recorded(workspace: Workspace, unbroken: Ca
     ],
 )
 def test_what_would_be_another_run_is_refused(flag: str, option: str, workspace: Workspace) -> None:
-    """Seen to fail with the option's kind set to "recorded": a width then fails in the comparison of shapes, whose
-    message names no option, and a seed not at all."""
+    """Seen to fail with the checkpoint loaded before the configs are compared: a width then fails in the comparison of
+    shapes, whose message names no option."""
     stopped(workspace)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace.root)
@@ -76,7 +76,8 @@ def test_another_tokenizer_behind_the_same_path_is_refused(workspace: Workspace)
 
 
 def test_another_data_file_begins_a_new_stage(workspace: Workspace) -> None:
-    """The changed source starts at its beginning, the other goes on; the checkpoint tells."""
+    """The changed source starts at its beginning, the other goes on; the checkpoint tells. Seen to fail when a
+    new source starts elsewhere."""
     stopped(workspace)
     step = max(workspace.steps())
     more = workspace.root.parent / "more"
@@ -95,7 +96,10 @@ def test_another_data_file_begins_a_new_stage(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("removed", [True, False], ids=["removed", "shrunk"])
 def test_a_data_shard_is_gone_or_shrunk(removed: bool, workspace: Workspace) -> None:
-    """A mistake with the file's name, where a memory map would be a SIGBUS."""
+    """A line with the file's name, where a memory map would be a SIGBUS.
+
+    Seen to fail without the comparison of lengths, and with the OSError left to be a traceback.
+    """
     stopped(workspace)
     shards = sorted((workspace.root.parent / "cache" / "stores").glob("*/train-*.bin"))
     for shard in shards:

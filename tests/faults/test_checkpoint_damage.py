@@ -37,6 +37,7 @@ def test_a_damaged_file_is_found(trained: Workspace, name: str, damage: Callable
 def test_the_run_goes_on_from_the_one_before_and_mends_the_damage(
     trained: Workspace, unbroken: Callable[..., Workspace]
 ) -> None:
+    """Seen to fail when sizes and hashes are not compared."""
     flip(trained.checkpoints / "step-00000020" / "__1_0.distcp")
     log = trained.finish(2)
     assert "step-00000020 is corrupt and passed over: __1_0.distcp" in log
@@ -46,6 +47,7 @@ def test_the_run_goes_on_from_the_one_before_and_mends_the_damage(
 
 
 def test_none_valid_stops_the_run(trained: Workspace) -> None:
+    """Seen to fail (to begin afresh) without the error at the end of `Checkpointer.newest`."""
     for step in trained.steps():
         truncate(trained.checkpoints / f"step-{step:08d}" / "train_state.json")
     trained.run(2).check_mistake("no checkpoint to go on from", "step-00000020", "step-00000012", "--run.name")

@@ -29,7 +29,7 @@ def mounted(at: Path, *options: str) -> Iterator[None]:
 def test_a_full_disk(mode: str, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
     """Names the file, loses no committed step, and goes on when there is room.
 
-    Seen to fail with DCP's own file system and two threads, which swallow the error.
+    Seen to fail with two writer threads a process.
     """
     flags = (f"--checkpoint.mode={mode}", "--checkpoint.keep_last=0")
     with mounted(workspace.root / "runs", "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
@@ -55,6 +55,7 @@ def test_an_input_output_error(mode: str, workspace: Workspace, unbroken: Callab
 
 
 def test_a_read_only_run_directory(workspace: Workspace) -> None:
+    """Seen to fail when rank 0 makes the directory without telling the others how that went."""
     workspace.run_dir.mkdir(parents=True)
     with mounted(workspace.root / "runs", "--bind", str(workspace.root / "runs")):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(workspace.root / "runs")], check=True)

@@ -9,7 +9,7 @@ from tests.faults.harness import Workspace
 
 
 def test_a_rank_that_sleeps_for_ever(workspace: Workspace) -> None:
-    """Every rank says where it stands. Seen to hang without the watchdog, until gloo's own limit of ten minutes."""
+    """Every rank says where it stands. Seen to hang without the watchdog."""
     outcome = workspace.run(2, "--training.step_timeout=3", fault=Fault("step", 6, "sleep", rank=1))
     outcome.check_failure("[rank 0] no progress for 3 s in: step 6")
     outcome.check_failure("[rank 1] no progress for 3 s in: step 6")
@@ -18,14 +18,17 @@ def test_a_rank_that_sleeps_for_ever(workspace: Workspace) -> None:
 
 
 def test_a_hang_at_the_start(workspace: Workspace) -> None:
-    """The first step, which may compile, has the longer limit."""
+    """The first step, which may compile, has the longer limit. Seen to fail with the shorter one."""
     flags = ("--training.init_timeout=12", "--training.step_timeout=1")
     outcome = workspace.run(2, *flags, fault=Fault("step", 1, "sleep", rank=1))
     outcome.check_failure("[rank 1] no progress for 12 s in: step 1")
 
 
 def test_two_runs_in_one_directory(workspace: Workspace) -> None:
-    """The second one ends, naming the first; the first does not notice. A lock left behind holds nobody up."""
+    """The second one ends, naming the first; the first does not notice. A lock left behind holds nobody up.
+
+    Seen to fail without the flock: both train.
+    """
     first = workspace.start(2, fault=Fault("step", 3, "sleep", rank=1))
     first.wait_for_text("step  2/20")
     holder = first.processes[0].pid
@@ -37,7 +40,7 @@ def test_two_runs_in_one_directory(workspace: Workspace) -> None:
 
 
 def test_no_secret_is_written_down(workspace: Workspace) -> None:
-    """Neither by a run that ends well nor by one that fails."""
+    """Neither by a run that ends well nor by one that fails. Seen to fail with the environment in train_state.json."""
     secrets = {"WANDB_API_KEY": "s3cr3t-wandb-0123456789", "HF_TOKEN": "hf_s3cr3t0123456789"}
     workspace.finish(2, env=secrets)
     workspace.run(2, "--training.steps=40", "--training.seed=3", env=secrets).check_failure("training.seed")

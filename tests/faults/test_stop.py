@@ -38,6 +38,7 @@ def test_sigterm_to_one_rank(mode: str, workspace: Workspace, unbroken: Callable
 
 
 def test_sigterm_during_a_save(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
+    """That save is finished, then one more step, and its save. Seen to fail when the signal is not noted."""
     outcome = workspace.run(2, fault=Fault("write", 2, "SIGTERM", rank=1))
     assert outcome.succeeded, outcome.log
     assert 8 in workspace.steps()
@@ -46,6 +47,7 @@ def test_sigterm_during_a_save(workspace: Workspace, unbroken: Callable[..., Wor
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_other_signals(number: signal.Signals, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
+    """Seen to fail with SIGTERM alone being listened to."""
     flags = ("--training.steps=3000",)
     job = workspace.start(2, *flags)
     job.wait_for_text("step ")
@@ -59,6 +61,7 @@ def test_other_signals(number: signal.Signals, workspace: Workspace, unbroken: C
 
 
 def test_the_time_limit(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
+    """Seen to fail (to train on) without the look at the clock."""
     flags = ("--training.steps=3000", "--training.time_limit=2")
     outcome = workspace.run(2, *flags)
     assert outcome.succeeded and "training.time_limit" in outcome.log, outcome.log
@@ -81,7 +84,10 @@ def test_a_signal_while_a_rank_is_stuck_ends_the_run(workspace: Workspace) -> No
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_sigterm_to_the_launcher(times: int, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """Real torchrun: exit code 0, and the resumed run ends with the unbroken run's tensors."""
+    """Real torchrun: exit code 0, and the resumed run ends with the unbroken run's tensors.
+
+    Seen to fail when signals are not noted (it trains on), and with Python's own handlers (it dies).
+    """
     command = [sys.executable, "-m", "torchxihe", "launch", "config.toml"]
     env = {
         **os.environ,

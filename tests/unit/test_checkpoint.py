@@ -98,7 +98,7 @@ def test_optimizer_state_exists_before_the_first_step_and_changes_nothing() -> N
 def test_a_damaged_checkpoint_is_marked_and_passed_over(
     tmp_path: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Seen to fail with `step_flaws` returning [] (9 of 12; DCP itself stumbles over some of it only in `load`)."""
+    """Seen to fail when `step_flaws` compares nothing."""
     states = saved(tmp_path, 10, 20)
     damage(tmp_path / "step-00000020" / name)
     train_state, state = loaded(tmp_path)

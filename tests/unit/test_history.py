@@ -11,7 +11,7 @@ DEBUG = Path(__file__).parents[2] / "configs" / "xihe_debug.toml"
 
 
 def test_every_option_has_exactly_one_kind() -> None:
-    """Seen to fail with "training.seed" taken out, and with it in two kinds."""
+    """Seen to fail with "training.seed" taken out."""
     options = [
         f"{section}.{name}"
         for section, field in Config.model_fields.items()
