@@ -80,9 +80,6 @@ class Model(Section):
     attention: Literal["auto", "fa4", "varlen", "sdpa"] = "auto"
     """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer), PyTorch's variable-length one (a
     GPU) or PyTorch's own choice. "auto": the fastest that works here."""
-    mlp: Literal["auto", "quack", "torch"] = "auto"
-    """Feed-forward kernel: quack's fused SwiGLU (the extra `[kernels]`, Hopper or newer) or plain PyTorch. "auto": the
-    fastest that works here."""
 
 
 class Tokenizer(Section):

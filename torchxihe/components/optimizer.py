@@ -20,7 +20,8 @@ def build_optimizer(model: Decoder, config: Optimizer) -> torch.optim.Optimizer:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizers = {"adamw": torch.optim.AdamW}
+    return optimizers[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -7,6 +7,7 @@ crosses a row. None: one document a row.
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,9 @@ def varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) 
 
     seq_len = q_BTHD.shape[1]
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
-    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # since torch 2.12
+    gqa: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )  # since torch 2.12
     out = varlen_attn(q, k, v, docs, docs, seq_len, seq_len, window_size=(-1, 0), **gqa)
     assert isinstance(out, Tensor)
     return out.view_as(q_BTHD)

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchxihe.config import Model, UserError
+from torchxihe.config import Model
 from torchxihe.model.attention import Attention
-from torchxihe.model.kernels import has_quack, quack_swiglu
 from torchxihe.model.linear_cross_entropy import linear_cross_entropy
 from torchxihe.model.rope import apply_rope, rope_tables
 
@@ -29,9 +28,9 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out], in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out], in the input's dtype."""
+        return F.linear(input, self.weight.to(input.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -80,53 +79,29 @@ class SelfAttention(nn.Module):
         return self.o_proj(out.flatten(-2))
 
 
-SwiGLU = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def plain_swiglu(x_NC: Tensor, gate_FC: Tensor, up_FC: Tensor, down_CF: Tensor) -> Tensor:
-    """down(silu(gate x) · up x), weights in x's dtype (arXiv:2002.05202)."""
-    return F.linear(F.silu(F.linear(x_NC, gate_FC)) * F.linear(x_NC, up_FC), down_CF)
-
-
-def choose_swiglu(name: str, device: torch.device, dtype: torch.dtype) -> SwiGLU:
-    """The kernel for `model.mlp`; "auto" takes the fastest that works here.
-
-    Raises UserError if a named one does not work here.
-    """
-    usable = dtype == torch.bfloat16 and has_quack(device)
-    if name == "quack" and not usable:
-        raise UserError(
-            'model.mlp: "quack" needs a Hopper GPU or newer, training.dtype = "bfloat16" and the extra '
-            'torchxihe[kernels]; take "auto"'
-        )
-    return quack_swiglu if usable and name != "torch" else plain_swiglu
-
-
 class MLP(nn.Module):
-    """SwiGLU feed-forward."""
+    """SwiGLU feed-forward (arXiv:2002.05202)."""
 
-    def __init__(self, config: Model, swiglu: SwiGLU) -> None:
+    def __init__(self, config: Model) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-        self.swiglu = swiglu
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        weights = (p.weight.to(x_BTC.dtype) for p in (self.gate_proj, self.up_proj, self.down_proj))
-        return self.swiglu(x_BTC.flatten(0, -2), *weights).view_as(x_BTC)
+        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
 
 
 class Block(nn.Module):
     """One decoder layer: attention, then feed-forward, each normalised before and added after."""
 
-    def __init__(self, config: Model, attention: Attention, swiglu: SwiGLU) -> None:
+    def __init__(self, config: Model, attention: Attention) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, swiglu)
+        self.mlp = MLP(config)
         self.checkpoint: Callable[..., Tensor] | None = None  # set from outside, to compute `body` again in backward
 
     def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
@@ -169,12 +144,11 @@ class Decoder(nn.Module):
         seq_len: int,
         dtype: torch.dtype,
         attention: Attention,
-        swiglu: SwiGLU = plain_swiglu,
     ) -> None:
         super().__init__()
         self.config, self.seq_len, self.dtype = config, seq_len, dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention, swiglu) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config.rms_norm_eps)
         if not config.tie_word_embeddings:

@@ -4,6 +4,8 @@ A row's first pass reads it from memory and its second from the cache, so that a
 what the compiler makes of the same formula takes twice as long at a vocabulary of 50,304 (docs/performance.md).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,5 +47,6 @@ def cross_entropy_(logits_nV: Tensor, targets_n: Tensor, ignore: int, gradients:
     """
     rows, vocab = logits_nV.shape
     losses_n = torch.empty(rows, dtype=torch.float32, device=logits_nV.device)
-    _kernel[(rows,)](logits_nV, targets_n, losses_n, vocab, logits_nV.stride(0), ignore, gradients, BLOCK, num_warps=8)
+    grid: Any = _kernel[(rows,)]  # type: ignore[index]
+    grid(logits_nV, targets_n, losses_n, vocab, logits_nV.stride(0), ignore, gradients, BLOCK, num_warps=8)
     return losses_n.sum()

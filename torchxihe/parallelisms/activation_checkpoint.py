@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from torchxihe.model.decoder import Decoder
+from torchxihe.model.decoder import Block, Decoder
 
 # Dear to compute again: matrix products and attention. Everything else is elementwise.
 _SAVED = {
@@ -32,4 +32,5 @@ def apply_activation_checkpointing(model: Decoder, mode: str) -> None:
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for block in model.layers:
+        assert isinstance(block, Block)
         block.checkpoint = functools.partial(checkpoint, **options)

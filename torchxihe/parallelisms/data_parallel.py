@@ -26,7 +26,9 @@ def apply_ddp(model: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
     )
 
     def sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        return dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda f: f.value()[0])
+        work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda f: f.value()[0])
 
     ddp.register_comm_hook(mesh.get_group("dp_replicate"), sum_gradients)  # DDP's own reduction averages
     return ddp

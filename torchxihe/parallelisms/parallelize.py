@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchxihe.config import Config
 from torchxihe.model.attention import choose_attention
-from torchxihe.model.decoder import Decoder, choose_swiglu
+from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile
 from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
@@ -25,10 +25,9 @@ def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     """
     dtype = getattr(torch, config.training.dtype)
     attention = choose_attention(config.model.attention, device, dtype, config.data.document_mask)
-    swiglu = choose_swiglu(config.model.mlp, device, dtype)
-    log.info("kernels attention: %s, feed-forward: %s", attention.__name__, swiglu.__name__)
+    log.info("kernels attention: %s", attention.__name__)
     with torch.device("meta"):
-        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention, swiglu=swiglu)
+        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention)
     apply_activation_checkpointing(model, config.parallelism.activation_checkpointing)
     if config.training.compile and compile_obstacle():
         log.warning("training.compile: %s, so this run is not compiled, only slower", compile_obstacle())
