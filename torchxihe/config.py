@@ -276,7 +276,8 @@ class Metrics(Section):
     """What is written while training."""
 
     log_every: PositiveInt = 10
-    """Steps between two lines on the console and in `metrics.jsonl`; the host waits for the GPU only there."""
+    """Steps between two lines on the console and in `metrics.jsonl`; the host waits for the GPU only there. The first
+    step has a line too."""
     sample_every: NonNegativeInt = 0
     """Steps between two samples of the model's writing; a finished run prints one in any case. 0: only then."""
     sample_prompt: str = ""

@@ -290,7 +290,7 @@ def _train(
             profiler.before_step(trainer.step + 1)
             trainer.train_step(loader)
             checkpointer.poll()
-            if due(config.metrics.log_every):
+            if due(config.metrics.log_every) or trainer.step == 1:  # the first loss tells most about a new model
                 metrics = trainer.measure(order, window, loader, lr)
                 if writer:
                     writer.train(metrics)
