@@ -162,8 +162,9 @@ def reads(tree: ast.AST) -> set[tuple[str, str]]:
 
 def test_every_option_is_read() -> None:
     read = set().union(*(reads(tree) for path, tree in TREES.items() if path != PACKAGE / "config.py"))
-    # Config.run_dir and Config.total_steps read these for the others.
+    # Config.run_dir, Config.total_steps and Parallelism.degrees read these for the others.
     read |= {("run", "dir"), ("run", "name"), ("training", "steps"), ("training", "tokens")}
+    read |= {("parallelism", "dp_replicate"), ("parallelism", "dp_shard")}
     unread = [
         f"{name}.{key}" for name, section in sections() for key in section.model_fields if (name, key) not in read
     ]
