@@ -22,7 +22,7 @@ def _train(path: str) -> set[str]:
 
 @pytest.mark.timeout(180)
 def test_rank_0_alone_tracks_and_every_rank_logs(tmp_path: Path) -> None:
-    """Seen to fail with the trackers opened on every rank."""
+    """Rank 0 alone opens a tracker, and the key is in no file."""
     pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")
     path = write_training(tmp_path, steps=2, metrics='wandb = "offline"\ntensorboard = true')

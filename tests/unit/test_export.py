@@ -30,7 +30,7 @@ def difference(folder: Path, model: torch.nn.Module) -> float:
 @pytest.mark.parametrize("vocab_size", [TOKENS, 320])
 @pytest.mark.parametrize("shape", [LLAMA, QWEN3, Shape(64, 4, 4, 16, False, True), Shape(40, 6, 3, 24, True, False)])
 def test_transformers_gives_the_same_logits_and_ids(tmp_path: Path, shape: Shape, vocab_size: int) -> None:
-    """Seen to fail with rope_theta left out of both places, and with rms_norm_eps times ten."""
+    """Seen to fail with rope_theta left out of both places."""
     config, model = make_run(tmp_path, shape, vocab_size)
     out = tmp_path / "out"
     run(["export", str(config.run_dir), "--out", str(out)])

@@ -52,7 +52,7 @@ def test_keys_of_the_metrics(trained: Path) -> None:
 
 
 def test_held_out_loss_by_source_adds_up(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Seen to fail with all sums in the first source."""
+    """`eval` of the last checkpoint gives what training said of it, source by source."""
     run(["eval", str(trained), "--json"])
     result = json.loads(capsys.readouterr().out)
     last = read_metrics(trained / METRICS)[1][-1]
@@ -147,7 +147,7 @@ def test_broken_trackers_change_nothing(
     tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch,
     broken_from_the_start: bool,
 ) -> None:  # fmt: skip
-    """Seen to fail with the `except` around `write` taken out, and with that around opening."""
+    """A tracker that raises at every call is named once, and training goes on."""
     wandb: Any = pytest.importorskip("wandb")
 
     def init(**_: object) -> BrokenRun:
