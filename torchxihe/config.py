@@ -80,6 +80,9 @@ class Model(Section):
     attention: Literal["auto", "fa4", "varlen", "sdpa"] = "auto"
     """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer), PyTorch's variable-length one (a
     GPU) or PyTorch's own choice. "auto": the fastest that works here."""
+    mlp: Literal["auto", "quack", "torch"] = "auto"
+    """Feed-forward kernel: quack's SwiGLU, fused into the matrix products (the extra `[kernels]`, Hopper), or PyTorch's.
+    "auto": the fastest that works here."""
 
 
 class Tokenizer(Section):

@@ -16,7 +16,7 @@ Kind = Literal["free", "recorded", "refused"]
 KINDS: dict[Kind, dict[str, str]] = {
     "free": {
         "run": "name dir",
-        "model": "attention",
+        "model": "attention mlp",
         "data": "cache_dir max_epochs",
         "training": "micro_batch_size compile deterministic time_limit init_timeout step_timeout",
         "parallelism": "dp_replicate dp_shard reshard_after_forward activation_checkpointing",

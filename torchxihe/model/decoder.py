@@ -20,6 +20,7 @@ from torchxihe.config import Model
 from torchxihe.model.attention import Attention
 from torchxihe.model.linear_cross_entropy import linear_cross_entropy
 from torchxihe.model.rope import apply_rope, rope_tables
+from torchxihe.model.swiglu import Swiglu, plain
 
 
 class Linear(nn.Linear):
@@ -80,28 +81,29 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward (arXiv:2002.05202)."""
+    """SwiGLU feed-forward."""
 
-    def __init__(self, config: Model) -> None:
+    def __init__(self, config: Model, swiglu: Swiglu) -> None:
         super().__init__()
+        self.swiglu = swiglu
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        return self.swiglu(x_BTC, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Block(nn.Module):
     """One decoder layer: attention, then feed-forward, each normalised before and added after."""
 
-    def __init__(self, config: Model, attention: Attention) -> None:
+    def __init__(self, config: Model, attention: Attention, swiglu: Swiglu) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, swiglu)
         self.checkpoint: Callable[..., Tensor] | None = None  # set from outside, to compute `body` again in backward
 
     def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
@@ -144,11 +146,12 @@ class Decoder(nn.Module):
         seq_len: int,
         dtype: torch.dtype,
         attention: Attention,
+        swiglu: Swiglu = plain,
     ) -> None:
         super().__init__()
         self.config, self.seq_len, self.dtype = config, seq_len, dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, attention, swiglu) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config.rms_norm_eps)
         if not config.tie_word_embeddings:

@@ -1,24 +1,45 @@
-"""FlashAttention 4 (the optional extra `[kernels]`) as an operator that compiles whole.
+"""Kernels of the optional extra `[kernels]`, FlashAttention 4 and quack's SwiGLU, as operators that compile whole.
 
-The package compiles its kernels at run time and cannot be traced: a custom operator with a fake implementation hides it
-from torch.compile, forward and backward. It is imported when first called.
+Both packages compile their kernels at run time and cannot be traced: a custom operator with a fake implementation hides
+them from torch.compile, forward and backward. They are imported when first called.
 
-Axes: B batch, T position, H query heads, K key and value heads, D head dimension, N = B·T tokens.
+Axes: B batch, T position, H query heads, K key and value heads, D head dimension, N = B·T tokens, C hidden size,
+F feed-forward width, G = 2F.
 """
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# FlashAttention 4 keeps what it compiles on disk if told so before it is imported; quack does by itself.
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+# Tiles of quack's products on a Hopper, the fastest of all that it would try (docs/performance.md): its own search takes
+# minutes for each shape.
+GATED_TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 256, "pingpong": False, "cluster_m": 2, "cluster_n": 1}
+GATED_BACKWARD_TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "pingpong": True, "cluster_m": 2, "cluster_n": 1}
+
 
 def has_flash_attention_4(device: torch.device) -> bool:
     """Whether `flash-attn-4` is installed and `device` is one that it is made for (Hopper or newer)."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
+    return _capability(device) >= (9, 0) and _installed("flash_attn.cute")
+
+
+def has_quack(device: torch.device) -> bool:
+    """Whether `quack-kernels` is installed and `device` is a Hopper, for which its tiles were chosen."""
+    return _capability(device)[0] == 9 and _installed("quack")
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _installed(module: str) -> bool:
     try:
-        return importlib.util.find_spec("flash_attn.cute") is not None
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
 
@@ -78,3 +99,60 @@ def _attention_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None,
 
 
 flash_attention_4.register_autograd(_attention_backward, setup_context=_save_attention)
+
+
+@torch.library.custom_op("torchxihe::swiglu", mutates_args=())
+def swiglu(x_NC: Tensor, gate_up_GC: Tensor, down_CF: Tensor) -> tuple[Tensor, Tensor]:
+    """Feed-forward output [N, C], and gate and up before the activation [N, G], for the backward pass; 16-bit.
+
+    Rows of gate and up alternate in `gate_up`, and so do the columns of the second result: one product computes both
+    and leaves a gate beside its up, where the activation is applied before anything reaches memory.
+    """
+    from quack.gemm_config import GemmConfig  # slow, and optional
+    from quack.gemm_interface import gemm_gated_tuned
+
+    before_NG = x_NC.new_empty(x_NC.shape[0], gate_up_GC.shape[0])
+    after_NF = x_NC.new_empty(x_NC.shape[0], down_CF.shape[1])
+    config = GemmConfig(is_dynamic_persistent=False, **GATED_TILES)
+    gemm_gated_tuned.fn(x_NC, gate_up_GC.T, before_NG, after_NF, activation="swiglu", config=config)
+    return after_NF @ down_CF.T, before_NG
+
+
+@swiglu.register_fake
+def _(x_NC: Tensor, gate_up_GC: Tensor, down_CF: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_NC), x_NC.new_empty(x_NC.shape[0], gate_up_GC.shape[0])
+
+
+@torch.library.custom_op("torchxihe::swiglu_backward", mutates_args=())
+def _swiglu_backward(grad_NC: Tensor, down_CF: Tensor, before_NG: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of gate and up [N, G], and the activations again [N, F]."""
+    from quack.gemm_config import GemmConfig  # slow, and optional
+    from quack.gemm_interface import gemm_dgated_tuned
+
+    dbefore_NG = torch.empty_like(before_NG)
+    after_NF = grad_NC.new_empty(grad_NC.shape[0], down_CF.shape[1])
+    config = GemmConfig(is_dynamic_persistent=False, **GATED_BACKWARD_TILES)
+    gemm_dgated_tuned.fn(
+        grad_NC.contiguous(), down_CF, before_NG, dbefore_NG, after_NF,
+        activation="swiglu", dynamic_scheduler=True, config=config,
+    )  # fmt: skip
+    return dbefore_NG, after_NF
+
+
+@_swiglu_backward.register_fake
+def _(grad_NC: Tensor, down_CF: Tensor, before_NG: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(before_NG), grad_NC.new_empty(grad_NC.shape[0], down_CF.shape[1])
+
+
+def _save_swiglu(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _swiglu_gradients(ctx: Any, grad_NC: Tensor, _: None) -> tuple[Tensor, Tensor, Tensor]:
+    x_NC, gate_up_GC, down_CF, before_NG = ctx.saved_tensors
+    dbefore_NG, after_NF = _swiglu_backward(grad_NC, down_CF, before_NG)
+    return dbefore_NG @ gate_up_GC, dbefore_NG.T @ x_NC, grad_NC.T @ after_NF
+
+
+swiglu.register_autograd(_swiglu_gradients, setup_context=_save_swiglu)

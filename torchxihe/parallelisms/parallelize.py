@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchxihe.config import Config
 from torchxihe.model.attention import choose_attention
 from torchxihe.model.decoder import Decoder
+from torchxihe.model.swiglu import choose_swiglu
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile
 from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
@@ -25,9 +26,10 @@ def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     """
     dtype = getattr(torch, config.training.dtype)
     attention = choose_attention(config.model.attention, device, dtype, config.data.document_mask)
-    log.info("kernels attention: %s", attention.__name__)
+    swiglu = choose_swiglu(config.model, device, dtype)
+    log.info("kernels attention: %s, feed-forward: %s", attention.__name__, swiglu.__name__)
     with torch.device("meta"):
-        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention)
+        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention, swiglu=swiglu)
     apply_activation_checkpointing(model, config.parallelism.activation_checkpointing)
     if config.training.compile and compile_obstacle():
         log.warning("training.compile: %s, so this run is not compiled, only slower", compile_obstacle())
