@@ -138,8 +138,8 @@ def synthetic(trainer: Trainer) -> Iterator[Batch]:
     if config.data.document_mask:
         starts = [b * seq_len + d * seq_len // DOCUMENTS_A_ROW for b in range(rows) for d in range(DOCUMENTS_A_ROW)]
         docs = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=trainer.device)
-    none = (-1,) * rows
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), docs, none, none, rows * seq_len)
+    sources = torch.zeros(rows, dtype=torch.int64, device=trainer.device)
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), docs, (-1,) * rows, sources, rows * seq_len)
     return itertools.repeat(batch)
 
 

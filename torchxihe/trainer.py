@@ -24,7 +24,7 @@ from torchxihe.components.report import report_end, report_start
 from torchxihe.components.run_lock import run_lock
 from torchxihe.components.stop import Stop
 from torchxihe.components.storage import Location
-from torchxihe.components.validation import target_bytes, validate
+from torchxihe.components.validation import sums_by_source, validate
 from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Config, UserError, dump_config
 from torchxihe.data.loader import Batch, Loader, validation_batches
@@ -67,7 +67,7 @@ class Trainer:
             training.global_batch_size, world_size(), training.micro_batch_size
         )
         self.bytes_per_token = torch.from_numpy(bytes_per_token).to(device)
-        self.sums = StepSums(device)
+        self.sums = StepSums(device, len(config.data.sources))
         self.bad_steps = BadSteps(training, device)
         self.step = 0
 
@@ -75,17 +75,19 @@ class Trainer:
         """One optimizer step on the next `accumulation` micro-batches; the host never waits for the device."""
         batches = [next(loader) for _ in range(self.accumulation)]
         tokens = all_reduce_sum(torch.full((), float(sum(batch.valid for batch in batches)), device=self.device))
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sources = len(self.config.data.sources)
+        sums = torch.zeros(1 + 3 * sources, dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             with gradient_sync(self.module, last=i == len(batches) - 1):
-                loss = self.module(batch.tokens, batch.targets, batch.docs)
+                loss, losses_B = self.module(batch.tokens, batch.targets, batch.docs)
                 (loss / tokens).backward()  # summed over ranks and micro-batches: the global mean over valid targets
-            sums += torch.stack([loss.detach().double(), target_bytes(batch.targets, self.bytes_per_token).double()])
-        loss, size = all_reduce_sum(sums)
+            by_source_S3 = sums_by_source(losses_B, batch, self.bytes_per_token, sources)
+            sums += torch.cat([loss.detach().double().view(1), by_source_S3.flatten()])
+        sums = all_reduce_sum(sums)
         grad_norm = clip_gradients(self.model.parameters(), self.config.training.max_grad_norm)
-        skip = self.bad_steps.judge(loss / tokens, grad_norm)  # the same on all ranks; data and step are consumed
+        skip = self.bad_steps.judge(sums[0] / tokens, grad_norm)  # the same on all ranks; data and step are consumed
         optimizer_step(self.optimizer, self.lr, skip)
-        self.sums.add(loss, tokens, size, grad_norm, skip)
+        self.sums.add(sums, grad_norm, skip)
         self.step += 1
 
     @property
@@ -115,11 +117,14 @@ class Trainer:
             "device": self.device,
         }
 
-    def measure(self, order: Order, window: Window, loader: Loader, lr: float) -> dict[str, float]:
+    def measure(self, order: Order, names: list[str], window: Window, loader: Loader, lr: float) -> dict[str, float]:
         """What a log step after this step reports; here the host waits for the device, and the ranks for each other."""
         first, size = order.batch(self.step - 1)
         seq_len = self.config.data.seq_len
-        metrics = {"step": self.step, "tokens": (first + size) * seq_len, "lr": lr} | self.sums.read()
+        metrics = {"step": self.step, "tokens": (first + size) * seq_len, "lr": lr} | self.sums.read(names)
+        if len(names) > 1:
+            epochs = zip(names, order.epochs(first + size), strict=True)
+            metrics |= {f"epoch/{name}": passes for name, passes in epochs}
         metrics |= window.close(self.step, size * seq_len, loader.wait_seconds)
         loader.wait_seconds = 0.0
         metrics |= self.usage(metrics["tokens_per_second_per_gpu"]) | memory_of_ranks(self.device)
@@ -134,8 +139,7 @@ class Trainer:
     def validate(self, prepared: Prepared) -> dict[str, float]:
         """Loss on the held-out documents, in whole and by source; all ranks must ask together."""
         batches = validation_batches(prepared, max_tokens=self.config.validation.max_tokens, **self.batch_layout)
-        names = [source.name for source in prepared.sources]
-        return validate(self.module, batches, self.bytes_per_token, names)
+        return validate(self.module, batches, self.bytes_per_token, prepared.names)
 
     def usage(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOP/s utilisation at this rank's speed, where the device's peak is known, and its peak memory."""
@@ -291,7 +295,7 @@ def _train(
             trainer.train_step(loader)
             checkpointer.poll()
             if due(config.metrics.log_every) or trainer.step == 1:  # the first loss tells most about a new model
-                metrics = trainer.measure(order, window, loader, lr)
+                metrics = trainer.measure(order, prepared.names, window, loader, lr)
                 if writer:
                     writer.train(metrics)
                 trainer.bad_steps.check(_describe_batch(order, prepared, trainer.step - 1))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.distributed.launch import run_distributed
 from torchxihe.config import Config
@@ -15,6 +16,7 @@ from torchxihe.trainer import Trainer
 from torchxihe.utils.device import compile_obstacle
 
 STEPS, BATCH, SEQ_LEN, VOCAB = 20, 8, 24, 67
+NAMES = ["a", "b", "never in a batch"]
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -30,7 +32,7 @@ def config(**sections: dict[str, Any]) -> Config:
             "qk_norm": True,
             "tie_word_embeddings": True,
         },
-        "data": {"sources": [{"path": "unused"}], "seq_len": SEQ_LEN},
+        "data": {"sources": [{"path": name} for name in NAMES], "seq_len": SEQ_LEN},
         "training": {
             "steps": STEPS,
             "global_batch_size": BATCH,
@@ -65,14 +67,16 @@ def batch_of(step: int, i: int, rank: int, world_size: int, micro_batch: int) ->
     starts = [b * SEQ_LEN + at for b in range(micro_batch) for at in (0, 9)]
     docs = torch.tensor([*starts, micro_batch * SEQ_LEN, micro_batch * SEQ_LEN], dtype=torch.int32)
     valid = int((targets >= 0).sum())
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), docs, (), (), valid)
+    sources = torch.tensor([int(j >= 5) if j < BATCH else 0 for j in chosen])
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), docs, (), sources, valid)
 
 
-History = list[tuple[float, float]]
+History = list[tuple[float, ...]]
 
 
 def losses(options: dict[str, dict[str, Any]], rank: int = 0, world_size: int = 1) -> tuple[History, str]:
-    """Loss and gradient norm of every step (Adam hides a wrong scale of the gradients), and the layout's name."""
+    """Loss, gradient norm (Adam hides a wrong scale of the gradients) and each source's loss of every step, and the
+    layout's name."""
     trainer = Trainer(config(**options), torch.device("cpu"), np.ones(VOCAB, np.int32))
     loader = (
         batch_of(step, i, rank, world_size, trainer.micro_batch_size)
@@ -82,8 +86,9 @@ def losses(options: dict[str, dict[str, Any]], rank: int = 0, world_size: int = 
     history = []
     for _ in range(STEPS):
         trainer.train_step(loader)
-        sums = trainer.sums.read()
-        history.append((sums["loss"], sums["grad_norm"]))
+        sums = trainer.sums.read(NAMES)
+        assert sums.keys() == {"loss", "bpb", "grad_norm", "skipped", "loss/a", "loss/b"}
+        history.append((sums["loss"], sums["grad_norm"], sums["loss/a"], sums["loss/b"]))
     return history, trainer.layout
 
 
@@ -98,6 +103,17 @@ def reference() -> History:
     history, layout = losses({"training": {"micro_batch_size": BATCH}})
     assert layout == "one process" and history[-1][0] < history[0][0] - 1
     return history
+
+
+def test_each_source_has_the_loss_of_its_rows() -> None:
+    """Against the untrained model's logits, row by row."""
+    trainer = Trainer(config(training={"micro_batch_size": BATCH}), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    batch = batch_of(0, 0, 0, 1, BATCH)
+    with torch.no_grad():
+        logits = trainer.model(batch.tokens, docs=batch.docs)
+    losses_BT = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+    a, b = (float(losses_BT[rows].sum() / (batch.targets[rows] >= 0).sum()) for rows in (slice(0, 5), slice(5, BATCH)))
+    assert reference()[0][2:] == pytest.approx((a, b), rel=1e-6) and abs(a - b) > 1e-3
 
 
 LAYOUTS = [

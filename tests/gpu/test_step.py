@@ -30,7 +30,7 @@ def config(**sections: dict[str, Any]) -> Config:
             "qk_norm": True,
             "tie_word_embeddings": True,
         },
-        "data": {"sources": [{"path": "unused"}], "seq_len": SEQ_LEN},
+        "data": {"sources": [{"path": "a"}, {"path": "b"}], "seq_len": SEQ_LEN},
         "training": {"steps": 100, "global_batch_size": ROWS, "micro_batch_size": ROWS // 2},
         "optimizer": {"lr": 1e-3},
     }
@@ -49,7 +49,7 @@ def batches(rows: int) -> list[Batch]:
         starts = [b * SEQ_LEN + at for b in range(rows) for at in (0, cut)]
         docs = torch.tensor([*starts, rows * SEQ_LEN], dtype=torch.int32).cuda()
         inputs, targets = tokens[:, :-1].contiguous().cuda(), tokens[:, 1:].contiguous().cuda()
-        made.append(Batch(inputs, targets, docs, (), (), rows * SEQ_LEN))
+        made.append(Batch(inputs, targets, docs, (), torch.arange(rows, device="cuda") % 2, rows * SEQ_LEN))
     return made
 
 
@@ -84,7 +84,8 @@ def test_the_host_never_waits_and_nothing_recompiles() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert counters["stats"]["unique_graphs"] == compiled
-    assert np.isfinite(trainer.sums.read()["loss"])
+    sums = trainer.sums.read(["a", "b"])
+    assert np.isfinite(sums["loss"]) and sums["loss"] == pytest.approx((sums["loss/a"] + sums["loss/b"]) / 2, rel=1e-5)
 
 
 def test_deterministic_runs_are_bitwise_equal() -> None:
@@ -101,13 +102,14 @@ def test_linear_cross_entropy_accumulates_in_float32() -> None:
     w = (0.2 * torch.randn(515, 64, device="cuda", generator=generator)).requires_grad_()
     targets = torch.randint(0, 515, (3000,), device="cuda", generator=generator)
     targets[::7] = lce.IGNORE_INDEX
-    reference = lce.linear_cross_entropy_reference(x, w.bfloat16(), targets)
+    reference, terms = lce.linear_cross_entropy_reference(x, w.bfloat16(), targets)
     expected = torch.autograd.grad(reference, (x, w))
     whole = lce.CHUNK_LOGITS
     try:
         for lce.CHUNK_LOGITS in (whole, 515 * 1000, 515 * 700):
-            loss = lce.linear_cross_entropy(x, w, targets)
+            loss, losses = lce.linear_cross_entropy(x, w, targets)
             assert abs(loss - reference) < 1e-3 * reference
+            assert (losses - terms).abs().max() < 0.05 and not losses[::7].any()
             for ours, theirs in zip(torch.autograd.grad(loss, (x, w)), expected, strict=True):
                 assert (ours.float() - theirs.float()).norm() < 2e-2 * theirs.float().norm()
     finally:

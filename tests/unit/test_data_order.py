@@ -158,6 +158,20 @@ def test_a_stage_change_in_the_middle_of_a_block_loses_and_repeats_nothing() -> 
     assert [order.sample(n) for n in g] == [tuple(int(x[0]) for x in order.samples(np.array([n]))[:2]) for n in g]
 
 
+def test_epochs_are_what_was_seen_of_each_source() -> None:
+    rows = {"a": 50, "b": 900, "c": 40}
+    two, three = prepared({"b": 1, "a": 1}, rows), prepared({"a": 3, "b": 2, "c": 1}, rows)
+    stages = plan_stages(config_of(8), two)
+    stages = plan_stages(config_of(16), three, stages, 300)
+    order = Order(stages, {source.key: source.train_rows for source in three.sources})
+    seen = np.array([1200, 1200, 0])  # by the first stage
+    for step in range(300, 420):
+        first, size = order.batch(step)
+        g = np.arange(first, first + size)
+        seen += np.bincount(order.samples(g)[0], minlength=3)
+        assert order.epochs(first + size) == pytest.approx(seen / [50, 900, 40])
+
+
 def test_batches_follow_the_stages() -> None:
     rows = {"a": 100}
     stages = plan_stages(config_of(8), prepared({"a": 1.0}, rows))

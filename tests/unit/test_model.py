@@ -145,9 +145,11 @@ def test_linear_cross_entropy_equals_definition(
     monkeypatch.setattr(lce, "ROWS_MULTIPLE", 6)  # 77 rows in chunks of 24, 24, 24 and 5
     x, w, targets = cross_entropy_inputs(dtype)
     function = torch.compile(lce.linear_cross_entropy, fullgraph=True) if compiled else lce.linear_cross_entropy
-    loss = function(x, w, targets)
-    reference = lce.linear_cross_entropy_reference(x, w, targets)
+    loss, losses = function(x, w, targets)
+    reference, terms = lce.linear_cross_entropy_reference(x, w, targets)
     assert abs(loss - reference) <= (1e-5 if dtype == torch.float32 else 1e-2) * abs(reference)
+    assert losses.dtype == torch.float32 and not losses.requires_grad and not losses[::5].any()
+    torch.testing.assert_close(losses, terms, rtol=0, atol=1e-5 if dtype == torch.float32 else 5e-2)
     scale = 1 / 61
     for ours, theirs in zip(
         torch.autograd.grad(loss * scale, (x, w)), torch.autograd.grad(reference * scale, (x, w)), strict=True
@@ -158,9 +160,10 @@ def test_linear_cross_entropy_equals_definition(
 
 def test_linear_cross_entropy_of_ignored_rows_alone_is_zero() -> None:
     x, w, targets = cross_entropy_inputs(torch.float32)
-    loss = lce.linear_cross_entropy(x, w, torch.full_like(targets, lce.IGNORE_INDEX))
+    loss, losses = lce.linear_cross_entropy(x, w, torch.full_like(targets, lce.IGNORE_INDEX))
     loss.backward()
-    assert loss == 0 and x.grad is not None and not x.grad.any() and w.grad is not None and not w.grad.any()
+    assert loss == 0 and not losses.any()
+    assert x.grad is not None and not x.grad.any() and w.grad is not None and not w.grad.any()
 
 
 def test_model_loss_equals_cross_entropy_of_its_logits() -> None:
@@ -168,14 +171,17 @@ def test_model_loss_equals_cross_entropy_of_its_logits() -> None:
     tokens = torch.randint(0, 131, (3, 17), generator=torch.Generator().manual_seed(0))
     targets = tokens.roll(-1, dims=1)
     targets[:, -1] = lce.IGNORE_INDEX
-    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
-    torch.testing.assert_close(model(tokens, targets), expected)
+    expected = F.cross_entropy(model(tokens).transpose(1, 2), targets, reduction="none").sum(1)
+    loss, by_row = model(tokens, targets)
+    torch.testing.assert_close(loss, expected.sum())
+    torch.testing.assert_close(by_row, expected)
+    assert loss.requires_grad and not by_row.requires_grad
 
 
 def test_initial_loss_is_that_of_a_uniform_guess() -> None:
     model = build(Model(**{**XIHE, "num_hidden_layers": 2, "vocab_size": 5000}))
     tokens = torch.randint(0, 5000, (2, 65), generator=torch.Generator().manual_seed(0))
-    loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) / 128
+    loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())[0] / 128
     assert abs(loss.item() - torch.tensor(5000.0).log().item()) < 0.3
 
 

@@ -15,7 +15,8 @@ from torchxihe.__main__ import run
 from torchxihe.commands.plot import draw
 from torchxihe.components import trackers
 from torchxihe.components.metrics import METRICS, read_metrics
-from torchxihe.config import UserError
+from torchxihe.config import UserError, load_config
+from torchxihe.data.store import open_prepared
 from torchxihe.trainer import Trainer
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -46,9 +47,23 @@ def test_keys_of_the_metrics(trained: Path) -> None:
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and [v["step"] for v in validations] == [3, 6]
     wanted = "step tokens loss bpb grad_norm lr tokens_per_second tokens_per_second_per_gpu step_seconds"
     wanted += " data_wait_fraction memory_allocated_gib memory_reserved_gib skipped host_memory_gib/0"
+    wanted += " loss/a loss/b epoch/a epoch/b"
     assert set(steps[0]) == set(wanted.split())
     assert 0.05 < steps[0]["host_memory_gib/0"] < 16
     assert steps[-1]["tokens"] == 6 * 4 * 32
+
+
+def test_training_loss_and_epochs_by_source(trained: Path, tmp_path: Path) -> None:
+    steps = read_metrics(trained / METRICS)[0]
+    for line in steps:
+        assert min(line["loss/a"], line["loss/b"]) < line["loss"] < max(line["loss/a"], line["loss/b"])
+    prepared = open_prepared(load_config(trained / "config.toml"))
+    for i, line in enumerate(steps):
+        samples = [line[f"epoch/{source.name}"] * source.train_rows for source in prepared.sources]
+        assert samples == pytest.approx([round(n) for n in samples]) and sum(samples) == pytest.approx(4 * (i + 1))
+    only_a = f'--data.sources=[{{path = "{tmp_path}/a.txt", format = "lines"}}]'
+    alone = train(write_training(tmp_path), only_a)
+    assert not [key for key in read_metrics(alone / METRICS)[0][0] if key.startswith(("loss/", "epoch/"))]
 
 
 def test_held_out_loss_by_source_adds_up(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +121,7 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path: Path) -> None:
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"loss", "lr", "grad_norm", "tokens_per_second", "validation/loss", "validation/a/bpb"} <= tags
+    assert {"loss", "loss/a", "epoch/b", "lr", "grad_norm", "validation/loss", "validation/a/bpb"} <= tags
     assert "step" not in tags
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run_dir))

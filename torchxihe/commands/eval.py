@@ -65,8 +65,7 @@ def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: in
         device=device,
     )
     bytes_per_token = torch.from_numpy(prepared.bytes_per_token).to(device)
-    names = [source.name for source in prepared.sources]
-    return validate(load_decoder(saved, device, dtype, attention), batches, bytes_per_token, names)
+    return validate(load_decoder(saved, device, dtype, attention), batches, bytes_per_token, prepared.names)
 
 
 def _own_config(saved: SavedRun) -> Config:

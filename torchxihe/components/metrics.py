@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -27,30 +27,38 @@ log = logging.getLogger(__name__)
 class StepSums:
     """Sums over the steps since the last log step, on the device: adding never waits for it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, tokens, bytes, skipped steps
+    def __init__(self, device: torch.device, sources: int) -> None:
+        self.sums = torch.zeros(2 + 3 * sources, dtype=torch.float64, device=device)  # skipped steps, then add's
         self.grad_norm = torch.zeros((), device=device)
 
-    def add(self, loss: Tensor, tokens: Tensor, size: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
-        """One step's summed loss (nats), valid tokens and bytes over all ranks; gradient norm; if it was skipped."""
-        step = torch.stack([loss.double(), tokens.double(), size.double()])
-        self.sums[:3] += torch.where(skip, 0.0, step)
-        self.sums[3] += skip
+    def add(self, sums: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
+        """One step over all ranks: `sums`, its gradient norm, and if it was skipped.
+
+        sums: float64 [1 + 3 · sources], the loss (nats) and then loss, valid tokens and bytes of each source.
+        """
+        self.sums[0] += skip
+        self.sums[1:] += torch.where(skip, 0.0, sums)
         self.grad_norm = grad_norm
 
-    def read(self) -> dict[str, float]:
+    def read(self, names: Sequence[str] = ()) -> dict[str, float]:
         """The window's mean loss, bits per byte, last gradient norm and skipped steps; starts a new window.
 
-        This is where the host waits for the device. A window without a single good step has NaN for its loss.
+        With several sources, which `names` names, also "loss/<name>" of each that the window had tokens of. This is
+        where the host waits for the device. A window without a single good step has NaN for its loss.
         """
-        loss, tokens, size, skipped, grad_norm = torch.cat([self.sums, self.grad_norm.double().view(1)]).tolist()
+        grad_norm, skipped, loss, *rest = torch.cat([self.grad_norm.double().view(1), self.sums]).tolist()
         self.sums.zero_()
-        return {
-            "loss": loss / tokens if tokens else math.nan,
-            "bpb": loss / math.log(2) / size if size else math.nan,
+        losses, tokens, sizes = rest[::3], rest[1::3], rest[2::3]
+        result = {
+            "loss": loss / sum(tokens) if sum(tokens) else math.nan,
+            "bpb": loss / math.log(2) / sum(sizes) if sum(sizes) else math.nan,
             "grad_norm": grad_norm,
             "skipped": int(skipped),
         }
+        if len(names) > 1:
+            by_source = zip(names, losses, tokens, strict=True)
+            result |= {f"loss/{name}": loss / tokens for name, loss, tokens in by_source if tokens}
+        return result
 
 
 class MetricsWriter:

@@ -10,10 +10,15 @@ from torchxihe.data.loader import Batch
 from torchxihe.utils.distributed import all_reduce_sum
 
 
-def target_bytes(targets_BT: Tensor, bytes_per_token_V: Tensor) -> Tensor:
-    """UTF-8 bytes that the valid targets stand for, a scalar on their device."""
-    valid_BT = targets_BT >= 0
-    return (bytes_per_token_V[targets_BT.clamp(min=0)] * valid_BT).sum()
+def sums_by_source(losses_B: Tensor, batch: Batch, bytes_per_token_V: Tensor, sources: int) -> Tensor:
+    """What a batch adds to each source's loss (nats), valid targets and the UTF-8 bytes that those stand for.
+
+    losses: summed over each row's targets. Returns float64 [sources, 3] on the device, without waiting for it.
+    """
+    valid_BT = batch.targets >= 0
+    bytes_B = (bytes_per_token_V[batch.targets.clamp(min=0)] * valid_BT).sum(1)
+    sums_B3 = torch.stack([losses_B.double(), valid_BT.sum(1).double(), bytes_B.double()], dim=1)
+    return sums_B3.new_zeros(sources, 3).index_add_(0, batch.sources, sums_B3)
 
 
 @torch.no_grad()
@@ -23,15 +28,12 @@ def validate(
     """Mean cross-entropy a token (nats) and bits per byte over all ranks' batches; ranks have equally many.
 
     "validation/loss" and "validation/bpb"; with several sources, which `names` names, "validation/<name>/loss" and
-    so on for each that has documents held out. A batch's rows are of one source.
+    so on for each that has documents held out.
     """
     sums_S3 = torch.zeros(len(names), 3, dtype=torch.float64, device=bytes_per_token_V.device)
     for batch in batches:
-        loss = model(batch.tokens, batch.targets, batch.docs)
-        valid = (batch.targets >= 0).sum()
-        size = target_bytes(batch.targets, bytes_per_token_V)
-        # A batch of padding alone (-1) adds nothing, wherever.
-        sums_S3[max(batch.sources)] += torch.stack([loss.double(), valid.double(), size.double()])
+        _, losses_B = model(batch.tokens, batch.targets, batch.docs)
+        sums_S3 += sums_by_source(losses_B, batch, bytes_per_token_V, len(names))
     by_source = all_reduce_sum(sums_S3).tolist()
     result = _means("validation", [sum(column) for column in zip(*by_source, strict=True)])
     for name, sums in zip(names, by_source, strict=True):

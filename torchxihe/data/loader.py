@@ -41,8 +41,8 @@ class Batch:
     up with B * T; padding counts as a document. None: documents are not masked."""
     samples: tuple[int, ...]
     """Sample number of each row; -1: padding."""
-    sources: tuple[int, ...]
-    """Source of each row; -1: padding."""
+    sources: Tensor
+    """Source of each row, int64 [B], on the device; 0 for padding, which has no loss anyway."""
     valid: int
     """Targets that carry a loss."""
 
@@ -96,8 +96,9 @@ class _Reader:
         if self._documents:
             docs = torch.full((self._documents,), self.rows * seq_len, dtype=torch.int32, pin_memory=self._pin)
             docs.numpy()[: len(starts)] = starts
-        padding = (-1,) * missing
-        return Batch(tokens_BT, targets_BT, docs, (*samples, *padding), (*sources, *padding), valid)
+        sources_B = torch.zeros(self.rows, dtype=torch.int64, pin_memory=self._pin)
+        sources_B.numpy()[: len(sources)] = sources
+        return Batch(tokens_BT, targets_BT, docs, (*samples, *(-1,) * missing), sources_B, valid)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -107,7 +108,7 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
         return batch
     moved = {
         name: value.to(device, non_blocking=True)
-        for name in ("tokens", "targets", "docs")
+        for name in ("tokens", "targets", "docs", "sources")
         if (value := getattr(batch, name)) is not None
     }
     return replace(batch, **moved)
@@ -219,15 +220,12 @@ def validation_batches(
     """This rank's batches of one validation.
 
     Over all ranks, each row of `validation_rows` comes once, at any world size and micro-batch; all ranks get equally
-    many batches, filled up with padding rows, and the rows of a batch are of one source. `Batch.samples` counts the
-    rows of the validation.
+    many batches, filled up with padding rows. `Batch.samples` counts the rows of the validation.
     """
     chosen = validation_rows(prepared, seq_len, max_tokens)
     reader = _Reader(prepared, "valid", seq_len=seq_len, document_mask=document_mask, rows=micro_batch, device=device)
-    for _, group in itertools.groupby(range(len(chosen)), lambda n: chosen[n][0]):
-        samples = list(group)
-        for i in range(-(-len(samples) // (world_size * micro_batch))):
-            start = (i * world_size + rank) * micro_batch
-            mine = samples[start : start + micro_batch]
-            batch = reader.read(mine, [chosen[n][0] for n in mine], [chosen[n][1] for n in mine])
-            yield _to_device(batch, device)
+    for i in range(-(-len(chosen) // (world_size * micro_batch))):
+        start = (i * world_size + rank) * micro_batch
+        mine = chosen[start : start + micro_batch]
+        samples = list(range(start, start + len(mine)))
+        yield _to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), device)

@@ -158,6 +158,12 @@ class Order:
         stage = next(stage for stage in reversed(self.stages) if stage.step <= step)
         return stage.first_sample(step), stage.global_batch
 
+    def epochs(self, g: int) -> list[float]:
+        """How often the samples before `g` have gone through each source, in the order that `samples` numbers."""
+        stage = self.stage_at(g)
+        consumed = dict(zip(stage.sources, stage.consumed(g), strict=True))
+        return [consumed.get(key, 0) / rows for key, rows in zip(self._keys, self._rows.tolist(), strict=True)]
+
     def sample(self, g: int) -> tuple[int, int]:
         """Source and row of sample `g`."""
         source, row, _ = self.samples(np.array([g]))

@@ -183,6 +183,11 @@ class Prepared:
         return max(source.max_documents for source in self.sources)
 
     @property
+    def names(self) -> list[str]:
+        """The sources' names in logs and metrics."""
+        return [source.name for source in self.sources]
+
+    @property
     def rows(self) -> dict[str, int]:
         """Training rows by content key."""
         return {source.key: source.train_rows for source in self.sources}

@@ -125,12 +125,16 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
 
-    def forward(self, x_BTC: Tensor, norm_C: Tensor, w_VC: Tensor, targets_BT: Tensor | None) -> Tensor:
-        """With targets the summed cross-entropy (float32 scalar), without them logits [B, T, V] in x's dtype."""
+    def forward(
+        self, x_BTC: Tensor, norm_C: Tensor, w_VC: Tensor, targets_BT: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With targets the summed cross-entropy, over all (float32 scalar) and by row (float32 [B], without a
+        gradient); without them logits [B, T, V] in x's dtype."""
         x_BTC = rms_norm(x_BTC, norm_C, self.eps)
         if targets_BT is None:
             return F.linear(x_BTC, w_VC.to(x_BTC.dtype))
-        return linear_cross_entropy(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
+        loss, losses_N = linear_cross_entropy(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
+        return loss, losses_N.view(targets_BT.shape).sum(1)
 
 
 class Decoder(nn.Module):
@@ -162,10 +166,11 @@ class Decoder(nn.Module):
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, docs: Tensor | None = None, start: int = 0
-    ) -> Tensor:
-        """Summed cross-entropy over the valid targets (float32 scalar), or logits [B, T, V] without targets.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Summed cross-entropy over the valid targets, or logits [B, T, V] without targets.
 
         tokens, targets: int64 [B, T], T at most `seq_len`; targets of -100 count nothing. docs: see `attention.py`.
+        The sum comes over the whole batch (float32 scalar), and by row for reports (float32 [B], without a gradient).
         start: position of the first token, where what comes before it is in a cache (`generate.py`).
         The loss is computed in here, so that FSDP2 gathers the head with the root and nothing reaches around it.
         """

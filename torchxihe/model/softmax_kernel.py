@@ -6,7 +6,6 @@ what the compiler makes of the same formula takes twice as long at a vocabulary 
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,13 +39,12 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
             tl.store(base + start + columns, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
-def cross_entropy_(logits_nV: Tensor, targets_n: Tensor, ignore: int, gradients: bool) -> Tensor:
-    """Loss of the chunk (float32 scalar); with `gradients`, the logits are overwritten with the loss's gradient.
+def cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, ignore: int, gradients: bool) -> None:
+    """Write the losses of a chunk; with `gradients`, the logits are overwritten with the gradient of their sum.
 
     logits: [n, V] on a GPU, contiguous. targets: int64 [n]; rows of target `ignore` have no loss and no gradient.
+    losses: float32 [n].
     """
     rows, vocab = logits_nV.shape
-    losses_n = torch.empty(rows, dtype=torch.float32, device=logits_nV.device)
     grid: Any = _kernel[(rows,)]  # type: ignore[index]
     grid(logits_nV, targets_n, losses_n, vocab, logits_nV.stride(0), ignore, gradients, BLOCK, num_warps=8)
-    return losses_n.sum()
