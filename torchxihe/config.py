@@ -200,10 +200,13 @@ class Training(Section):
 class Optimizer(Section):
     """The optimizer; its hyper-parameters always come from here, never from a checkpoint."""
 
-    name: Literal["adamw"] = "adamw"
-    """"adamw": fused AdamW, weight decay on matrices only (none on embeddings and norms)."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """"adamw": fused AdamW, weight decay on matrices only (none on embeddings and norms). "muon": Muon for the blocks'
+    matrices, AdamW for everything else."""
     lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so that one rate serves both."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Muon's decay rate of the momentum (Nesterov's)."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8

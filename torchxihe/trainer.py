@@ -35,7 +35,7 @@ from torchxihe.model.generate import generate
 from torchxihe.parallelisms.data_parallel import gradient_sync
 from torchxihe.parallelisms.mesh import build_mesh
 from torchxihe.parallelisms.parallelize import parallelize
-from torchxihe.utils.device import memory_gib, peak_flops
+from torchxihe.utils.device import compile_obstacle, memory_gib, peak_flops
 from torchxihe.utils.distributed import (
     all_gather_object,
     all_reduce_sum,
@@ -61,7 +61,8 @@ class Trainer:
         self.config, self.device = config, device
         self.mesh = build_mesh(config.parallelism, world_size(), device.type)
         self.model, self.module = parallelize(config, device, self.mesh)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        compiled = config.training.compile and not compile_obstacle()
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.mesh, compile=compiled)
         training = config.training
         self.accumulation, self.micro_batch_size = plan_micro_batches(
             training.global_batch_size, world_size(), training.micro_batch_size

@@ -5,23 +5,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from torchxihe.components.muon import Muon
 from torchxihe.config import Optimizer
 from torchxihe.model.decoder import Decoder
 
 
-def build_optimizer(model: Decoder, config: Optimizer) -> torch.optim.Optimizer:
-    """Fused AdamW; matrices decay, embeddings and norms do not."""
-    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.startswith("embed_tokens.")]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.startswith("embed_tokens.")]
+def build_optimizer(
+    model: Decoder, config: Optimizer, mesh: DeviceMesh | None, *, compile: bool
+) -> torch.optim.Optimizer:
+    """What `config` names; matrices decay, embeddings and norms do not. `mesh` is the one the model is laid out on."""
+    matrices: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        in_block = config.name == "muon" and name.startswith("layers.")
+        decays = parameter.ndim >= 2 and not name.startswith("embed_tokens.")
+        (others if not decays else matrices if in_block else decayed).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizers = {"adamw": torch.optim.AdamW}
-    return optimizers[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.name == "adamw":
+        return adamw
+    return Muon(
+        matrices,
+        adamw,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        dtype=model.dtype,
+        mesh=mesh,
+        compile=compile,
+    )
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
