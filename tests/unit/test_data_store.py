@@ -3,10 +3,12 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from tests.unit.data_corpus import make_config, write_texts
 from torchxihe.config import UserError
@@ -27,6 +29,15 @@ def rows(tmp_path: Path) -> Rows:
     return Rows(tmp_path, "train", files, np.dtype("<u2"), 5)
 
 
+@pytest.fixture
+def masked(tmp_path: Path, rows: Rows) -> Rows:
+    """The same rows with masks: tokens that are not divisible by three carry a loss."""
+    files = [replace(file, mask=file.path.with_suffix(".msk")) for file in rows._files]
+    for file, first in zip(files, (0, 5, 9), strict=True):
+        file.mask.write_bytes(bytes(int(token % 3 != 0) for token in range(first, first + file.tokens)))
+    return Rows(tmp_path, "train", files, np.dtype("<u2"), 5)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 128])
 def test_pieces_are_read_from_whatever_file_they_lie_in(rows: Rows, limit: int) -> None:
     rows._most = limit
@@ -42,17 +53,29 @@ def test_pieces_are_read_from_whatever_file_they_lie_in(rows: Rows, limit: int) 
     assert rows.read(0, out) == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["a", "b", "c", "train.rows", "train.pieces"])
-def test_a_file_that_is_too_short_or_gone_is_named(rows: Rows, tmp_path: Path, name: str) -> None:
-    out = np.empty(6, "<u2")
+@pytest.mark.parametrize("limit", [1, 2, 128])
+def test_masks_go_with_their_tokens(rows: Rows, masked: Rows, limit: int) -> None:
+    """Fragments from the middle of files, too. Seen to fail with the masks of the file before."""
+    assert masked.masked and not rows.masked
+    masked._most = limit
+    out, mask = np.full(6, 99, "<u2"), np.full(6, 9, np.uint8)
+    assert masked.read(1, out, mask) == (1, 2, 1) and out.tolist() == [14, 0, 1, 8, 99, 99]
+    assert mask.tolist() == [1, 0, 1, 1, 9, 9]
+    assert masked.read(0, out, mask) == (2, 3) and mask.tolist() == [0, 1, 1, 0, 1, 9]
+    assert len(masked._open) <= limit
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "c.msk", "train.rows", "train.pieces"])
+def test_a_file_that_is_too_short_or_gone_is_named(masked: Rows, tmp_path: Path, name: str) -> None:
+    out, mask = np.empty(6, "<u2"), np.empty(6, np.uint8)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[:3])
     with pytest.raises(OSError, match=rf"{tmp_path}/{name}: ends at byte 3, so it is not the file that was prepared"):
-        rows.read(0, out), rows.read(1, out)
-    rows.close()
+        masked.read(0, out, mask), masked.read(1, out, mask)
+    masked.close()
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/{name}"):
-        rows.read(0, out), rows.read(1, out)
+        masked.read(0, out, mask), masked.read(1, out, mask)
 
 
 def test_a_shard_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -67,12 +90,25 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert committed_shard(tmp_path, "00000") == json.loads(json.dumps(entry))
     assert np.fromfile(tmp_path / "train-00000.bin", "<u4").tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert np.fromfile(tmp_path / "valid-00000.idx", "<i8").tolist() == [0, 3]
-    assert entry["train"] == {"documents": 1, "tokens": 7, "bytes": 9}
+    assert entry["train"] == {"documents": 1, "tokens": 7, "targets": 7, "bytes": 9}
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_shard_with_masks(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "00000", "<u4", kinds=("bin", "idx", "msk")) as writer:
+        writer.add("train", [np.arange(5)], 9, np.array([False, True, True, False, True]))
+        writer.add("train", [np.arange(2)], 3, np.array([False, False]))
+        entry = writer.commit({})
+    assert (tmp_path / "train-00000.msk").read_bytes() == bytes([0, 1, 1, 0, 1, 0, 0])
+    assert entry["train"] == {"documents": 2, "tokens": 7, "targets": 3, "bytes": 12}
+    assert entry["xxh3_128"]["train-00000.msk"] == xxh3_128_hexdigest(bytes([0, 1, 1, 0, 1, 0, 0]))
+    assert committed_shard(tmp_path, "00000") == entry
+    (tmp_path / "train-00000.msk").write_bytes(bytes(6))
+    assert committed_shard(tmp_path, "00000") is None
+
+
 def test_a_digest_is_the_same_everywhere() -> None:
-    assert digest({"b": 1, "a": [2.5, "é"]}) == digest({"a": [2.5, "é"], "b": 1}) == "3d5cb8ab863cbaf8774ae212c7c4f764"
+    assert digest({"b": 1, "a": [2.5, "é"]}) == digest({"a": [2.5, "é"], "b": 1}) == "b97b7fddc0c2980cd411719c69dbb803"
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def _index_shard(job: Job) -> dict[str, Any]:
     table = np.load(job.tokenizer / "bytes_per_token.npy")
     try:
         layout = read_layout(Path(piece.path), len(table))
-        with ShardWriter(job.store, job.name, layout.dtype, in_place=True) as writer:
+        with ShardWriter(job.store, job.name, layout.dtype, kinds=("idx",)) as writer:
             at = start = size = 0  # where the chunk and the document begin, and the bytes of the document so far
             content = _content_hash()
             for tokens, ends in read_chunks(layout, job.eos_id):

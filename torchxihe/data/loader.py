@@ -1,7 +1,8 @@
 """From rows on disk to batches on the device: the last step of the data path.
 
 A batch is [B, T]: B rows of a micro-batch, T = seq_len. A stored row has T + 1 tokens: inputs are the first T, targets
-the last T. A target is masked where it is padding or the first token of another document than its input's.
+the last T. A target is masked where it is padding or the first token of another document than its input's, and where
+the store has masks that say so (a conversation's prompts).
 """
 
 import itertools
@@ -62,6 +63,7 @@ class _Reader:
         share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(prepared.sources)
         self._sources = [source.open(split, max(16, min(share, MOST_OPEN))) for source in prepared.sources]
         self._buffers = [np.empty(seq_len + 1, rows.dtype) for rows in self._sources]
+        self._masks = [np.zeros(seq_len + 1, np.uint8) if rows.masked else None for rows in self._sources]
 
     def read(self, samples: list[int], sources: list[int], rows: list[int]) -> Batch:
         """The batch of `rows` of `sources`; what is missing to a whole micro-batch is padding."""
@@ -72,8 +74,8 @@ class _Reader:
         starts: list[int] = []
         valid = 0
         for b, (source, row) in enumerate(zip(sources, rows, strict=True)):
-            buffer = self._buffers[source]
-            lengths = self._sources[source].read(row, buffer)
+            buffer, mask = self._buffers[source], self._masks[source]
+            lengths = self._sources[source].read(row, buffer, mask)
             tokens[b] = buffer[:-1]
             targets[b] = buffer[1:]
             at = 0
@@ -83,12 +85,16 @@ class _Reader:
                 if at < seq_len:
                     starts.append(b * seq_len + at)
                 at += length
-            valid += min(at, seq_len + 1) - len(lengths)
             if at <= seq_len:
                 tokens[b, at:] = self._eos
                 targets[b, at - 1 :] = IGNORE
                 if at < seq_len:
                     starts.append(b * seq_len + at)
+            if mask is None:
+                valid += min(at, seq_len + 1) - len(lengths)
+            else:
+                targets[b, mask[1:] == 0] = IGNORE
+                valid += int(np.count_nonzero(targets[b] != IGNORE))
         tokens[len(samples) :] = self._eos
         targets[len(samples) :] = IGNORE
         starts += [b * seq_len for b in range(len(samples), self.rows)]

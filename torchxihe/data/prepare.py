@@ -269,7 +269,7 @@ def _sum_up(store: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "key": store.name,
         "dtype": shards[0]["dtype"],
-        **{split: {name: sums[split][name] for name in ("documents", "tokens", "bytes")} for split in SPLITS},
+        **sums,
         "rows": rows,
         "dropped": dropped,
         "bad": bad,

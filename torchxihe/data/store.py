@@ -23,7 +23,7 @@ import xxhash
 
 from torchxihe.config import Config, UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of everything that this package writes below `data.cache_dir`; part of every content key."""
 
 Split = Literal["train", "valid"]
@@ -38,6 +38,8 @@ class TokenFile:
     start: int
     """Byte at which the first token lies."""
     tokens: int
+    mask: Path | None = None
+    """A byte a token: 1 where it carries a loss as a target, else 0. None: all of them do."""
 
 
 class Rows:
@@ -53,27 +55,33 @@ class Rows:
         self._starts = [0]
         for file in files:
             self._starts.append(self._starts[-1] + file.tokens)
-        self._paths = [file.path for file in files] + [index / f"{split}.rows", index / f"{split}.pieces"]
+        masks = [file.mask for file in files if file.mask]
+        self.masked = bool(masks)
+        """Whether only some of the tokens carry a loss."""
+        self._paths = [*(file.path for file in files), *masks, index / f"{split}.rows", index / f"{split}.pieces"]
         self._open: dict[int, int] = {}
 
-    def read(self, row: int, out: np.ndarray) -> tuple[int, ...]:
+    def read(self, row: int, out: np.ndarray, mask: np.ndarray | None = None) -> tuple[int, ...]:
         """Read row `row` into the front of `out` ([seq_len + 1], of `self.dtype`); the lengths of its pieces in order.
 
-        Each piece is a document, or a part of one. Raises OSError naming the file if that is too short.
+        Each piece is a document, or a part of one. `mask` (uint8 [seq_len + 1], only if `self.masked`) gets a 1 for
+        every token that carries a loss. Raises OSError naming the file if that is too short.
         """
-        size = out.itemsize
         first, last = struct.unpack("<qq", self._read(-2, 8 * row, 16))
         pieces = struct.unpack(f"<{2 * (last - first)}q", self._read(-1, 16 * first, 16 * (last - first)))
-        view, at = out.view(np.uint8).data, 0
+        view, size, at = out.view(np.uint8).data, out.itemsize, 0
         for offset, length in zip(pieces[::2], pieces[1::2], strict=True):
             i = bisect_right(self._starts, offset) - 1
-            end = at + length * size
-            start = self._files[i].start + (offset - self._starts[i]) * size
-            count = os.preadv(self._file(i), [view[at:end]], start)
-            if count < end - at:
-                self._raise_short(i)
+            place, end = offset - self._starts[i], at + length
+            self._read_into(i, self._files[i].start + place * size, view[at * size : end * size])
+            if mask is not None:
+                self._read_into(len(self._files) + i, place, mask.data[at:end])
             at = end
         return pieces[1::2]
+
+    def _read_into(self, i: int, at: int, view: memoryview) -> None:
+        if os.preadv(self._file(i), [view], at) < len(view):
+            self._raise_short(i)
 
     def _read(self, i: int, at: int, count: int) -> bytes:
         data = os.pread(self._file(i), count, at)
@@ -82,7 +90,7 @@ class Rows:
         return data
 
     def _file(self, i: int) -> int:
-        """Descriptor of the i-th token file, of the rows (-2) or of the pieces (-1)."""
+        """Descriptor of the i-th token file or, after these, mask, of the rows (-2) or of the pieces (-1)."""
         descriptor = self._open.get(i)
         if descriptor is None:
             if len(self._open) >= self._most:
@@ -111,7 +119,7 @@ class SourceRows:
 
     name: str
     key: str
-    """Content key: changes with every byte of the documents, the tokenizer, the template and the validation split."""
+    """Content key: changes with every byte of the documents, the tokenizer, the templates and the validation split."""
     weight: float
     store: Path
     index: Path
@@ -150,6 +158,11 @@ class SourceRows:
     def tokens(self) -> int:
         """Tokens of both splits, ends of documents included."""
         return sum(self.manifest[split]["tokens"] for split in SPLITS)
+
+    @property
+    def targets(self) -> int:
+        """Tokens of both splits that carry a loss as targets."""
+        return sum(self.manifest[split]["targets"] for split in SPLITS)
 
     @property
     def bytes(self) -> int:
@@ -237,7 +250,10 @@ def token_files(store: Path, manifest: dict[str, Any], split: Split) -> list[Tok
         if place:
             files.append(TokenFile(Path(place["path"]), place["start"], place["tokens"]))
         else:
-            files.append(TokenFile(store / f"{split}-{shard['name']}.bin", 0, shard[split]["tokens"]))
+            path = store / f"{split}-{shard['name']}.bin"
+            mask = path.with_suffix(".msk")
+            masked = mask.name in shard["xxh3_128"]
+            files.append(TokenFile(path, 0, shard[split]["tokens"], mask if masked else None))
     return files
 
 
@@ -298,19 +314,18 @@ def sync_folder(path: Path) -> None:
 
 
 class ShardWriter:
-    """Writes one shard: `<split>-<name>.bin` and `.idx` for both splits, then `<name>.json`, which commits it.
+    """Writes one shard: `<split>-<name>.<kind>` for both splits, then `<name>.json`, which commits it.
 
-    `in_place`: only the `.idx`; the tokens stay in a file of somebody else. Leaving the `with` block by an error leaves
-    nothing behind that would be taken for a shard.
+    `kinds`: "idx"; "bin", unless the tokens stay in a file of somebody else; "msk", if not all of them carry a loss.
+    Leaving the `with` block by an error leaves nothing behind that would be taken for a shard.
     """
 
-    def __init__(self, store: Path, name: str, dtype: str, in_place: bool = False) -> None:
+    def __init__(self, store: Path, name: str, dtype: str, kinds: Sequence[str] = ("bin", "idx")) -> None:
         self._store, self._name = store, name
         self._dtype = np.dtype(dtype)
         self._files: dict[str, BinaryIO] = {}
-        kinds = ("idx",) if in_place else ("bin", "idx")
         self._hashes = {f"{split}-{name}.{kind}": xxhash.xxh3_128() for split in SPLITS for kind in kinds}
-        self.counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+        self.counts = {split: {"documents": 0, "tokens": 0, "targets": 0, "bytes": 0} for split in SPLITS}
 
     def __enter__(self) -> "ShardWriter":
         self._store.mkdir(parents=True, exist_ok=True)
@@ -326,14 +341,21 @@ class ShardWriter:
             for name in self._hashes:
                 (self._store / f"{name}.tmp").unlink(missing_ok=True)
 
-    def add(self, split: Split, parts: Iterable[np.ndarray], size: int) -> None:
-        """Append a document: its tokens in `parts`, laid end to end, and how many bytes of text they stand for."""
+    def add(self, split: Split, parts: Iterable[np.ndarray], size: int, mask: np.ndarray | None = None) -> None:
+        """Append a document: its tokens in `parts`, laid end to end, and how many bytes of text they stand for.
+
+        `mask`, where the shard has masks: bool, which of the tokens carry a loss.
+        """
         start = self.counts[split]["tokens"]
         length = 0
         for part in parts:
             self._write(f"{split}-{self._name}.bin", part.astype(self._dtype))
             length += len(part)
         self.note(split, start, length, size)
+        if mask is not None:
+            assert len(mask) == length
+            self._write(f"{split}-{self._name}.msk", mask.astype(np.uint8))
+            self.counts[split]["targets"] -= length - int(mask.sum())
 
     def note(self, split: Split, start: int, length: int, size: int) -> None:
         """Enter a document whose tokens stand somewhere: `length` tokens from `start` on, for `size` bytes of text."""
@@ -341,6 +363,7 @@ class ShardWriter:
         counts = self.counts[split]
         counts["documents"] += 1
         counts["tokens"] += length
+        counts["targets"] += length
         counts["bytes"] += size
 
     def _write(self, name: str, values: np.ndarray) -> None:
@@ -366,9 +389,12 @@ def committed_shard(store: Path, name: str) -> dict[str, Any] | None:
         entry = json.loads((store / f"{name}.json").read_bytes())
         for file in entry["xxh3_128"]:
             counts = entry[file.split("-")[0]]
-            index = file.endswith(".idx")
-            size = 16 * counts["documents"] if index else np.dtype(entry["dtype"]).itemsize * counts["tokens"]
-            if (store / file).stat().st_size != size:
+            sizes = {
+                "idx": 16 * counts["documents"],
+                "bin": np.dtype(entry["dtype"]).itemsize * counts["tokens"],
+                "msk": counts["tokens"],
+            }
+            if (store / file).stat().st_size != sizes[file.rpartition(".")[2]]:
                 return None
     except (FileNotFoundError, ValueError, KeyError):
         return None
