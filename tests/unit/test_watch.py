@@ -14,7 +14,7 @@ from tests.unit.saved_runs import write_training
 from torchxihe.__main__ import run
 from torchxihe.commands.plot import draw
 from torchxihe.components import trackers
-from torchxihe.components.metrics import METRICS, read_metrics
+from torchxihe.components.metrics import METRICS, StepSums, read_metrics
 from torchxihe.config import UserError, load_config
 from torchxihe.data.store import open_prepared
 from torchxihe.trainer import Trainer
@@ -64,6 +64,19 @@ def test_training_loss_and_epochs_by_source(trained: Path, tmp_path: Path) -> No
     only_a = f'--data.sources=[{{path = "{tmp_path}/a.txt", format = "lines"}}]'
     alone = train(write_training(tmp_path), only_a)
     assert not [key for key in read_metrics(alone / METRICS)[0][0] if key.startswith(("loss/", "epoch/"))]
+
+
+def test_a_skipped_step_is_counted_and_nothing_of_it() -> None:
+    sums = StepSums(torch.device("cpu"), 2)
+    for total, skip in ((6.0, False), (math.nan, True), (2.0, False)):
+        step = torch.tensor([total, total - 1, 2, 8, 1, 1, 4], dtype=torch.float64)
+        sums.add(step, torch.tensor(total), torch.tensor(skip))
+    read = sums.read(["a", "b"])
+    bpb = 8 / math.log(2) / 24
+    assert read == {"loss": 8 / 6, "bpb": bpb, "grad_norm": 2, "skipped": 1, "loss/a": 6 / 4, "loss/b": 1}
+    nothing = sums.read(["a", "b"])
+    assert math.isnan(nothing.pop("loss")) and math.isnan(nothing.pop("bpb"))
+    assert nothing == {"grad_norm": 2, "skipped": 0}
 
 
 def test_held_out_loss_by_source_adds_up(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
