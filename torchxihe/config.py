@@ -267,6 +267,9 @@ class Checkpoint(Section):
     Ignored once the run has a checkpoint of its own."""
     load_only: Annotated[tuple[Literal["model"], ...], Field(strict=False)] = ()
     """What of `load` is used. ["model"]: the weights alone, with a fresh optimizer, from step 0. []: everything."""
+    export_every: NonNegativeInt = 0
+    """Steps between two exports: the checkpoints of such steps, and the last one, become Hugging Face folders too, in
+    `exports/` in the run directory, while training goes on. A multiple of `every`. 0: none."""
     keep_last: NonNegativeInt = 3
     """Newest checkpoints to keep. 0: all."""
     keep_every: NonNegativeInt = 0
@@ -561,6 +564,12 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
         not config.validation.every or config.validation.fraction > 0,
         "validation.fraction",
         "0 holds no documents out, so there is nothing to validate on; set it, or validation.every = 0",
+    )
+    every, export_every = config.checkpoint.every, config.checkpoint.export_every
+    check(
+        not export_every or bool(every and export_every % every == 0),
+        "checkpoint.export_every",
+        f"{export_every} is no multiple of checkpoint.every = {every}; exports are made of checkpoints",
     )
     check(config.parallelism.dp_shard != 0, "parallelism.dp_shard", "must be -1 or at least 1, got 0")
     if world_size and config.parallelism.dp_shard:

@@ -13,6 +13,7 @@ import torch
 
 from torchxihe.components.bad_steps import BadSteps
 from torchxihe.components.checkpoint import Checkpointer, checkpoints_of, flat_state, resolve
+from torchxihe.components.export import Exporter
 from torchxihe.components.history import History
 from torchxihe.components.lr_scheduler import learning_rate
 from torchxihe.components.manifest import step_of
@@ -210,6 +211,8 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
     newest = checkpointer.newest(config.total_steps)
     if newest is not None and step_of(newest.name) >= config.total_steps:
+        with Exporter(config, checkpointer):  # the last export may have been interrupted
+            watchdog.begin("exports", config.training.init_timeout)
         log.info("%s is finished: it has done %d steps.", config.run_dir, step_of(newest.name))
         log.info("Go on with a larger --training.steps=N, or start another run with --run.name=NAME.")
         return
@@ -231,8 +234,11 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         (config.run_dir / "PREEMPTED").unlink(missing_ok=True)
         (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
         shutil.copytree(prepared.tokenizer_dir, config.run_dir / "tokenizer", dirs_exist_ok=True)
-    with memory_explained(config):
+    with memory_explained(config), Exporter(config, checkpointer) as exporter:
         _train(trainer, Order(stages, prepared.rows), prepared, history, checkpointer, stop, watchdog)
+        if trainer.step < config.total_steps:
+            exporter.cancel()
+        watchdog.begin("exports", config.training.init_timeout)
     if trainer.step < config.total_steps:
         if is_main():
             (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")

@@ -16,8 +16,10 @@ from tests.unit.saved_runs import (
     make_tokenizer,
     shake_norms,
     train_state,
+    write_training,
 )
 from tests.unit.test_export import difference
+from tests.unit.test_export_every import same
 from tests.unit.test_model import Shape
 from torchxihe.__main__ import run
 from torchxihe.components.checkpoint import Checkpointer, flat_state
@@ -67,3 +69,20 @@ metrics = {{log_every = 1, sample_tokens = 0}}
     run(["train", str(tmp_path / "next.toml")])
     step = tmp_path / "next" / "checkpoints" / "step-00000003"
     assert json.loads((step / "train_state.json").read_bytes())["origin"].startswith(str(back))
+
+
+def _train(path: str) -> None:
+    run(["train", path, "--checkpoint.every=2", "--checkpoint.keep_last=0", "--checkpoint.export_every=4"])
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_exports_while_four_processes_train(tmp_path: Path, mode: str) -> None:
+    path = write_training(tmp_path, checkpoint=f'mode = "{mode}"')
+    run(["prepare", str(path)])
+    run_distributed(_train, 4, str(path), init=False, timeout=150)
+    exports = tmp_path / "train" / "exports"
+    assert sorted(folder.name for folder in exports.iterdir()) == ["step-00000004", "step-00000006"]
+    for step in ("step-00000004", "step-00000006"):
+        run(["export", str(tmp_path / "train" / "checkpoints" / step), "--out", str(tmp_path / step)])
+        assert same(exports / step, tmp_path / step)

@@ -3,7 +3,7 @@
 usage: torchxihe export RUN_OR_STEP --out DIR [--dtype float32|bfloat16] [--shard-gb GB]
 
 Takes the newest checkpoint of a run, or the step directory that is named, whatever number of processes wrote it. Needs
-no GPU, and memory for one shard. DIR must not exist; it gets
+no GPU, and memory for one tensor. DIR must not exist; it gets
 
   model.safetensors                       several of them, with an index, above --shard-gb (default 4)
   config.json  generation_config.json     Llama, or Qwen3 where the run has model.qk_norm
@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from torchxihe.components.export import SHARD_BYTES, export
 from torchxihe.components.saved_run import open_saved
@@ -36,5 +37,11 @@ def main(args: list[str]) -> None:
     if options.shard_gb <= 0:
         raise UserError(f"--shard-gb: must be greater than 0, got {options.shard_gb:g}")
     saved = open_saved(options.run)
-    export(saved, options.out, getattr(torch, options.dtype), int(options.shard_gb * 1e9))
+    with tqdm(desc="export", unit="B", unit_scale=True, disable=None) as bar:
+
+        def progress(more: int, total: int) -> None:
+            bar.total = total
+            bar.update(more)
+
+        export(saved, options.out, getattr(torch, options.dtype), int(options.shard_gb * 1e9), progress)
     print(f"{options.out}: step {saved.step:,} of {saved.train_state['config']['run']['name']}, {options.dtype}")

@@ -111,6 +111,10 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._verified: Location | None = None
+        self.committed: Callable[[Location], None] = lambda directory: None
+        """Told on rank 0 of each step, when it is committed, by the thread that wrote it."""
+        self.in_use: set[Location] = set()
+        """Steps that are being read, on rank 0: not to be deleted."""
         self._ranks.on_main(self._sweep_drafts)
 
     def save(
@@ -235,6 +239,7 @@ class Checkpointer:
                 directory.remove()  # not committed, or we would not be here: a corrupt one
                 draft.rename(directory)
                 self.directory.sync()
+            self.committed(directory)
             self._retain()
 
         start = time.perf_counter()
@@ -267,7 +272,7 @@ class Checkpointer:
             scored = [(loss, i, directory) for i, (directory, loss) in enumerate(losses.items()) if loss is not None]
             keep |= {directory for _, _, directory in sorted(scored, key=lambda s: s[:2])[: config.keep_best]}
         for directory in committed:
-            if directory not in keep:
+            if directory not in keep and directory not in self.in_use:
                 remove_step(directory)
 
     def _sweep_drafts(self) -> None:

@@ -1,33 +1,52 @@
 """A checkpoint as a Hugging Face folder: safetensors in shards, configs, tokenizer, model card."""
 
 import json
+import logging
+import os
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from torchxihe.components.checkpoint import corrupt, flat_state, load_tensors, open_fitting
-from torchxihe.components.manifest import read_manifest, step_flaws
+from torchxihe.components.checkpoint import Checkpointer, corrupt, flat_state, load_tensors, open_fitting
+from torchxihe.components.manifest import CorruptError, is_committed, read_manifest, step_flaws, step_of
 from torchxihe.components.ranks import explained
-from torchxihe.components.saved_run import SavedRun
-from torchxihe.config import UserError
+from torchxihe.components.saved_run import SavedRun, open_saved
+from torchxihe.components.storage import Location
+from torchxihe.config import Config, UserError
 from torchxihe.model.attention import sdpa
 from torchxihe.model.decoder import Decoder, parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
+from torchxihe.utils.distributed import is_main
 
 SHARD_BYTES = 4 * 10**9
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+Progress = Callable[[int, int], object]
+"""Told how many more bytes are done, and how many there are in all. What it raises ends the export."""
+
+log = logging.getLogger(__name__)
 
 
-def export(saved: SavedRun, out: Path, dtype: torch.dtype = torch.float32, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the model of `saved` to the new folder `out`, in one process and on the host.
+def export(
+    saved: SavedRun,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda more, total: None,
+) -> None:
+    """Write the model of `saved` to the new folder `out`, in one process and on the host; `dtype`: float32, bfloat16.
 
-    Of the weights one shard at a time is in memory, and at least one tensor, whatever wrote the checkpoint. The rows
-    of the vocabulary that the tokenizer does not have are left out. `out` is there whole or not at all. Raises
-    UserError if it exists, if the checkpoint is corrupt, or if the disk fails.
+    Of the weights one tensor at a time is in memory, whatever wrote the checkpoint. The rows of the vocabulary that
+    the tokenizer does not have are left out. `out` is there whole or not at all. Raises UserError if it exists, if the
+    checkpoint is corrupt, or if the disk fails.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} is there already and not empty; name a new folder")
@@ -36,7 +55,7 @@ def export(saved: SavedRun, out: Path, dtype: torch.dtype = torch.float32, shard
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         tokenizer = json.loads((saved.tokenizer_dir / "torchxihe.json").read_bytes())
-        _write_weights(saved, draft, tokenizer["vocab_size"], dtype, shard_bytes)
+        _write_weights(saved, draft, tokenizer["vocab_size"], dtype, shard_bytes, progress)
         _write_configs(saved, draft, tokenizer, str(dtype).removeprefix("torch."))
         _write_tokenizer(saved.tokenizer_dir, draft, tokenizer)
         (draft / "README.md").write_text(model_card(saved), encoding="utf-8")
@@ -47,48 +66,80 @@ def export(saved: SavedRun, out: Path, dtype: torch.dtype = torch.float32, shard
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write_weights(saved: SavedRun, folder: Path, vocab_size: int, dtype: torch.dtype, shard_bytes: int) -> None:
+def _write_weights(
+    saved: SavedRun, folder: Path, vocab_size: int, dtype: torch.dtype, shard_bytes: int, progress: Progress
+) -> None:
     """The safetensors files, with an index if there are several."""
-    from safetensors.torch import save_file  # only for exports
-
-    if flaws := step_flaws(saved.step_dir):
-        raise corrupt(saved.step_dir, "; ".join(flaws))
     with torch.device("meta"):
         model = Decoder(saved.model, seq_len=saved.seq_len, dtype=torch.float32, attention=sdpa)
-    shapes = flat_state(model, None)
-    reader = open_fitting(saved.step_dir, shapes, ("model",))
+    state = flat_state(model, None)
+    shapes = {}
+    for key, tensor in state.items():
+        rows = [vocab_size] if key in ("model.embed_tokens.weight", "model.lm_head.weight") else tensor.shape[:1]
+        shapes[key] = torch.Size([*rows, *tensor.shape[1:]])
+    try:
+        to_verify = sum(size for size, _ in read_manifest(saved.step_dir).files.values())
+    except CorruptError as error:
+        raise corrupt(saved.step_dir, str(error)) from None
+    count = sum(shape.numel() for shape in shapes.values())
+    total = to_verify + count * dtype.itemsize
+    if flaws := step_flaws(saved.step_dir, progress=lambda more: progress(more, total)):
+        raise corrupt(saved.step_dir, "; ".join(flaws))
+    reader = open_fitting(saved.step_dir, state, ("model",))
+
+    def tensors(keys: list[str]) -> Iterator[Tensor]:
+        for key in keys:
+            whole = torch.empty_like(state[key], device="cpu")
+            load_tensors({key: whole}, reader, None)
+            tensor = whole[: shapes[key][0]].to(dtype)
+            yield tensor
+            progress(tensor.nbytes, total)
+
     shards = _plan(shapes, dtype.itemsize, shard_bytes)
     place: dict[str, str] = {}
-    sizes = {"total_size": 0, "total_parameters": 0}
-    for i, keys in enumerate(tqdm(shards, desc="export", unit="shard", disable=None)):
+    for i, keys in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for key in keys:
-            state = {key: torch.empty_like(shapes[key], device="cpu")}
-            load_tensors(state, reader, None)
-            parameter = key.removeprefix("model.")
-            whole = state[key][:vocab_size] if parameter in ("embed_tokens.weight", "lm_head.weight") else state[key]
-            tensors[hf_name(parameter)] = whole.to(dtype).contiguous()
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        place |= dict.fromkeys(tensors, name)
-        sizes["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
-        sizes["total_parameters"] += sum(tensor.numel() for tensor in tensors.values())
+        names = {hf_name(key.removeprefix("model.")): shapes[key] for key in keys}
+        write_safetensors(folder / name, names, dtype, tensors(keys))
+        place |= dict.fromkeys(names, name)
     if len(shards) > 1:
+        sizes = {"total_size": count * dtype.itemsize, "total_parameters": count}
         _write_json(folder / "model.safetensors.index.json", {"metadata": sizes, "weight_map": place})
 
 
-def _plan(shapes: dict[str, Tensor], item_bytes: int, shard_bytes: int) -> list[list[str]]:
+def _plan(shapes: dict[str, torch.Size], item_bytes: int, shard_bytes: int) -> list[list[str]]:
     """The keys of each shard: as many in a row as fit, at least one."""
     shards: list[list[str]] = []
     room = 0
-    for key, tensor in shapes.items():
-        size = tensor.numel() * item_bytes
+    for key, shape in shapes.items():
+        size = shape.numel() * item_bytes
         if not shards or size > room:
             shards.append([])
             room = shard_bytes
         shards[-1].append(key)
         room -= size
     return shards
+
+
+def write_safetensors(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
+    """Write a safetensors file of tensors that come one after the other, in the order of `shapes`, on the host.
+
+    The package safetensors wants all of them at once. The format: the header's length as a little-endian uint64, the
+    header as JSON, filled up with blanks so that the data begins at a multiple of 8 bytes, and the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_configs(saved: SavedRun, folder: Path, tokenizer: dict[str, int], dtype: str) -> None:
@@ -178,3 +229,73 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+class Exporter:
+    """Exports the checkpoints that `checkpoint.export_every` asks for: rank 0, in a thread, while training goes on.
+
+    To `exports/` in the run directory. A checkpoint is not deleted before its export is done. An export that fails is
+    a warning. One that is interrupted leaves a `.tmp` folder, by which the next start knows to make it again. Used in
+    a `with`, on all ranks, which waits for what is under way, unless it is left by an error or after `cancel`.
+    """
+
+    def __init__(self, config: Config, checkpointer: Checkpointer) -> None:
+        self._every, self._last = config.checkpoint.export_every, config.total_steps
+        self._folder = config.run_dir / "exports"
+        self._checkpointer = checkpointer
+        self._cancelled = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="export")
+        self._exports: list[Future[None]] = []
+        checkpointer.committed = self._offer
+
+    def __enter__(self) -> "Exporter":
+        if is_main():
+            for draft in sorted(self._folder.glob("step-*.tmp")):
+                shutil.rmtree(draft)
+                step_dir = self._checkpointer.directory / draft.stem
+                if is_committed(step_dir):
+                    self._offer(step_dir)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._cancelled |= kind is not None
+        self._thread.shutdown()
+        self._checkpointer.committed = lambda directory: None
+        if kind is None:
+            for export_ in self._exports:
+                export_.result()  # raises what should not have happened
+
+    def cancel(self) -> None:
+        """End what is under way; the next start makes it again."""
+        self._cancelled = True
+
+    def _offer(self, step_dir: Location) -> None:
+        """Export a committed step if that is wanted; returns at once."""
+        step, out = step_of(step_dir.name), self._folder / step_dir.name
+        if not self._every or (step % self._every and step != self._last) or out.exists():
+            return
+        out.with_name(f"{out.name}.tmp").mkdir(parents=True, exist_ok=True)
+        self._checkpointer.in_use.add(step_dir)
+        self._exports.append(self._thread.submit(self._export, step_dir, out))
+
+    def _export(self, step_dir: Location, out: Path) -> None:
+        start = time.perf_counter()
+        try:
+            self._go_on(0, 0)
+            export(open_saved(step_dir), out, progress=self._go_on)
+            log.info("exported %s in %.1f s", out, time.perf_counter() - start)
+        except _CancelledError:
+            out.with_name(f"{out.name}.tmp").mkdir(exist_ok=True)
+            log.info("the export of %s is left to the next start", step_dir.name)
+        except UserError as error:
+            log.warning("%s: not exported: %s; for another try: torchxihe export %s --out DIR", out, error, step_dir)
+        finally:
+            self._checkpointer.in_use.discard(step_dir)
+
+    def _go_on(self, more: int, total: int) -> None:
+        if self._cancelled:
+            raise _CancelledError
+
+
+class _CancelledError(Exception):
+    """The run ends, and does not wait for an export."""

@@ -12,6 +12,7 @@ checkpoints/step-00001000/       committed, if MANIFEST.json is there and CORRUP
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +105,13 @@ def read_manifest(directory: Location) -> Manifest:
     return Manifest(content["step"], files, tuple(content["parts"]), content["validation_loss"])
 
 
-def step_flaws(directory: Location, part: int = 0, parts: int = 1) -> list[str]:
+def step_flaws(
+    directory: Location, part: int = 0, parts: int = 1, progress: Callable[[int], object] = lambda size: None
+) -> list[str]:
     """What is wrong with the manifest or with every `parts`-th file from the `part`-th on, one line each.
 
-    Raises OSError for a file that cannot be read although it is there: that says nothing of its content.
+    `progress` is told how many bytes have been read, a few megabytes at a time. Raises OSError for a file that cannot
+    be read although it is there: that says nothing of its content.
     """
     try:
         files = read_manifest(directory).files
@@ -117,7 +121,7 @@ def step_flaws(directory: Location, part: int = 0, parts: int = 1) -> list[str]:
     for name in sorted(files, key=lambda name: (-files[name][0], name))[part::parts]:  # large ones spread evenly
         size, digest = files[name]
         try:
-            actual_size, actual_digest = with_retries(lambda name=name: hash_file(directory / name))
+            actual_size, actual_digest = with_retries(lambda name=name: hash_file(directory / name, progress))
         except (FileNotFoundError, IsADirectoryError):
             found.append(f"{name} is missing")
             continue

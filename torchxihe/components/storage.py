@@ -177,13 +177,14 @@ class HashedFile:
         return self._bytes, self._hash.hexdigest()
 
 
-def hash_file(file: Location) -> tuple[int, str]:
-    """Size in bytes and xxh3_128 of a file's content, read in pieces."""
+def hash_file(file: Location, progress: Callable[[int], object] = lambda size: None) -> tuple[int, str]:
+    """Size in bytes and xxh3_128 of a file's content, read in pieces; `progress` is told the size of each."""
     digest, size = xxhash.xxh3_128(), 0
     with file.open() as stream:
         while piece := stream.read(CHUNK_BYTES):
             digest.update(piece)
             size += len(piece)
+            progress(len(piece))
     return size, digest.hexdigest()
 
 
