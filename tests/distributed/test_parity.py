@@ -98,9 +98,9 @@ def rank_losses(options: dict[str, dict[str, Any]], world_size: int) -> tuple[Hi
 
 
 @functools.cache
-def reference() -> History:
+def reference(optimizer: str = "adamw") -> History:
     """One process, no accumulation."""
-    history, layout = losses({"training": {"micro_batch_size": BATCH}})
+    history, layout = losses({"training": {"micro_batch_size": BATCH}, "optimizer": {"name": optimizer}})
     assert layout == "one process" and history[-1][0] < history[0][0] - 1
     return history
 
@@ -127,14 +127,15 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("world_size", "parallelism", "layout"), LAYOUTS)
-@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize(("micro_batch", "optimizer"), [(1, "adamw"), (4, "adamw"), (2, "muon")])
 def test_losses_agree_under_every_parallelism(
-    world_size: int, parallelism: dict[str, Any], layout: str, micro_batch: int
+    world_size: int, parallelism: dict[str, Any], layout: str, micro_batch: int, optimizer: str
 ) -> None:
-    options = {"parallelism": parallelism, "training": {"micro_batch_size": micro_batch}}
+    training = {"micro_batch_size": micro_batch}
+    options = {"parallelism": parallelism, "training": training, "optimizer": {"name": optimizer}}
     for history, name in run_distributed(rank_losses, world_size, options, world_size):
         assert name == layout
-        assert np.abs(np.array(history) - reference()).max() < 1e-5
+        assert np.abs(np.array(history) - reference(optimizer)).max() < 1e-5
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 3])
