@@ -240,7 +240,7 @@ class Checkpointer:
                 draft.rename(directory)
                 self.directory.sync()
             self.committed(directory)
-            self._retain()
+            self.retain()
 
         start = time.perf_counter()
         self._ranks.on_main(prepare)
@@ -258,8 +258,8 @@ class Checkpointer:
         found = self._ranks.gather(lambda: step_flaws(directory, rank(), world_size()))
         return list(dict.fromkeys(flaw for part in found for flaw in part))  # a bad manifest is everybody's, once
 
-    def _retain(self) -> None:
-        """Delete the committed steps that no retention option keeps."""
+    def retain(self) -> None:
+        """Delete, on rank 0, the committed steps that no retention option keeps and nobody reads."""
         config = self.config
         committed = [directory for directory in steps_in(self.directory) if is_committed(directory)]
         if not config.keep_last:

@@ -264,6 +264,8 @@ class Exporter:
         if kind is None:
             for export_ in self._exports:
                 export_.result()  # raises what should not have happened
+            if self._exports:
+                self._checkpointer.retain()
 
     def cancel(self) -> None:
         """End what is under way; the next start makes it again."""
