@@ -1,5 +1,9 @@
 """Muon divided over processes: the steps of one process, whatever the rows and however many matrices there are."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,9 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.distributed.launch import run_distributed
+from tests.distributed.test_parity import NAMES, VOCAB, batch_of, config
+from torchxihe.components.checkpoint import Checkpointer
 from torchxihe.components.muon import Muon
-from torchxihe.config import Parallelism
+from torchxihe.config import Checkpoint, Parallelism, UserError
 from torchxihe.parallelisms.mesh import build_mesh
+from torchxihe.trainer import Trainer
+from torchxihe.utils.distributed import rank, world_size
 
 # On 4 ranks: 16 rows are even, 10 are 3, 3, 3, 1, and 3 leave a rank without; 5 matrices are 2, 2, 1, 0.
 SHAPES = [(16, 8)] * 5 + [(10, 12)] * 3 + [(3, 8)] * 2 + [(8, 16)]
@@ -60,3 +68,47 @@ def test_bfloat16_travels() -> None:
     expected = steps(None, torch.bfloat16)
     for found in run_distributed(rank_steps, 4, torch.bfloat16, 2, 2):
         assert max((ours - theirs).abs().max() for ours, theirs in zip(found, expected, strict=True)) < 1e-6
+
+
+def train(parallelism: dict[str, Any], root: Path, load: int, steps: int, optimizer: str = "muon") -> list[float]:
+    """The losses of `steps` steps from checkpoint `load` (0: from the beginning) on, saved at their end."""
+    options = {"parallelism": parallelism, "optimizer": {"name": optimizer}}
+    trainer = Trainer(config(**options), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    checkpointer = Checkpointer(root, Checkpoint(mode="sync"))
+    if load:
+        trainer.load(checkpointer, root / f"step-{load:08}")
+    size = trainer.micro_batch_size
+    loader = (
+        batch_of(step, i, rank(), world_size(), size)
+        for step in range(load, load + steps)
+        for i in range(trainer.accumulation)
+    )
+    losses = []
+    for _ in range(steps):
+        trainer.train_step(loader)
+        losses.append(trainer.sums.read(NAMES)["loss"])
+    checkpointer.save(trainer.step, trainer.state(), {"step": trainer.step})
+    return losses
+
+
+def test_a_checkpoint_goes_on_under_any_parallelism(tmp_path: Path) -> None:
+    """2 x 2, then one process, three, two copies. Seen to fail when the momentum that is loaded is a copy."""
+    unbroken = train({}, tmp_path / "unbroken", 0, 10)
+    losses = run_distributed(train, 4, {"dp_replicate": 2, "dp_shard": 2}, tmp_path, 0, 3)[0]
+    losses += train({}, tmp_path, 3, 2)
+    losses += run_distributed(train, 3, {"dp_shard": 3}, tmp_path, 5, 2)[0]
+    losses += run_distributed(train, 2, {"dp_replicate": 2, "dp_shard": 1}, tmp_path, 7, 3)[0]
+    assert np.abs(np.array(losses) - unbroken).max() < 1e-5
+
+
+def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path) -> None:
+    unbroken = train({}, tmp_path / "unbroken", 0, 6)
+    assert train({}, tmp_path, 0, 3) + train({}, tmp_path, 3, 3) == unbroken
+    files = [path / "step-00000006" / "MANIFEST.json" for path in (tmp_path, tmp_path / "unbroken")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+def test_another_optimizers_checkpoint_is_refused(tmp_path: Path) -> None:
+    train({}, tmp_path, 0, 1, "adamw")
+    with pytest.raises(UserError, match=r"does not fit: .* missing .*momentum_buffer.* use the model and optimizer"):
+        train({}, tmp_path, 1, 1, "muon")
