@@ -115,7 +115,7 @@ def run_loader(folder: Path) -> dict[str, float]:
     prepared = open_prepared(config)
     order = Order(plan_stages(config, prepared), prepared.rows)
     loader = Loader(
-        prepared, order, seq_len=1024, document_mask=True, step=10**9 // 64, rank=0, world_size=1, accumulation=1,
+        prepared, order, seq_len=1024, document_mask=True, step=10**9 // 64, rank=0, world_size=1,
         micro_batch=64, device=torch.device("cpu"),
     )  # fmt: skip
     next(loader)

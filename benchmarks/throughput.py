@@ -46,7 +46,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stdout)
     try:
-        config = load_config(options.config, overrides)
+        config = load_config(options.config, [*overrides, "--training.batch_ramp=[]"])
         with process_group() as device:
             result = measure(config, device, steps=options.steps, warmup=options.warmup, data=options.data)
     except UserError as error:
@@ -65,9 +65,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         prepared = open_prepared(config)
         trainer = Trainer(config, device, prepared.bytes_per_token)
         order = Order(plan_stages(config, prepared), {source.key: source.train_rows for source in prepared.sources})
-        loader: Iterator[Batch] = Loader(
-            prepared, order, step=0, accumulation=trainer.accumulation, **trainer.batch_layout
-        )
+        loader: Iterator[Batch] = Loader(prepared, order, step=0, **trainer.batch_layout)
     else:
         trainer = Trainer(config, device, np.full(config.model.vocab_size, 4, np.int32))
         loader = synthetic(trainer)

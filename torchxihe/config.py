@@ -171,7 +171,8 @@ class Training(Section):
     global_batch_size: PositiveInt
     """Sequences per optimizer step, over all GPUs and micro-batches."""
     micro_batch_size: PositiveInt = 1
-    """Sequences per forward pass on one GPU at most. What is left of the global batch is accumulated."""
+    """Sequences per forward pass on one GPU at most. What is left of the global batch is accumulated. With a
+    `batch_ramp` it is fitted to `global_batch_size` and stays: a batch that does not fill it is padded."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the data order."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -182,6 +183,11 @@ class Training(Section):
     """Clip the global gradient norm to this. 0: measure it, never clip."""
     deterministic: bool = False
     """Bitwise reproducible on a GPU too, at some cost in speed. The CPU is so anyway."""
+    batch_ramp: Annotated[
+        tuple[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)], ...], Field(strict=False)
+    ] = ()
+    """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which they hold.
+    [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
     max_skipped: NonNegativeInt = 20
     """Stop, at the next log step, when this many steps in a row were skipped because of what came out of them: loss or
     gradient was not finite, or beyond `skip_spikes_beyond`. 0: never."""
@@ -331,13 +337,25 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one global batch, padding included."""
+        """Tokens of one global batch, padding included; after the ramp, if there is one."""
         return self.training.global_batch_size * self.data.seq_len
 
     @property
     def total_steps(self) -> int:
         """The horizon in optimizer steps."""
-        return self.training.steps or -(-self.training.tokens // self.tokens_per_step)
+        if self.training.steps:
+            return self.training.steps
+        step, left = 0, -(-self.training.tokens // self.data.seq_len)
+        for sequences, until in self.training.batch_ramp:
+            if (until - step) * sequences >= left:
+                return step + -(-left // sequences)
+            step, left = until, left - (until - step) * sequences
+        return step + -(-left // self.training.global_batch_size)
+
+    def batch_size(self, step: int) -> int:
+        """Sequences of `step`, counted from 0."""
+        ramp = (sequences for sequences, until in self.training.batch_ramp if step < until)
+        return next(ramp, self.training.global_batch_size)
 
     @property
     def run_dir(self) -> Path:
@@ -585,6 +603,12 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
         at = f"data.sources.{i}"
         check(
             not source.name or source.name not in names[:i],
+    untils = [until for _, until in training.batch_ramp]
+    check(
+        untils == sorted(set(untils)),
+        "training.batch_ramp",
+        "its pairs are [sequences, until step]; the steps must rise",
+    )
             f"{at}.name",
             f"two sources are named {source.name!r}; names must differ",
         )

@@ -29,7 +29,7 @@ from torchxihe.components.validation import sums_by_source, validate
 from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Config, UserError, dump_config
 from torchxihe.data.loader import Batch, Loader, validation_batches
-from torchxihe.data.order import Order, Stage, plan_micro_batches, plan_stages
+from torchxihe.data.order import Order, Stage, check_epochs, micro_batch_rows, micro_batches, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.model.decoder import flops_per_token
 from torchxihe.model.generate import generate
@@ -65,9 +65,7 @@ class Trainer:
         compiled = config.training.compile and not compile_obstacle()
         self.optimizer = build_optimizer(self.model, config.optimizer, self.mesh, compile=compiled)
         training = config.training
-        self.accumulation, self.micro_batch_size = plan_micro_batches(
-            training.global_batch_size, world_size(), training.micro_batch_size
-        )
+        self.micro_batch_size = micro_batch_rows(training.global_batch_size, world_size(), training.micro_batch_size)
         self.bytes_per_token = torch.from_numpy(bytes_per_token).to(device)
         self.sums = StepSums(device, len(config.data.sources))
         self.bad_steps = BadSteps(training, device)
@@ -91,6 +89,11 @@ class Trainer:
         optimizer_step(self.optimizer, self.lr, skip)
         self.sums.add(sums, grad_norm, skip)
         self.step += 1
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of the step about to be taken."""
+        return micro_batches(self.config.batch_size(self.step), world_size(), self.micro_batch_size)
 
     @property
     def lr(self) -> float:
@@ -121,13 +124,11 @@ class Trainer:
 
     def measure(self, order: Order, names: list[str], window: Window, loader: Loader, lr: float) -> dict[str, float]:
         """What a log step after this step reports; here the host waits for the device, and the ranks for each other."""
-        first, size = order.batch(self.step - 1)
-        seq_len = self.config.data.seq_len
-        metrics = {"step": self.step, "tokens": (first + size) * seq_len, "lr": lr} | self.sums.read(names)
+        tokens = order.batch(self.step)[0] * self.config.data.seq_len
+        metrics = {"step": self.step, "tokens": tokens, "lr": lr} | self.sums.read(names)
         if len(names) > 1:
-            epochs = zip(names, order.epochs(first + size), strict=True)
-            metrics |= {f"epoch/{name}": passes for name, passes in epochs}
-        metrics |= window.close(self.step, size * seq_len, loader.wait_seconds)
+            metrics |= {f"epoch/{name}": n for name, n in zip(names, order.epochs(self.step), strict=True)}
+        metrics |= window.close(self.step, tokens, loader.wait_seconds)
         loader.wait_seconds = 0.0
         metrics |= self.usage(metrics["tokens_per_second_per_gpu"]) | memory_of_ranks(self.device)
         log.debug(
@@ -225,17 +226,19 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         start, only = resolve(config.checkpoint.load), config.checkpoint.load_only
         history.start_from(checkpointer.train_state(start), start, whole=not only)
     trainer = Trainer(config, device, prepared.bytes_per_token)
-    report_start(config, prepared, trainer.layout, device, trainer.accumulation)
     if start is not None:
         trainer.load(checkpointer, start, only)
     stages = plan_stages(config, prepared, [Stage.from_json(stage) for stage in history.stages], trainer.step)
     history.stages = [stage.to_json() for stage in stages]
+    order = Order(stages, prepared.rows)
+    check_epochs(config, prepared, order)
+    report_start(config, prepared, order, trainer.layout, device, trainer.micro_batch_size)
     if is_main():
         (config.run_dir / "PREEMPTED").unlink(missing_ok=True)
         (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
         shutil.copytree(prepared.tokenizer_dir, config.run_dir / "tokenizer", dirs_exist_ok=True)
     with memory_explained(config), Exporter(config, checkpointer) as exporter:
-        _train(trainer, Order(stages, prepared.rows), prepared, history, checkpointer, stop, watchdog)
+        _train(trainer, order, prepared, history, checkpointer, stop, watchdog)
         if trainer.step < config.total_steps:
             exporter.cancel()
         watchdog.begin("exports", config.training.init_timeout)
@@ -277,10 +280,10 @@ def _train(
     """The loop: steps, and between them what is due. Ends at the horizon or when the ranks agree to stop, saved."""
     config, total = trainer.config, trainer.config.total_steps
     limits = config.training
-    loader = Loader(prepared, order, step=trainer.step, accumulation=trainer.accumulation, **trainer.batch_layout)
+    loader = Loader(prepared, order, step=trainer.step, **trainer.batch_layout)
     writer = MetricsWriter(config, trainer.step) if is_main() else None
     profiler = Profiler(config, trainer.device)
-    window = Window(trainer.step)
+    window = Window(trainer.step, order.batch(trainer.step)[0] * config.data.seq_len)
 
     def due(every: int) -> bool:
         return bool(every) and (trainer.step % every == 0 or trainer.step == total)

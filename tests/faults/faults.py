@@ -64,7 +64,7 @@ def _arm_step(fault: Fault) -> None:
         handle = None
         if due and fault.where == "loss":
             factor = torch.nan if fault.what == "nan" else 1e4
-            handle = self.module.register_forward_hook(lambda module, args, loss: loss * factor)
+            handle = self.module.register_forward_hook(lambda module, args, losses: (losses[0] * factor, losses[1]))
         if due and fault.where == "mid-step":
             judge = self.bad_steps.judge
 

@@ -1,5 +1,6 @@
 """The number of processes changes from one start to the next."""
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -24,3 +25,26 @@ def test_other_numbers_of_processes(
     assert token_ledger(found) == token_ledger(reference)
     difference = max(abs(loss - losses(reference)[step]) for step, loss in losses(found).items())
     assert difference <= 1e-5
+
+
+def test_a_batch_size_ramp_on_other_numbers_of_processes(
+    workspace: Workspace, unbroken: Callable[..., Workspace]
+) -> None:
+    """Stopped within the ramp and gone on with elsewhere; every batch has the planned size and the unbroken run's rows.
+
+    Seen to fail when the steps of the ramp that lie ahead are not planned again on resuming.
+    """
+    flag = "--training.batch_ramp=[[2, 6], [4, 12]]"
+    reference = unbroken(2, flag)
+    for world_size, stop_at in ((2, 5), (3, 9)):
+        assert workspace.run(world_size, flag, fault=Fault("step", stop_at, "SIGTERM")).succeeded
+    workspace.finish(1, flag)
+    found = workspace.ledger()
+    assert token_ledger(found) == token_ledger(reference.ledger())
+    assert [len(found[step]["rows"]) for step in range(1, 21)] == [2] * 6 + [4] * 6 + [6] * 8
+    difference = max(abs(loss - losses(reference.ledger())[step]) for step, loss in losses(found).items())
+    assert difference <= 1e-5
+    state = json.loads((workspace.checkpoints / "step-00000020" / "train_state.json").read_text())
+    assert [(stage["step"], stage["global_batch"]) for stage in state["stages"]] == [(0, 2), (6, 4), (12, 6)]
+    metrics = [json.loads(line) for line in (workspace.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["tokens"] == (2 * 6 + 4 * 6 + 6 * 8) * 64

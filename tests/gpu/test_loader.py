@@ -19,7 +19,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(tmp_path: Path) -> None:
     prepared = prepare(config)
     order = Order(plan_stages(config, prepared), prepared.rows)
     on_gpu, on_cpu = (
-        Loader(prepared, order, seq_len=64, document_mask=True, step=0, rank=0, world_size=1, accumulation=1,
+        Loader(prepared, order, seq_len=64, document_mask=True, step=0, rank=0, world_size=1,
                micro_batch=4, device=torch.device(device))
         for device in ("cuda", "cpu")
     )  # fmt: skip

@@ -71,6 +71,11 @@ def test_the_horizon_in_steps_or_tokens(small: str) -> None:
     assert load_config(small).total_steps == 10
     tokens = ["--training.steps=0", "--training.tokens=1025"]  # 4 * 64 a step
     assert load_config(small, tokens).total_steps == 5
+    for ramp, steps in (("[[2, 3]]", 6), ("[[2, 9]]", 9), ("[[2, 8], [3, 9]]", 9), ("[[2, 3], [8, 4]]", 5)):  # 17 rows
+        config = load_config(small, [*tokens, f"--training.batch_ramp={ramp}"])
+        assert config.total_steps == steps
+        rows = [config.batch_size(step) for step in range(steps)]
+        assert sum(rows[:-1]) < 17 <= sum(rows)
     for flags in (["--training.tokens=5"], ["--training.steps=0"]):
         assert mistakes(small, flags)[0].endswith(
             "training.steps: give training.steps or training.tokens, one of the two (0: not given)"
@@ -185,6 +190,7 @@ def test_any_values_survive_the_round_trip(
         ("--data.seq_len.x=1", "data.seq_len is a single value; nothing stands below it"),
         ("--data.sources.0.path=", "must not be empty"),
         ("--data.sources.0.template=text", "'text' names no column; write one in braces, such as {text}"),
+        ("--training.batch_ramp=[[8, 5], [9, 5]]", "its pairs are [sequences, until step]; the steps must rise"),
         ("--data.sources.0.stream=true", "a streamed source needs max_tokens, or it never ends"),
         ("--training.steps", "not understood; overrides look like --section.key=value"),
     ],

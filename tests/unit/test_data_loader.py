@@ -1,4 +1,6 @@
 import hashlib
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data_corpus import make_config, write_texts
+from torchxihe.config import Config
 from torchxihe.data import encode
 from torchxihe.data import sources as sources_module
 from torchxihe.data.loader import IGNORE, Batch, Loader, validation_batches, validation_rows
-from torchxihe.data.order import Order, plan_micro_batches, plan_stages
+from torchxihe.data.order import Order, Stage, micro_batch_rows, micro_batches, plan_stages
 from torchxihe.data.prepare import prepare
 from torchxihe.data.store import Prepared
 
@@ -43,31 +46,32 @@ def data(request: pytest.FixtureRequest, corpus: tuple[Path, list[dict[str, obje
         patch.setattr(sources_module, "SMALLEST_SHARD", 3000)  # several shards a source
         patch.setattr(encode, "_cores", lambda: 1)
         prepared = prepare(config)
-    stages = plan_stages(config, prepared)
-    for step, batch in ((3, 10), (5, 7)):
-        grown = config.model_copy(update={"training": config.training.model_copy(update={"global_batch_size": batch})})
-        stages = plan_stages(grown, prepared, stages, step)
-    return prepared, Order(stages, prepared.rows)
+    return prepared, Order(plan_stages(config, prepared), prepared.rows)
 
 
-def global_batches(data: Data, first: int, stop: int, world_size: int, most: int) -> list[str]:
-    """sha256 of each step's global batch, put together from what the ranks' loaders give."""
-    prepared, order = data
-    hashes = []
-    for start in sorted({first, *(stage.step for stage in order.stages if first < stage.step < stop)}):
-        end = min([stop, *(stage.step for stage in order.stages if stage.step > start)])
-        accumulation, micro_batch = plan_micro_batches(order.batch(start)[1], world_size, most)
+def global_batches(prepared: Prepared, config: Config, starts: dict[int, int], most: int) -> list[str]:
+    """sha256 of each step's global batch, put together from what the ranks' loaders give; `starts`: at which steps the
+    run begins and goes on, from what a checkpoint would tell of its stages, and with how many ranks."""
+    hashes, saved = [], ()
+    total = config.total_steps
+    for (start, world_size), end in zip(starts.items(), [*list(starts)[1:], total], strict=True):
+        stages = plan_stages(config, prepared, saved, start)
+        saved = [Stage.from_json(json.loads(json.dumps(stage.to_json()))) for stage in stages]
+        order = Order(stages, prepared.rows)
+        micro_batch = micro_batch_rows(config.training.global_batch_size, world_size, most)
         loaders = [
             Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=start, rank=rank, world_size=world_size,
-                   accumulation=accumulation, micro_batch=micro_batch, device=CPU)
+                   micro_batch=micro_batch, device=CPU)
             for rank in range(world_size)
         ]  # fmt: skip
         for step in range(start, end):
             rows = {}
             g, count = order.batch(step)
+            assert count == config.batch_size(step)
             for rank, loader in enumerate(loaders):
-                for i in range(accumulation):
+                for i in range(micro_batches(count, world_size, micro_batch)):
                     batch = next(loader)
+                    assert batch.tokens.shape == (micro_batch, SEQ_LEN)  # whatever the step's batch: no recompilation
                     j = (i * world_size + rank) * micro_batch
                     expected = [g + n if n < count else -1 for n in range(j, j + micro_batch)]
                     assert batch.samples == tuple(expected)
@@ -84,12 +88,30 @@ def global_batches(data: Data, first: int, stop: int, world_size: int, most: int
     return hashes
 
 
+RANKS = st.sampled_from([1, 2, 3, 4, 6, 8])
+
+
 @settings(max_examples=25, deadline=None)
-@given(world_size=st.sampled_from([1, 2, 3, 4, 6, 8]), most=st.integers(1, 6), first=st.integers(0, 8))
-def test_global_batches_depend_on_nothing_but_the_step(data: Data, world_size: int, most: int, first: int) -> None:
-    """Any number of ranks, any accumulation, any point to go on from, and over two changes of the batch size."""
-    unbroken = global_batches(data, 0, 9, 1, 100)
-    assert global_batches(data, first, 9, world_size, most) == unbroken[first:]
+@given(
+    starts=st.dictionaries(st.integers(1, 8), RANKS, max_size=2),
+    first_ranks=RANKS,
+    most=st.integers(1, 6),
+    ramp=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 4)), max_size=3),
+)
+def test_global_batches_depend_on_nothing_but_the_step(
+    data: Data, starts: dict[int, int], first_ranks: int, most: int, ramp: list[tuple[int, int]]
+) -> None:
+    """Any number of ranks, any accumulation, any batch-size ramp, any steps to go on from on other numbers of ranks."""
+    until = itertools.accumulate(steps for _, steps in ramp)
+    training = {
+        "steps": 9,
+        "global_batch_size": 7,
+        "batch_ramp": [(rows, step) for (rows, _), step in zip(ramp, until, strict=True)],
+    }
+    config = make_config(Path("unused"), {"path": "x"}, seq_len=SEQ_LEN, training=training)
+    unbroken = global_batches(data[0], config, {0: 1}, 100)
+    assert len(unbroken) == 9
+    assert global_batches(data[0], config, {0: first_ranks, **dict(sorted(starts.items()))}, most) == unbroken
 
 
 def read_slowly(prepared: Prepared, source: int, row: int, split: str) -> tuple[list[int], list[int], list[int]]:
@@ -137,7 +159,7 @@ def check_rows(prepared: Prepared, batch: Batch, rows: dict[int, tuple[int, int]
 def test_batches_equal_what_lies_in_the_files(data: Data) -> None:
     prepared, order = data
     loader = Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=5, rank=1, world_size=2,
-                    accumulation=2, micro_batch=3, device=CPU)  # fmt: skip
+                    micro_batch=3, device=CPU)  # fmt: skip
     for _ in range(40):
         batch = next(loader)
         check_rows(prepared, batch, {g: order.sample(g) for g in batch.samples if g >= 0}, "train")
@@ -189,7 +211,7 @@ def test_a_short_validation_is_spread_over_all_held_out_rows(data: Data) -> None
 def test_without_document_masks_the_targets_stay_masked(data: Data) -> None:
     prepared, order = data
     masked, plain = (
-        Loader(prepared, order, seq_len=SEQ_LEN, document_mask=mask, step=0, rank=0, world_size=1, accumulation=1,
+        Loader(prepared, order, seq_len=SEQ_LEN, document_mask=mask, step=0, rank=0, world_size=1,
                micro_batch=4, device=CPU)
         for mask in (True, False)
     )  # fmt: skip
@@ -204,7 +226,7 @@ def test_an_error_of_the_thread_reaches_the_training_loop(tmp_path: Path) -> Non
     [file] = tmp_path.glob("cache/stores/*/train-00000.bin")
     file.write_bytes(file.read_bytes()[:100])
     loader = Loader(prepared, Order(plan_stages(config, prepared), prepared.rows), seq_len=SEQ_LEN, document_mask=True,
-                    step=0, rank=0, world_size=1, accumulation=1, micro_batch=4, device=CPU)  # fmt: skip
+                    step=0, rank=0, world_size=1, micro_batch=4, device=CPU)  # fmt: skip
     with pytest.raises(OSError, match=r"train-00000.bin: ends at byte 100, so it is not the file that was prepared"):
         for _ in range(100):
             next(loader)
@@ -216,7 +238,7 @@ def test_an_error_of_the_thread_reaches_the_training_loop(tmp_path: Path) -> Non
 def test_waiting_is_counted(data: Data) -> None:
     prepared, order = data
     loader = Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=0, rank=0, world_size=1,
-                    accumulation=1, micro_batch=4, device=CPU)  # fmt: skip
+                    micro_batch=4, device=CPU)  # fmt: skip
     next(loader)
     assert 0 < loader.wait_seconds < 5
     loader.close()

@@ -1,6 +1,7 @@
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +16,18 @@ from torchxihe.data.order import (
     BLOCK,
     Order,
     Stage,
-    first_stage,
+    check_epochs,
     make_quotas,
+    micro_batch_rows,
+    micro_batches,
     next_stage,
     pattern,
     permute,
-    plan_micro_batches,
     plan_stages,
 )
 
 MASK = 2**64 - 1
+Ramp = Sequence[tuple[int, int]]
 
 
 def permute_slowly(seed: int, key: str, epoch: int, i: int, rows: int) -> int:
@@ -52,11 +55,11 @@ def permute_slowly(seed: int, key: str, epoch: int, i: int, rows: int) -> int:
 def prepared(weights: dict[str, float], rows: dict[str, int]) -> SimpleNamespace:
     """What `order` looks at of a Prepared."""
     sources = [SimpleNamespace(key=k, name=k, weight=w, train_rows=rows[k]) for k, w in weights.items()]
-    return SimpleNamespace(sources=sources)
+    return SimpleNamespace(sources=sources, names=list(weights), rows={k: rows[k] for k in weights})
 
 
-def config_of(batch: int, seed: int = 0, steps: int = 1000, max_epochs: int = 0) -> Config:
-    training = {"global_batch_size": batch, "seed": seed, "steps": steps}
+def config_of(batch: int, seed: int = 0, steps: int = 1000, max_epochs: int = 0, ramp: Ramp = ()) -> Config:
+    training = {"global_batch_size": batch, "seed": seed, "steps": steps, "batch_ramp": ramp}
     return make_config(Path("cache"), {"path": "x"}, training=training, data={"max_epochs": max_epochs})
 
 
@@ -121,7 +124,7 @@ def test_a_weight_too_small_for_a_block_is_an_error() -> None:
 def test_an_epoch_has_every_row_once_and_the_next_another_order() -> None:
     rows = {"a": 900, "b": 350}
     data = prepared({"a": 2.0, "b": 1.0}, rows)
-    order = Order([first_stage(config_of(batch=8, seed=4), data)], rows)
+    order = Order(plan_stages(config_of(batch=8, seed=4), data), rows)
     sources, row, epoch = order.samples(np.arange(3000))
     for s, count in enumerate(rows.values()):
         epochs = [row[(sources == s) & (epoch == e)].tolist() for e in (0, 1)]
@@ -169,18 +172,39 @@ def test_epochs_are_what_was_seen_of_each_source() -> None:
         first, size = order.batch(step)
         g = np.arange(first, first + size)
         seen += np.bincount(order.samples(g)[0], minlength=3)
-        assert order.epochs(first + size) == pytest.approx(seen / [50, 900, 40])
+        assert order.epochs(step + 1) == pytest.approx(seen / [50, 900, 40])
 
 
 def test_batches_follow_the_stages() -> None:
     rows = {"a": 100}
     stages = plan_stages(config_of(8), prepared({"a": 1.0}, rows))
-    stages = plan_stages(config_of(16), prepared({"a": 1.0}, rows), stages, 10)  # a ramp is a stage a batch size
+    stages = plan_stages(config_of(16), prepared({"a": 1.0}, rows), stages, 10)
     stages = plan_stages(config_of(32), prepared({"a": 1.0}, rows), stages, 20)
     order = Order(stages, rows)
     assert [order.batch(step) for step in (0, 9, 10, 19, 20, 21)] == [
         (0, 8), (72, 8), (80, 16), (224, 16), (240, 32), (272, 32),
     ]  # fmt: skip
+
+
+def test_a_ramp_is_planned_as_if_the_batch_was_changed_at_each_of_its_steps() -> None:
+    rows, data = {"a": 100, "b": 30}, prepared({"a": 2.0, "b": 1.0}, {"a": 100, "b": 30})
+    changed: tuple[Stage, ...] = ()
+    for step, batch in ((0, 8), (10, 16), (20, 32)):
+        changed = plan_stages(config_of(batch, steps=21), data, changed, step)
+    ramp = config_of(32, steps=21, ramp=[(8, 10), (16, 20), (99, 21)])  # the last would begin with the run's end
+    stages = plan_stages(ramp, data)
+    assert stages[:2] == changed[:2] and (stages[2].step, stages[2].global_batch, len(stages)) == (20, 99, 3)
+    short = config_of(32, steps=19, ramp=[(8, 10), (16, 20)])
+    assert plan_stages(short, data) == changed[:2]
+    # wherever it goes on, also after its horizon was moved
+    for step in range(21):
+        assert plan_stages(config_of(32, steps=21, ramp=[(8, 10), (16, 20)]), data, plan_stages(short, data), step) == (
+            changed
+        )
+    assert Order(changed, rows).epochs(21) == pytest.approx([181 / 100, 91 / 30], abs=1e-9)
+    # a ramp that is given up
+    given_up = plan_stages(config_of(8, steps=21), data, changed, 15)
+    assert [(stage.step, stage.global_batch) for stage in given_up] == [(0, 8), (10, 16), (15, 8)]
 
 
 def test_nothing_changed_means_no_new_stage_and_a_stage_without_a_step_leaves_no_trace() -> None:
@@ -194,12 +218,21 @@ def test_nothing_changed_means_no_new_stage_and_a_stage_without_a_step_leaves_no
 
 def test_too_many_epochs_are_refused_before_training() -> None:
     data = prepared({"a": 3.0, "b": 1.0}, {"a": 1000, "b": 100})
-    plan_stages(config_of(8, steps=100, max_epochs=2), data)  # 800 samples, 200 of b: just 2
+
+    def check(steps: int, saved: Sequence[Stage] = (), step: int = 0, ramp: Ramp = ()) -> tuple[Stage, ...]:
+        config = config_of(8, steps=steps, max_epochs=2, ramp=ramp)
+        stages = plan_stages(config, data, saved, step)
+        check_epochs(config, data, Order(stages, data.rows))
+        return stages
+
+    saved = check(100)  # 800 samples, 200 of b: just 2
+    check(187, ramp=[(1, 100)])
     with pytest.raises(UserError, match=r"data.max_epochs: .* data.sources.1 \(b\) 2.02 times, more than 2"):
-        plan_stages(config_of(8, steps=101, max_epochs=2), data)
-    saved = plan_stages(config_of(8, steps=100, max_epochs=2), data)
+        check(101)
     with pytest.raises(UserError, match=r"data.sources.1 \(b\) 3.00 times"):
-        plan_stages(config_of(8, steps=150, max_epochs=2), data, saved, 100)
+        check(150, saved, 100)
+    with pytest.raises(UserError, match=r"data.sources.1 \(b\) 2.25 times"):
+        check(100, ramp=[(28, 5)])
 
 
 def test_going_on_at_a_billion_takes_no_time() -> None:
@@ -214,7 +247,8 @@ def test_going_on_at_a_billion_takes_no_time() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 512), st.integers(1, 64))
 def test_micro_batches_hold_the_global_batch(global_batch: int, world_size: int, most: int) -> None:
-    accumulation, micro_batch = plan_micro_batches(global_batch, world_size, most)
+    micro_batch = micro_batch_rows(global_batch, world_size, most)
+    accumulation = micro_batches(global_batch, world_size, micro_batch)
     assert micro_batch <= most
     assert accumulation * micro_batch * world_size >= global_batch
     assert (accumulation - 1) * most * world_size < global_batch  # no more micro-batches than needed
@@ -224,7 +258,7 @@ def test_micro_batches_hold_the_global_batch(global_batch: int, world_size: int,
 def test_next_stage_keeps_the_place_of_a_source_that_was_away() -> None:
     rows = {"a": 1000, "b": 1000}
     both, alone = prepared({"a": 1.0, "b": 1.0}, rows), prepared({"a": 1.0}, rows)
-    stages = [first_stage(config_of(8), both)]
+    stages = [*plan_stages(config_of(8), both)]
     stages.append(next_stage(stages, config_of(8), alone, 100))
     stages.append(next_stage(stages, config_of(8), both, 200))
     assert stages[1].first == (400,)

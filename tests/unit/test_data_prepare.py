@@ -48,7 +48,7 @@ def test_three_lines_from_the_file_to_the_batch(tmp_path: Path) -> None:
 
     order = Order(plan_stages(config, prepared), prepared.rows)
     loader = Loader(prepared, order, seq_len=4, document_mask=True, step=0, rank=0,
-                    world_size=1, accumulation=1, micro_batch=4, device=torch.device("cpu"))  # fmt: skip
+                    world_size=1, micro_batch=4, device=torch.device("cpu"))  # fmt: skip
     batch = next(loader)
     loader.close()
     expected = {

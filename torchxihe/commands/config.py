@@ -9,7 +9,7 @@ torchxihe/config.py.
 """
 
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic.fields import FieldInfo
@@ -90,7 +90,10 @@ def _name(annotation: Any) -> str:
         return ", ".join(f'`"{value}"`' for value in get_args(annotation))
     if get_origin(annotation) is tuple:
         entries = [arg for arg in get_args(annotation) if arg is not ...]
-        return "tables" if isinstance(entries[0], type) and issubclass(entries[0], Section) else "list of numbers"
+        if isinstance(entries[0], type) and issubclass(entries[0], Section):
+            return "tables"
+        entry = get_args(entries[0])[0] if get_origin(entries[0]) is Annotated else entries[0]
+        return "list of pairs" if get_origin(entry) is tuple else "list of numbers"
     return {"int": "integer", "float": "number", "str": "string", "bool": "boolean"}[annotation.__name__]
 
 

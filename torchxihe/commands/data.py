@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 
 from torchxihe.config import Config, load_config
-from torchxihe.data.order import Order, first_stage
+from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
 
@@ -21,7 +21,7 @@ def main(args: list[str]) -> None:
     known, overrides = parser.parse_known_args(args)
     config = load_config(known.config, overrides)
     prepared = open_prepared(config)
-    order = Order([first_stage(config, prepared)], prepared.rows)
+    order = Order(plan_stages(config, prepared), prepared.rows)
     print(_table(summarise(config, prepared, order)))
     if known.rows:
         tokenizer = load_tokenizer(prepared.tokenizer_dir)
@@ -32,10 +32,9 @@ def main(args: list[str]) -> None:
 
 def summarise(config: Config, prepared: Prepared, order: Order) -> list[dict[str, str]]:
     """A line per source: what it holds, and what the planned run takes of it."""
-    [stage] = order.stages
-    planned = stage.consumed(stage.first_sample(config.total_steps))
+    quotas, planned = order.stages[-1].quotas, order.epochs(config.total_steps)
     lines = []
-    for source, quota, samples in zip(prepared.sources, stage.quotas, planned, strict=True):
+    for source, quota, epochs in zip(prepared.sources, quotas, planned, strict=True):
         lines.append(
             {
                 "source": source.name,
@@ -44,8 +43,8 @@ def summarise(config: Config, prepared: Prepared, order: Order) -> list[dict[str
                 "bytes/token": f"{source.bytes / source.tokens:.2f}",
                 "rows": f"{source.train_rows:,}",
                 "held out": f"{source.valid_rows:,}",
-                "share": f"{quota / sum(stage.quotas):.2%}",
-                "epochs": f"{samples / source.train_rows:.2f}",
+                "share": f"{quota / sum(quotas):.2%}",
+                "epochs": f"{epochs:.2f}",
                 "dropped": ", ".join(f"{count} {why}" for why, count in source.dropped.items()) or "none",
             }
         )

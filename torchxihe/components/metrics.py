@@ -146,8 +146,9 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, flo
 class Window:
     """Time and speed between two log steps; what is paused (validation, saving) does not count."""
 
-    def __init__(self, step: int) -> None:
-        self.step, self.start, self.paused = step, time.perf_counter(), 0.0
+    def __init__(self, step: int, tokens: int) -> None:
+        """`tokens`: of all steps before `step`."""
+        self.step, self.tokens, self.start, self.paused = step, tokens, time.perf_counter(), 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -156,15 +157,15 @@ class Window:
         yield
         self.paused += time.perf_counter() - start
 
-    def close(self, step: int, tokens_per_step: int, wait_seconds: float) -> dict[str, float]:
+    def close(self, step: int, tokens: int, wait_seconds: float) -> dict[str, float]:
         """Speed since the last window was closed, and the share of the time that was spent waiting for data."""
         now = time.perf_counter()
         seconds = max(now - self.start - self.paused, 1e-9)
-        step_seconds = seconds / (step - self.step)
-        self.step, self.start, self.paused = step, now, 0.0
+        step_seconds, tokens_per_second = seconds / (step - self.step), (tokens - self.tokens) / seconds
+        self.step, self.tokens, self.start, self.paused = step, tokens, now, 0.0
         return {
-            "tokens_per_second": tokens_per_step / step_seconds,
-            "tokens_per_second_per_gpu": tokens_per_step / step_seconds / world_size(),
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_gpu": tokens_per_second / world_size(),
             "step_seconds": step_seconds,
             "data_wait_fraction": wait_seconds / seconds,
         }

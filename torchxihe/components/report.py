@@ -7,6 +7,7 @@ import torch
 
 from torchxihe.components.metrics import METRICS, duration, read_metrics
 from torchxihe.config import Config
+from torchxihe.data.order import Order, micro_batches
 from torchxihe.data.store import Prepared
 from torchxihe.model.decoder import flops_per_token, parameter_counts
 from torchxihe.utils.device import device_name
@@ -16,10 +17,15 @@ log = logging.getLogger(__name__)
 SLOW_STEP_SECONDS = 60.0
 
 
-def report_start(config: Config, prepared: Prepared, layout: str, device: torch.device, accumulation: int) -> None:
+def report_start(
+    config: Config, prepared: Prepared, order: Order, layout: str, device: torch.device, micro_batch: int
+) -> None:
     """Print the start-up table; on a CPU, also what a step will cost if that is long."""
     model, training = config.model, config.training
     total, _ = parameter_counts(model)
+    tokens = order.batch(config.total_steps)[0] * config.data.seq_len
+    accumulation = micro_batches(training.global_batch_size, world_size(), micro_batch)
+    ramp = "".join(f", {sequences:,} rows until step {until:,}" for sequences, until in training.batch_ramp)
     shape = f"{model.num_hidden_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads"
     rows = [
         ("run", f"{config.run_dir}"),
@@ -28,21 +34,19 @@ def report_start(config: Config, prepared: Prepared, layout: str, device: torch.
         (
             "batch",
             f"{training.global_batch_size:,} rows of {config.data.seq_len:,} = {config.tokens_per_step:,} tokens, "
-            f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} a step",
+            f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} a step{ramp}",
         ),
         (
             "plan",
-            f"{config.total_steps:,} steps, {config.total_steps * config.tokens_per_step / 1e6:,.1f} M tokens, "
+            f"{config.total_steps:,} steps, {tokens / 1e6:,.1f} M tokens, "
             f"{flops_per_token(model, config.data.seq_len) * config.tokens_per_step / 1e12:,.1f} TFLOP a step",
         ),
     ]
     held = 16 * total / config.parallelism.degrees(world_size())[1]  # float32: weights, gradients and two moments
     rows.insert(3, ("memory", f"{held / 2**30:,.2f} GiB a process for the model and optimizer, before activations"))
-    samples = config.total_steps * training.global_batch_size
     weights = sum(source.weight for source in prepared.sources)
-    for source in prepared.sources:
+    for source, epochs in zip(prepared.sources, order.epochs(config.total_steps), strict=True):
         share = source.weight / weights
-        epochs = samples * share / source.train_rows
         held_out = f", {source.valid_rows:,} rows held out" if source.valid_rows else ""
         rows.append(
             (
@@ -54,7 +58,7 @@ def report_start(config: Config, prepared: Prepared, layout: str, device: torch.
     for name, value in rows:
         log.info("%-8s %s", name, value)
     if device.type == "cpu":
-        _warn_of_slow_steps(config)
+        _warn_of_slow_steps(config, tokens)
 
 
 def report_end(config: Config) -> None:
@@ -86,8 +90,8 @@ def report_end(config: Config) -> None:
         log.info("%-8s %s", name, value)
 
 
-def _warn_of_slow_steps(config: Config) -> None:
-    """Say what one step costs on this CPU, and how to shrink it, if it is long."""
+def _warn_of_slow_steps(config: Config, tokens: int) -> None:
+    """Say what one step, and the run of so many tokens, cost on this CPU, and how to shrink them, if that is long."""
     n = 768
     a, b = torch.randn(n, n), torch.randn(n, n)
     a @ b  # the first product starts the threads
@@ -103,5 +107,5 @@ def _warn_of_slow_steps(config: Config) -> None:
             "--training.steps=2 --training.global_batch_size=2 --data.seq_len=128",
             duration(seconds),
             flops / 1e9,
-            duration(seconds * config.total_steps),
+            duration(seconds * tokens / config.tokens_per_step),
         )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchxihe.data.order import Order
+from torchxihe.data.order import Order, micro_batches
 from torchxihe.data.store import Prepared, Split
 
 IGNORE = -100
@@ -137,15 +137,14 @@ class Loader:
         step: int,
         rank: int,
         world_size: int,
-        accumulation: int,
         micro_batch: int,
         device: torch.device,
     ) -> None:
-        """`step`: the first step to read. `accumulation`, `micro_batch`: from `plan_micro_batches`."""
+        """`step`: the first step to read. `micro_batch`: rows of one."""
         self.wait_seconds = 0.0
         """Time that `next()` has waited for the thread; the reader sets it back to 0."""
         self._order = order
-        self._step, self._rank, self._world_size, self._accumulation = step, rank, world_size, accumulation
+        self._step, self._rank, self._world_size = step, rank, world_size
         self._device = device
         self._reader = _Reader(
             prepared, "train", seq_len=seq_len, document_mask=document_mask, rows=micro_batch, device=device
@@ -190,7 +189,7 @@ class Loader:
         """This rank's micro-batches of `step`."""
         first, global_batch = self._order.batch(step)
         rows = self._reader.rows
-        for i in range(self._accumulation):
+        for i in range(micro_batches(global_batch, self._world_size, rows)):
             start = (i * self._world_size + self._rank) * rows
             g = first + np.arange(start, min(start + rows, global_batch))
             if len(g):

@@ -95,11 +95,6 @@ def make_quotas(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(quotas)
 
 
-def first_stage(config: Config, prepared: Prepared) -> Stage:
-    """The stage that a new run starts with."""
-    return next_stage((), config, prepared, step=0)
-
-
 def next_stage(previous: Sequence[Stage], config: Config, prepared: Prepared, step: int) -> Stage:
     """The stage that `config` asks for from `step` on, after `previous` (all of the run's stages, in order).
 
@@ -112,32 +107,34 @@ def next_stage(previous: Sequence[Stage], config: Config, prepared: Prepared, st
     for stage, end in zip(previous, ends, strict=False):
         stood |= zip(stage.sources, stage.consumed(end), strict=True)
     quotas = make_quotas([source.weight for source in prepared.sources])
-    training = config.training
     first = tuple(stood.get(key, 0) for key in keys)
-    return Stage(g, step, training.global_batch_size, training.seed, keys, quotas, first)
+    return Stage(g, step, config.batch_size(step), config.training.seed, keys, quotas, first)
 
 
 def plan_stages(config: Config, prepared: Prepared, saved: Sequence[Stage] = (), step: int = 0) -> tuple[Stage, ...]:
-    """The run's stages when it goes on at `step` with `config`: `saved`, and a new one if anything has changed.
+    """The run's stages when it goes on at `step` with `config`, up to its horizon.
 
-    Raises UserError if the run would pass over a source more than `data.max_epochs` times.
+    What has run of `saved` stays; a new one follows wherever anything differs from the one before, at `step` and at
+    each step of a batch-size ramp. A stage that never ran a step leaves no trace.
     """
-    stages = tuple(saved)
-    wanted = next_stage(stages, config, prepared, step)
+    stages = tuple(stage for stage in saved if stage.step < step)
     what = ("global_batch", "seed", "sources", "quotas")
-    if not stages or any(getattr(stages[-1], name) != getattr(wanted, name) for name in what):
-        # A stage that never ran a step leaves no trace.
-        stages = (*(stage for stage in stages if stage.step < step), wanted)
+    for start in (step, *(until for _, until in config.training.batch_ramp if step < until < config.total_steps)):
+        wanted = next_stage(stages, config, prepared, start)
+        if not stages or any(getattr(stages[-1], name) != getattr(wanted, name) for name in what):
+            stages = (*stages, wanted)
+    return stages
+
+
+def check_epochs(config: Config, prepared: Prepared, order: "Order") -> None:
+    """Raise UserError if the run passes over a source more than `data.max_epochs` times."""
     most = config.data.max_epochs
-    end = stages[-1].consumed(stages[-1].first_sample(max(step, config.total_steps)))
-    for i, (source, samples) in enumerate(zip(prepared.sources, end, strict=True)):
-        if most and samples > most * source.train_rows:
-            epochs = f"{samples / source.train_rows:.2f}"
+    for i, (name, epochs) in enumerate(zip(prepared.names, order.epochs(config.total_steps), strict=True)):
+        if most and epochs > most:
             raise UserError(
-                f"data.max_epochs: the run would pass over data.sources.{i} ({source.name}) {epochs} times, more than "
+                f"data.max_epochs: the run would pass over data.sources.{i} ({name}) {epochs:.2f} times, more than "
                 f"{most}; shorten the run, lower the weight of that source, or raise data.max_epochs"
             )
-    return stages
 
 
 class Order:
@@ -158,8 +155,9 @@ class Order:
         stage = next(stage for stage in reversed(self.stages) if stage.step <= step)
         return stage.first_sample(step), stage.global_batch
 
-    def epochs(self, g: int) -> list[float]:
-        """How often the samples before `g` have gone through each source, in the order that `samples` numbers."""
+    def epochs(self, step: int) -> list[float]:
+        """How often the steps before `step` have gone through each source, in the order that `samples` numbers."""
+        g = self.batch(step)[0]
         stage = self.stage_at(g)
         consumed = dict(zip(stage.sources, stage.consumed(g), strict=True))
         return [consumed.get(key, 0) / rows for key, rows in zip(self._keys, self._rows.tolist(), strict=True)]
@@ -221,11 +219,15 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def plan_micro_batches(global_batch: int, world_size: int, most: int) -> tuple[int, int]:
-    """How many micro-batches of how many rows each of `world_size` ranks runs: `(accumulation, micro_batch)`.
+def micro_batches(global_batch: int, world_size: int, rows: int) -> int:
+    """How many micro-batches of `rows` rows each of `world_size` ranks runs for a global batch.
 
-    `most` is the largest micro-batch that fits. Every global batch goes with every world size: the places that do not
-    divide are filled with rows whose targets are all masked, and all ranks run equally many micro-batches.
+    Every global batch goes with every world size: the places that do not divide are filled with rows whose targets are
+    all masked, and all ranks run equally many micro-batches.
     """
-    accumulation = -(-global_batch // (world_size * most))
-    return accumulation, -(-global_batch // (world_size * accumulation))
+    return -(-global_batch // (world_size * rows))
+
+
+def micro_batch_rows(global_batch: int, world_size: int, most: int) -> int:
+    """Rows of a micro-batch, at most `most`: as few as fill no more micro-batches than `most` rows would."""
+    return -(-global_batch // (world_size * micro_batches(global_batch, world_size, most)))

@@ -25,7 +25,7 @@ import xxhash
 
 from torchxihe.config import Config, Source, UserError
 from torchxihe.data.encode import Job, check_bad_rows, run_jobs
-from torchxihe.data.order import plan_stages
+from torchxihe.data.order import Order, check_epochs, plan_stages
 from torchxihe.data.packing import AT_ONCE, best_fit, concat
 from torchxihe.data.sources import Piece, cut_shards, find_pieces, parse_template, read_rows, source_name
 from torchxihe.data.store import (
@@ -357,7 +357,7 @@ def _check(config: Config, prepared: Prepared) -> None:
             "validation.every = 0"
         )
     if not (config.run_dir / "checkpoints").exists():  # a run that goes on has stages that only it knows
-        plan_stages(config, prepared)
+        check_epochs(config, prepared, Order(plan_stages(config, prepared), prepared.rows))
 
 
 def _summary(source: SourceRows) -> str:
