@@ -81,7 +81,7 @@ class Model(Section):
     """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer), PyTorch's variable-length one (a
     GPU) or PyTorch's own choice. "auto": the fastest that works here."""
     mlp: Literal["auto", "quack", "torch"] = "auto"
-    """Feed-forward kernel: quack's SwiGLU, fused into the matrix products (the extra `[kernels]`, Hopper), or PyTorch's.
+    """Feed-forward kernel: quack's SwiGLU, fused into the products (the extra `[kernels]`, Hopper), or PyTorch's.
     "auto": the fastest that works here."""
 
 
@@ -258,6 +258,15 @@ class Parallelism(Section):
         raise UserError(f"{product} does not make {world_size} processes; legal are {legal}")
 
 
+class Float8(Section):
+    """Float8 products in the blocks, by torchao (the extra `[float8]`)."""
+
+    recipe: Literal["", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = ""
+    """torchao's scaling recipe: a scale for each tensor (fastest), or for each row (closest; `_with_gw_hp` leaves the
+    weights' gradients in 16-bit). The head stays in 16-bit. "" is off: below about a billion parameters it does not pay
+    (docs/performance.md)."""
+
+
 class Checkpoint(Section):
     """Saving and resuming. A run always resumes from its own newest valid checkpoint."""
 
@@ -331,6 +340,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
     parallelism: Parallelism = Parallelism()
+    float8: Float8 = Float8()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
     profiler: Profiler = Profiler()

@@ -17,10 +17,9 @@ from torch import Tensor
 # FlashAttention 4 keeps what it compiles on disk if told so before it is imported; quack does by itself.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
-# Tiles of quack's products on a Hopper, the fastest of all that it would try (docs/performance.md): its own search takes
-# minutes for each shape.
-GATED_TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 256, "pingpong": False, "cluster_m": 2, "cluster_n": 1}
-GATED_BACKWARD_TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "pingpong": True, "cluster_m": 2, "cluster_n": 1}
+# Tiles of quack's products on a Hopper: the fastest of all that it would try, at three widths (docs/performance.md).
+# Its own search takes minutes for each shape.
+TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "pingpong": True, "cluster_m": 1, "cluster_n": 2}
 
 
 def has_flash_attention_4(device: torch.device) -> bool:
@@ -113,7 +112,7 @@ def swiglu(x_NC: Tensor, gate_up_GC: Tensor, down_CF: Tensor) -> tuple[Tensor, T
 
     before_NG = x_NC.new_empty(x_NC.shape[0], gate_up_GC.shape[0])
     after_NF = x_NC.new_empty(x_NC.shape[0], down_CF.shape[1])
-    config = GemmConfig(is_dynamic_persistent=False, **GATED_TILES)
+    config = GemmConfig(is_dynamic_persistent=False, **TILES)
     gemm_gated_tuned.fn(x_NC, gate_up_GC.T, before_NG, after_NF, activation="swiglu", config=config)
     return after_NF @ down_CF.T, before_NG
 
@@ -131,7 +130,7 @@ def _swiglu_backward(grad_NC: Tensor, down_CF: Tensor, before_NG: Tensor) -> tup
 
     dbefore_NG = torch.empty_like(before_NG)
     after_NF = grad_NC.new_empty(grad_NC.shape[0], down_CF.shape[1])
-    config = GemmConfig(is_dynamic_persistent=False, **GATED_BACKWARD_TILES)
+    config = GemmConfig(is_dynamic_persistent=False, **TILES)
     gemm_dgated_tuned.fn(
         grad_NC.contiguous(), down_CF, before_NG, dbefore_NG, after_NF,
         activation="swiglu", dynamic_scheduler=True, config=config,

@@ -30,16 +30,17 @@ def quack(x_BTC: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Ten
     return out_NC.view_as(x_BTC)
 
 
-def choose_swiglu(model: Model, device: torch.device, dtype: torch.dtype) -> Swiglu:
+def choose_swiglu(model: Model, device: torch.device, dtype: torch.dtype, float8: str) -> Swiglu:
     """What computes the feed-forward, by `model.mlp`; "auto" takes the fastest that works here.
 
-    Raises UserError if a named one does not work here.
+    With a `float8` recipe the products are torchao's, around PyTorch's activation. Raises UserError if a named one does
+    not work here.
     """
     aligned = model.hidden_size % _ALIGNED == 0 and model.intermediate_size % _ALIGNED == 0
-    usable = dtype != torch.float32 and aligned and kernels.has_quack(device)
+    usable = dtype != torch.float32 and aligned and not float8 and kernels.has_quack(device)
     if model.mlp == "quack" and not usable:
         raise UserError(
-            'model.mlp: "quack" needs a Hopper GPU, training.dtype = "bfloat16", the extra torchxihe[kernels], and '
-            f'sizes that are multiples of {_ALIGNED}; take "auto"'
+            'model.mlp: "quack" needs a Hopper GPU, training.dtype = "bfloat16", no float8.recipe, the extra '
+            f'torchxihe[kernels], and sizes that are multiples of {_ALIGNED}; take "auto"'
         )
     return quack if usable and model.mlp != "torch" else plain

@@ -11,6 +11,7 @@ from torchxihe.model.decoder import Block, Decoder
 # Dear to compute again: matrix products and attention. Everything else is elementwise.
 _SAVED = {
     torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

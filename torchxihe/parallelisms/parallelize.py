@@ -13,23 +13,25 @@ from torchxihe.model.swiglu import choose_swiglu
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile
 from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
+from torchxihe.parallelisms.float8 import apply_float8
 from torchxihe.utils.device import compile_obstacle
 
 log = logging.getLogger(__name__)
 
 
 def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -> tuple[Decoder, nn.Module]:
-    """Build the model on `meta`, apply activation checkpointing, compile, data parallelism, and initialise it.
+    """Build the model on `meta`, apply float8, activation checkpointing, compile, data parallelism, and initialise it.
 
     Returns (the decoder, whose parameters have their own names; the module to call in the step). They differ under
     DDP alone.
     """
     dtype = getattr(torch, config.training.dtype)
     attention = choose_attention(config.model.attention, device, dtype, config.data.document_mask)
-    swiglu = choose_swiglu(config.model, device, dtype)
+    swiglu = choose_swiglu(config.model, device, dtype, config.float8.recipe)
     log.info("kernels attention: %s, feed-forward: %s", attention.__name__, swiglu.__name__)
     with torch.device("meta"):
         model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention, swiglu=swiglu)
+    apply_float8(model, config.float8.recipe, device)
     apply_activation_checkpointing(model, config.parallelism.activation_checkpointing)
     if config.training.compile and compile_obstacle():
         log.warning("training.compile: %s, so this run is not compiled, only slower", compile_obstacle())
