@@ -170,6 +170,11 @@ class Training(Section):
     """Tokens to train for; rounded up to whole steps. Give this or `steps`, not both."""
     global_batch_size: PositiveInt
     """Sequences per optimizer step, over all GPUs and micro-batches."""
+    batch_ramp: Annotated[
+        tuple[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)], ...], Field(strict=False)
+    ] = ()
+    """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which they hold.
+    [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass on one GPU at most. What is left of the global batch is accumulated. With a
     `batch_ramp` it is fitted to `global_batch_size` and stays: a batch that does not fill it is padded."""
@@ -183,11 +188,6 @@ class Training(Section):
     """Clip the global gradient norm to this. 0: measure it, never clip."""
     deterministic: bool = False
     """Bitwise reproducible on a GPU too, at some cost in speed. The CPU is so anyway."""
-    batch_ramp: Annotated[
-        tuple[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)], ...], Field(strict=False)
-    ] = ()
-    """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which they hold.
-    [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
     max_skipped: NonNegativeInt = 20
     """Stop, at the next log step, when this many steps in a row were skipped because of what came out of them: loss or
     gradient was not finite, or beyond `skip_spikes_beyond`. 0: never."""
@@ -588,6 +588,12 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
         "training.steps",
         "give training.steps or training.tokens, one of the two (0: not given)",
     )
+    untils = [until for _, until in training.batch_ramp]
+    check(
+        untils == sorted(set(untils)),
+        "training.batch_ramp",
+        "its pairs are [sequences, until step]; the steps must rise",
+    )
     check(
         not config.validation.every or config.validation.fraction > 0,
         "validation.fraction",
@@ -613,12 +619,6 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
         at = f"data.sources.{i}"
         check(
             not source.name or source.name not in names[:i],
-    untils = [until for _, until in training.batch_ramp]
-    check(
-        untils == sorted(set(untils)),
-        "training.batch_ramp",
-        "its pairs are [sequences, until step]; the steps must rise",
-    )
             f"{at}.name",
             f"two sources are named {source.name!r}; names must differ",
         )
