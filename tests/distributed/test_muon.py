@@ -39,7 +39,7 @@ def steps(mesh: DeviceMesh | None, dtype: torch.dtype) -> list[Tensor]:
     parameters = [nn.Parameter(laid_out(torch.randn(shape, generator=generator))) for shape in SHAPES]
     vector = nn.Parameter(laid_out(torch.randn(16, generator=generator)))
     adamw = torch.optim.AdamW([vector], lr=0.1, fused=True)
-    options = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95}
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "state_dtype": torch.float32}
     optimizer = Muon(parameters, adamw, **options, dtype=dtype, mesh=mesh, compile=False)
     for step in range(STEPS):
         for parameter in [*parameters, vector]:
@@ -76,7 +76,7 @@ def train(parallelism: dict[str, Any], root: Path, load: int, steps: int, optimi
     trainer = Trainer(config(**options), torch.device("cpu"), np.ones(VOCAB, np.int32))
     checkpointer = Checkpointer(root, Checkpoint(mode="sync"))
     if load:
-        trainer.load(checkpointer, root / f"step-{load:08}")
+        trainer.load(checkpointer, checkpointer.directory / f"step-{load:08}")
     size = trainer.micro_batch_size
     loader = (
         batch_of(step, i, rank(), world_size(), size)

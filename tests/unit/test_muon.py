@@ -1,5 +1,7 @@
 """Muon in one process: against the definition by singular values, PyTorch's own, and its promise to skip."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,14 @@ SHAPES = [(32, 32)] * 3 + [(48, 32)] * 4 + [(32, 48)] * 2 + [(8, 32)]
 LR, DECAY = 0.02, 0.1
 
 
-def made(dtype: torch.dtype = torch.float32, compile: bool = False) -> tuple[list[nn.Parameter], Muon]:
+def made(
+    dtype: torch.dtype = torch.float32, state_dtype: torch.dtype = torch.float32, compile: bool = False
+) -> tuple[list[nn.Parameter], Muon]:
     """Matrices, and last a vector that is AdamW's; the same ones each time."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in [*SHAPES, (32,)]]
     adamw = torch.optim.AdamW(parameters[-1:], lr=LR, weight_decay=0.0, fused=True)
-    options = {"lr": LR, "weight_decay": DECAY, "momentum": 0.95}
+    options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "momentum": 0.95, "state_dtype": state_dtype}
     return parameters, Muon(parameters[:-1], adamw, **options, dtype=dtype, mesh=None, compile=compile)
 
 
@@ -48,8 +52,9 @@ def test_orthogonalize_is_a_polynomial_of_the_singular_values(shape: tuple[int, 
 def reference_step(weight: Tensor, buffer: Tensor, grad: Tensor) -> None:
     """One matrix, from its definition."""
     a, b, c = COEFFICIENTS
-    buffer.lerp_(grad, 0.05)
-    x = grad.lerp(buffer, 0.95)
+    moved = buffer.float().lerp(grad, 0.05)
+    buffer.copy_(moved)
+    x = grad.lerp(moved, 0.95)
     x = x / x.norm()
     for _ in range(ITERATIONS):
         gram = x @ x.T
@@ -57,10 +62,11 @@ def reference_step(weight: Tensor, buffer: Tensor, grad: Tensor) -> None:
     weight.copy_(weight * (1 - LR * DECAY) - LR * 0.2 * max(weight.shape) ** 0.5 * x)
 
 
-def test_batched_steps_are_the_definitions() -> None:
-    parameters, optimizer = made()
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_batched_steps_are_the_definitions(state_dtype: torch.dtype) -> None:
+    parameters, optimizer = made(state_dtype=state_dtype)
     weights = [p.detach().clone() for p in parameters[:-1]]
-    buffers = [torch.zeros_like(w) for w in weights]
+    buffers = [torch.zeros_like(w, dtype=state_dtype) for w in weights]
     for number in range(10):
         step(parameters, optimizer, number)
         for parameter, weight, buffer in zip(parameters, weights, buffers, strict=False):
@@ -90,17 +96,21 @@ COMPILED = pytest.param(True, marks=pytest.mark.skipif(bool(compile_obstacle()),
 
 
 @pytest.mark.parametrize("compile", [False, COMPILED])
-def test_a_skipped_step_changes_nothing(compile: bool) -> None:
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_a_skipped_step_changes_nothing(compile: bool, state_dtype: torch.dtype) -> None:
     """Bit for bit, the first step and a later one, whatever the gradients hold. Seen to fail without each `where`."""
-    parameters, optimizer = made(compile=compile)
+    parameters, optimizer = made(state_dtype=state_dtype, compile=compile)
     with torch.no_grad():
         parameters[0][0] = -0.0
 
     def bits() -> list[Tensor]:
         tensors = [*parameters, *(value for p in parameters for value in optimizer.state[p].values())]
-        return [tensor.detach().clone().view(torch.int32) for tensor in tensors]
+        return [
+            tensor.detach().clone().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+            for tensor in tensors
+        ]
 
-    other_parameters, other = made(compile=compile)
+    other_parameters, other = made(state_dtype=state_dtype, compile=compile)
     with torch.no_grad():
         other_parameters[0][0] = -0.0
     for number in range(4):

@@ -40,7 +40,7 @@ KINDS: dict[Kind, dict[str, str]] = {
         "data": "seq_len packing",  # they number the rows, and resuming goes by row numbers
         "validation": "fraction",  # what was held out would be trained on
         "training": "seed",
-        "optimizer": "name",
+        "optimizer": "name state_dtype",
     },
 }
 

@@ -40,7 +40,7 @@ def orthogonalize(x_KRC: Tensor) -> Tensor:
 
 def advance_momentum(buffer: Tensor, grad: Tensor, momentum: float, skip: Tensor, dtype: torch.dtype) -> Tensor:
     """Move the momentum towards the gradient, in place unless `skip`; returns Nesterov's look ahead, in `dtype`."""
-    moved = buffer.lerp(grad, 1 - momentum)
+    moved = buffer.to(grad.dtype).lerp(grad, 1 - momentum)
     buffer.copy_(torch.where(skip, buffer, moved))
     return grad.lerp(moved, momentum).to(dtype)
 
@@ -64,23 +64,28 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float,
         dtype: torch.dtype,
+        state_dtype: torch.dtype,
         mesh: DeviceMesh | None,
         compile: bool,
     ) -> None:
-        """`matrices` are 2-D: plain, or sharded by rows over `mesh`'s dp_shard; `dtype` is the orthogonalisation's."""
+        """`matrices` are 2-D: plain, or sharded by rows over `mesh`'s dp_shard.
+
+        `dtype` is what they are orthogonalised in, `state_dtype` what their momentum is kept in.
+        """
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self._rest, self._dtype, self._exchange = rest, dtype, Exchange(mesh)
         self._advance = torch.compile(advance_momentum, dynamic=False) if compile else advance_momentum
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in self.param_groups[0]["params"]:
             by_shape.setdefault(parameter.shape, []).append(parameter)
-        self._stacks = [(same, self._create_state(same)) for same in by_shape.values()]
+        self._stacks = [(same, self._create_state(same, state_dtype)) for same in by_shape.values()]
+        self.state.update(rest.state)
         rest.state = self.state
         self.param_groups += rest.param_groups
 
-    def _create_state(self, parameters: list[nn.Parameter]) -> Tensor:
+    def _create_state(self, parameters: list[nn.Parameter], dtype: torch.dtype) -> Tensor:
         """The momentum of matrices of one shape as one tensor [K, local rows, C]; each one's state is a view of it."""
-        stack = torch.stack([torch.zeros_like(_local(parameter)) for parameter in parameters])
+        stack = torch.stack([torch.zeros_like(local_part(parameter), dtype=dtype) for parameter in parameters])
         for parameter, buffer in zip(parameters, stack.unbind(), strict=True):
             if isinstance(parameter, DTensor):
                 buffer = DTensor.from_local(
@@ -104,12 +109,12 @@ class Muon(torch.optim.Optimizer):
         keep = torch.where(skip, 1.0, 1 - lr * group["weight_decay"])
         for parameters, momentum_KRC in self._stacks:
             rows, columns = parameters[0].shape
-            grad_KRC = torch.stack([_local(cast("Tensor", parameter.grad)) for parameter in parameters])
+            grad_KRC = torch.stack([local_part(cast("Tensor", parameter.grad)) for parameter in parameters])
             update_KRC = self._advance(momentum_KRC, grad_KRC, group["momentum"], skip, self._dtype)
             update_KRC = self._exchange(orthogonalize, update_KRC, rows)
             # Times 1 and plus -0.0 (the rate below is negative) change nothing, not even a sign or a NaN.
             update_KRC = torch.where(skip, 0.0, update_KRC.float())
-            weights = [_local(parameter) for parameter in parameters]
+            weights = [local_part(parameter) for parameter in parameters]
             torch._foreach_mul_(weights, keep)
             torch._foreach_add_(weights, update_KRC.unbind(), alpha=-0.2 * max(rows, columns) ** 0.5 * lr)
 
@@ -173,6 +178,6 @@ def _parts(n: int, parts: int) -> list[int]:
     return [max(0, min(most, n - part * most)) for part in range(parts)]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
