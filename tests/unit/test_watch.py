@@ -14,7 +14,7 @@ from tests.unit.saved_runs import write_training
 from torchxihe.__main__ import run
 from torchxihe.commands.plot import draw
 from torchxihe.components import trackers
-from torchxihe.components.metrics import METRICS, StepSums, read_metrics
+from torchxihe.components.metrics import METRICS, StepSums, Window, read_metrics
 from torchxihe.config import UserError, load_config
 from torchxihe.data.store import open_prepared
 from torchxihe.trainer import Trainer
@@ -77,6 +77,17 @@ def test_a_skipped_step_is_counted_and_nothing_of_it() -> None:
     nothing = sums.read(["a", "b"])
     assert math.isnan(nothing.pop("loss")) and math.isnan(nothing.pop("bpb"))
     assert nothing == {"grad_norm": 2, "skipped": 0}
+
+
+def test_speed_is_that_of_the_tokens_of_the_window() -> None:
+    """Whose steps need not have equally many."""
+    window = Window(10, 5000)
+    with window.pause():
+        pass
+    for step, tokens, before in ((14, 5600, 5000), (15, 6600, 5600)):
+        speed = window.close(step, tokens, 0.0)
+        steps = {14: 4, 15: 1}[step]
+        assert speed["tokens_per_second"] * speed["step_seconds"] * steps == pytest.approx(tokens - before)
 
 
 def test_held_out_loss_by_source_adds_up(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
