@@ -13,6 +13,7 @@ import os
 import re
 import string
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -96,6 +97,9 @@ class Tokenizer(Section):
     """With `path = ""`: size of the trained vocabulary at most, special token included; a small corpus yields less."""
     train_bytes: PositiveInt = 16_000_000
     """With `path = ""`: bytes of text at most that the tokenizer is trained on, spread evenly over the sources."""
+    chat_template: str = ""
+    """A file with the chat template (Jinja). "": the tokenizer's own; with `data.format = "chat"` a plain one for a
+    tokenizer that has none."""
 
 
 class Source(Section):
@@ -107,11 +111,14 @@ class Source(Section):
     """Name in logs and metrics. "": derived from `path` and `subset`."""
     glob: str = ""
     """With a directory as `path`: which files below it. "": every readable file."""
-    format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset", "tokens"] = "auto"
+    format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset", "tokens", "docstrings"] = (
+        "auto"
+    )
     """How files are read. "auto": by their endings (.jsonl and .json, .parquet, .arrow, .csv, everything else one
     text document a file; a directory written by `save_to_disk` is a "dataset"). "lines": a text document a line;
-    "json" covers JSON lines; "tokens": token files of nanoGPT, llm.c or Megatron, used where they lie. Files ending in
-    .gz or .zst besides are decompressed."""
+    "json" covers JSON lines; "tokens": token files of nanoGPT, llm.c or Megatron, used where they lie; "docstrings":
+    the functions of Python files, each a conversation in which somebody asks for its docstring and gets it. Files
+    ending in .gz or .zst besides are decompressed."""
     subset: str = ""
     """Hub only: the configuration's name, such as "20231101.en". "": the default one."""
     split: str = "train"
@@ -124,6 +131,8 @@ class Source(Section):
     """Stop after the document that reaches this many tokens. 0: no limit."""
     template: str = "{text}"
     """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
+    messages: str = "messages"
+    """With `data.format = "chat"`: the column of the conversation, a list of {role, content} or {from, value}."""
     weight: PositiveFloat = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
 
@@ -133,6 +142,9 @@ class Data(Section):
 
     sources: Annotated[tuple[Source, ...], Field(strict=False)]
     """Where documents come from: one `[[data.sources]]` table each."""
+    format: Literal["text", "chat"] = "text"
+    """What a row is. "text": a document, which is learned whole. "chat": a conversation, put into words by the
+    tokenizer's chat template, of which only what the assistant says is learned."""
     seq_len: Annotated[int, Field(ge=2)]
     """Tokens of one training sequence. A stored row has one more, the last target."""
     packing: Literal["concat", "best_fit"] = "best_fit"
@@ -632,7 +644,19 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
         )
         why = _template_mistake(source.template)
         check(not why, f"{at}.template", why)
+        for key, why in _chat_mistakes(source, config.data.format == "chat"):
+            check(False, f"{at}.{key}", why)
     return found
+
+
+def _chat_mistakes(source: Source, chat: bool) -> Iterator[tuple[str, str]]:
+    """Options of a source that do not go with `data.format`, and why."""
+    if chat and source.template != Source.model_fields["template"].default:
+        yield "template", 'is for text, but data.format = "chat": tokenizer.chat_template puts conversations into words'
+    if chat and source.format in ("text", "lines", "csv", "tokens"):
+        yield "format", f'"{source.format}" has no conversations; with data.format = "chat" take "json" or "parquet"'
+    if not chat and source.format == "docstrings":
+        yield "format", '"docstrings" are conversations: set data.format = "chat"'
 
 
 def _template_mistake(template: str) -> str:

@@ -75,6 +75,7 @@ class Trainer:
         """One optimizer step on the next `accumulation` micro-batches; the host never waits for the device."""
         batches = [next(loader) for _ in range(self.accumulation)]
         tokens = all_reduce_sum(torch.full((), float(sum(batch.valid for batch in batches)), device=self.device))
+        tokens = tokens.clamp(min=1)  # a batch of a conversation's prompts alone has none
         sources = len(self.config.data.sources)
         sums = torch.zeros(1 + 3 * sources, dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):

@@ -36,8 +36,8 @@ KINDS: dict[Kind, dict[str, str]] = {
     "refused": {
         "model": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
         " vocab_size qk_norm tie_word_embeddings rope_theta rms_norm_eps",
-        "tokenizer": "path revision vocab_size train_bytes",
-        "data": "seq_len packing",  # they number the rows, and resuming goes by row numbers
+        "tokenizer": "path revision vocab_size train_bytes chat_template",
+        "data": "format seq_len packing",  # they number the rows, and resuming goes by row numbers
         "validation": "fraction",  # what was held out would be trained on
         "training": "seed",
         "optimizer": "name state_dtype",

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from torchxihe.config import Source, UserError
-from torchxihe.data.sources import Piece, parse_template, read_rows
+from torchxihe.data.chat import Chat, read_messages
+from torchxihe.data.sources import Piece, Row, parse_template, read_rows
 from torchxihe.data.store import SPLITS, ShardWriter, Split, committed_shard
 from torchxihe.data.token_files import read_chunks, read_layout
 from torchxihe.data.tokenizer import Encoder, windows
@@ -50,6 +51,8 @@ class Job:
     max_bad_rows: float
     """Share of a source's rows that may be bad; -1: the first one is an error."""
     max_tokens: int
+    chat: bool
+    """Whether rows are conversations."""
 
 
 def run_jobs(jobs: list[list[Job]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -125,6 +128,12 @@ def _encoder(tokenizer: Path) -> Encoder:
     return Encoder(tokenizer)
 
 
+@lru_cache(maxsize=1)
+def _chat(tokenizer: Path) -> Chat:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return Chat(tokenizer)
+
+
 def prepare_shard(job: Job) -> dict[str, Any]:
     """Read, encode and commit one shard, unless it is there; its manifest entry."""
     entry = committed_shard(job.store, job.name)
@@ -133,17 +142,82 @@ def prepare_shard(job: Job) -> dict[str, Any]:
     return _index_shard(job) if job.pieces[0].format == "tokens" else _encode_shard(job)
 
 
+@dataclass(frozen=True)
+class _Document:
+    """On its way to the store."""
+
+    content: "hashlib.blake2b"
+    """See `_content_hash`."""
+    size: int
+    """Bytes of text."""
+    tokens: Iterable[np.ndarray]
+    """In parts, its end included."""
+    mask: np.ndarray | None = None
+    """Which of the tokens carry a loss, bool; None: all."""
+
+
+class _Texts:
+    """Documents of rows of text."""
+
+    def __init__(self, job: Job) -> None:
+        self._template = parse_template(job.source.template, job.key)
+        self._encoder = _encoder(job.tokenizer)
+        self._begin = [np.array([job.bos_id], np.uint32)] if job.bos_id >= 0 else []
+        self._end = [np.array([job.eos_id], np.uint32)]
+        self._read, self._exactly = 0, False
+        self.columns = self._template.columns
+
+    def document(self, row: Row) -> tuple[_Document | None, str]:
+        """The row's document, None if it is empty, and why there is none ("" if there is)."""
+        self._read += 1
+        text, why = self._template.text(row)
+        if why or not text or text.isspace():
+            return None, why
+        if self._read <= COMPARED:
+            self._exactly = self._exactly or not self._encoder.agrees(text[:COMPARED_CHARS])
+        content, size = _content_hash(), 0
+        for part in windows(text):
+            data = part.encode("utf-8", "replace")
+            content.update(data)
+            size += len(data)
+        tokens = (self._encoder.encode(part, self._exactly) for part in windows(text))
+        return _Document(content, size, chain(self._begin, tokens, self._end)), ""
+
+
+class _Chats:
+    """Documents of rows of conversations. Their template says how they begin."""
+
+    def __init__(self, job: Job) -> None:
+        self._chat = _chat(job.tokenizer)
+        self._column = job.source.messages
+        self._eos_id = job.eos_id
+        self.columns = [self._column]
+
+    def document(self, row: Row) -> tuple[_Document | None, str]:
+        """The row's document, and why there is none ("" if there is)."""
+        messages, why = read_messages(row, self._column)
+        parts, why = self._chat.parts(messages) if not why else ([], why)
+        if why:
+            return None, why
+        content, size = _content_hash(), 0
+        for part in parts:
+            data = part.text.encode()
+            content.update(data)
+            size += 0 if part.special else len(data)
+        tokens, mask = self._chat.encode(parts)
+        if tokens[-1] != self._eos_id:
+            tokens, mask = np.append(tokens, np.uint32(self._eos_id)), np.append(mask, False)
+        return _Document(content, size, [tokens], mask), ""
+
+
 def _encode_shard(job: Job) -> dict[str, Any]:
     """Read documents, encode and commit them."""
-    template = parse_template(job.source.template, job.key)
-    encoder = _encoder(job.tokenizer)
-    begin = [np.array([job.bos_id], np.uint32)] if job.bos_id >= 0 else []
-    end = [np.array([job.eos_id], np.uint32)]
-    dropped, bad, examples, rows, exactly = Counter[str](), Counter[str](), {}, 0, False
-    with ShardWriter(job.store, job.name, job.dtype) as writer:
-        for row in chain.from_iterable(read_rows(p, template.columns, job.source, job.key) for p in job.pieces):
+    documents = _Chats(job) if job.chat else _Texts(job)
+    dropped, bad, examples, rows = Counter[str](), Counter[str](), {}, 0
+    with ShardWriter(job.store, job.name, job.dtype, ("bin", "idx", "msk") if job.chat else ("bin", "idx")) as writer:
+        for row in chain.from_iterable(read_rows(p, documents.columns, job.source, job.key) for p in job.pieces):
             rows += 1
-            text, why = template.text(row)
+            document, why = documents.document(row)
             if why:
                 if job.max_bad_rows < 0:
                     raise UserError(f'{job.key}: {row.where}: {why}; mend it, or set data.on_bad_rows = "skip"')
@@ -151,18 +225,10 @@ def _encode_shard(job: Job) -> dict[str, Any]:
                 examples.setdefault(why, row.where)
                 if sum(bad.values()) >= 100:  # no need to read on if it is hopeless
                     check_bad_rows(job.key, bad, rows, job.max_bad_rows, examples)
-            elif not text or text.isspace():
+            elif document is None:
                 dropped["empty"] += 1
             else:
-                if rows <= COMPARED:
-                    exactly = exactly or not encoder.agrees(text[:COMPARED_CHARS])
-                content, size = _content_hash(), 0
-                for part in windows(text):
-                    data = part.encode("utf-8", "replace")
-                    content.update(data)
-                    size += len(data)
-                tokens = (encoder.encode(part, exactly) for part in windows(text))
-                writer.add(_split(content, job.fraction), chain(begin, tokens, end), size)
+                writer.add(_split(document.content, job.fraction), document.tokens, document.size, document.mask)
                 if job.max_tokens and sum(writer.counts[split]["tokens"] for split in SPLITS) >= job.max_tokens:
                     break
         report = {"rows": rows, "dropped": dropped, "bad": bad, "examples": examples, "max_tokens": job.max_tokens}

@@ -24,10 +24,11 @@ import numpy as np
 import xxhash
 
 from torchxihe.config import Config, Source, UserError
+from torchxihe.data.chat import Chat, read_messages
 from torchxihe.data.encode import Job, check_bad_rows, run_jobs
 from torchxihe.data.order import Order, check_epochs, plan_stages
 from torchxihe.data.packing import AT_ONCE, best_fit, concat
-from torchxihe.data.sources import Piece, cut_shards, find_pieces, parse_template, read_rows, source_name
+from torchxihe.data.sources import Piece, Row, cut_shards, find_pieces, parse_template, read_rows, source_name
 from torchxihe.data.store import (
     SPLITS,
     Prepared,
@@ -40,7 +41,7 @@ from torchxihe.data.store import (
     recipe_path,
     write_json,
 )
-from torchxihe.data.tokenizer import obtain
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain
 
 SAMPLED_SHARDS = 64
 """Shards of a source at most that a tokenizer's training text is taken from."""
@@ -57,6 +58,8 @@ class Plan:
     shards: list[list[Piece]]
     identity: str
     """Changes with every byte that is read and with the template."""
+    chat: bool
+    """Whether rows are conversations."""
 
 
 def prepare(config: Config) -> Prepared:
@@ -105,17 +108,19 @@ def prepare_part(config: Config, part: int, parts: int) -> None:
 def make_plans(config: Config, cache: Path) -> list[Plan]:
     """Look at all sources: which files, in which shards. Raises UserError."""
     plans: list[Plan] = []
+    chat = config.data.format == "chat"
     for i, source in enumerate(config.data.sources):
         key = f"data.sources.{i}"
         template = parse_template(source.template, f"{key}.template")
         pieces = find_pieces(source, key)
         hashes = _hash_files([piece.path for piece in pieces if piece.format != "stream"], cache)
         content = [[piece.format, hashes.get(piece.path, [piece.path, piece.revision])] for piece in pieces]
-        identity = digest([content, template.parts, source.subset, source.split])
+        what = ["chat", source.messages] if chat else template.parts
+        identity = digest([content, what, source.subset, source.split])
         name = source_name(source)
         while any(plan.name == name for plan in plans):
             name += "-2"
-        plans.append(Plan(key, name, source, cut_shards(pieces), identity))
+        plans.append(Plan(key, name, source, cut_shards(pieces), identity, chat))
     return plans
 
 
@@ -152,21 +157,30 @@ def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
             raise UserError(f"tokenizer.path: must name the tokenizer that {plan.key} was encoded with")
     sample = (text for plan in plans for text in _sample(plan, share))
     key = digest([[plan.identity for plan in plans], share])
-    folder = obtain(config.tokenizer, cache, sample, key)
+    folder = obtain(config.tokenizer, cache, sample, key, config.data.format == "chat")
     check_vocab_size(config, json.loads((folder / "torchxihe.json").read_bytes())["vocab_size"])
+    if config.data.format == "chat":
+        Chat(folder)  # what is wrong with it is better said here than by every worker
     return folder
 
 
 def _sample(plan: Plan, most: int) -> Iterator[str]:
     """Documents of a source, `most` bytes in all, from shards spread evenly over it, none of them very long."""
     template = parse_template(plan.source.template, plan.key)
+    columns = [plan.source.messages] if plan.chat else template.columns
+
+    def text_of(row: Row) -> str:
+        if not plan.chat:
+            return template.text(row)[0]
+        return "\n".join(message["content"] for message in read_messages(row, plan.source.messages)[0])
+
     count = min(len(plan.shards), SAMPLED_SHARDS)
     share = most // count
     for i in range(count):
         left = share
         for piece in plan.shards[i * len(plan.shards) // count]:
-            for row in read_rows(piece, template.columns, plan.source, plan.key):
-                text, _ = template.text(row)
+            for row in read_rows(piece, columns, plan.source, plan.key):
+                text = text_of(row)
                 text = text[: max(1, share // 4)].encode("utf-8", "ignore")[:left].decode("utf-8", "ignore")
                 left -= len(text.encode())
                 if text:
@@ -186,6 +200,8 @@ def _store(plan: Plan, config: Config, tokenizer: Path, cache: Path) -> Path:
         "ends": {k: v for k, v in _meta(tokenizer).items() if k != "vocab_size"},
         "validation": config.validation.fraction,
     }
+    if plan.chat:
+        key["chat_template"] = (tokenizer / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     return cache / "stores" / digest(key)
 
 
@@ -218,6 +234,7 @@ def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path
                 fraction=config.validation.fraction,
                 max_bad_rows=_max_bad_rows(config),
                 max_tokens=plan.source.max_tokens,
+                chat=plan.chat,
             )
             for i, pieces in enumerate(plan.shards)
         ]
@@ -363,8 +380,9 @@ def _check(config: Config, prepared: Prepared) -> None:
 def _summary(source: SourceRows) -> str:
     """A line about a source."""
     dropped = "".join(f", {count} dropped ({why})" for why, count in source.dropped.items())
+    learned = "" if source.targets == source.tokens else f", {source.targets / source.tokens:.0%} of them learned"
     return (
-        f"{source.name}: {source.documents:,} documents, {source.tokens:,} tokens, "
+        f"{source.name}: {source.documents:,} documents, {source.tokens:,} tokens{learned}, "
         f"{source.bytes / source.tokens:.2f} bytes per token; {source.train_rows:,} rows to train on, "
         f"{source.valid_rows:,} held out{dropped}"
     )

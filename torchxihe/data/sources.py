@@ -5,6 +5,7 @@ file can be read by every core, and no second copy of a corpus is written. Hub d
 has downloaded is read as the Arrow files that it leaves, and what it streams as it comes.
 """
 
+import ast
 import csv
 import io
 import itertools
@@ -15,6 +16,8 @@ import socket
 import string
 import sys
 import sysconfig
+import textwrap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +34,8 @@ SHARDS = 256
 """Shards that a source is cut into if it is neither small nor very large."""
 
 INSTALLED = {"{stdlib}": "stdlib", "{site-packages}": "purelib"}
+LONGEST_DOCSTRING = 1000
+"""Characters of a function, and of its docstring, that are made an instruction and its answer."""
 NOT_INSTALLED = {"test", "tests", "idlelib", "__pycache__", "site-packages"}
 """Folders below these that are not real text, or not the same text on every machine."""
 
@@ -197,6 +202,7 @@ def read_rows(piece: Piece, columns: list[str], source: Source, key: str) -> Ite
         "csv": _read_csv,
         "parquet": _read_parquet,
         "arrow": _read_arrow,
+        "docstrings": _read_docstrings,
     }
     try:
         if piece.format == "stream":
@@ -420,6 +426,34 @@ def _need(columns: list[str], have: list[str], path: str) -> None:
     for name in columns:
         if name not in have:
             raise UserError(f"template: {path}: there is no column {name!r}; there are {', '.join(have)}")
+
+
+def _read_docstrings(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    """A Python function is a conversation: what it is without its docstring, and the docstring."""
+    [file] = _read_text(piece, columns)
+    if file.bad:
+        yield file
+        return
+    text = file.columns["text"].replace("\r\n", "\n")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old spellings in others' code
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        yield Row(piece.path, {}, "not Python")
+        return
+    lines = text.split("\n")
+    for node in ast.walk(tree):
+        docstring = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+        if not docstring:
+            continue
+        assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
+        place = node.body[0]
+        code = "\n".join(lines[node.lineno - 1 : place.lineno - 1] + lines[place.end_lineno : node.end_lineno])
+        if place.lineno > node.lineno and max(len(code), len(docstring)) <= LONGEST_DOCSTRING:
+            asked = f"Write a docstring for this function.\n\n{textwrap.dedent(code)}"
+            answer = [{"role": "user", "content": asked}, {"role": "assistant", "content": docstring}]
+            yield Row(f"{piece.path}, line {node.lineno}", {"messages": answer})
 
 
 def _count_groups(piece: Piece) -> int:

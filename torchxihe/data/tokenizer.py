@@ -19,6 +19,19 @@ from torchxihe.data.store import digest, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token of a tokenizer that is trained here."""
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""Where `transformers` looks for it, too."""
+CHAT_TEMPLATE = """\
+{% if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}
+{% for message in messages %}
+{{ message['role'] + '\\n' + message['content'] | trim + eos_token }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ 'assistant\\n' }}
+{%- endif %}
+"""
+"""Of a tokenizer that has none. ChatML without its two tokens: the end-of-text token, which no text yields, ends every
+message, and what comes next is a role. Contents are trimmed, so that no token reaches over a message's beginning."""
 WINDOW = 2**20
 """Characters that are encoded at once: what bounds the memory that a long document takes."""
 
@@ -64,13 +77,16 @@ class Encoder:
         self._exact = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._exact.no_truncation()
         self._exact.no_padding()
+        self._exact.post_processor = None  # type: ignore[assignment]  # nothing around the text, no blanks off its spans
         self._exact.encode_special_tokens = True
-        self._fast = fast_encoding(json.loads((folder / "tokenizer.json").read_bytes()))
+        content = json.loads((folder / "tokenizer.json").read_bytes())
+        self._fast = fast_encoding(content)
+        self.special: dict[str, int] = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
+        """Ids of the special tokens."""
 
     def encode(self, text: str, exactly: bool = False) -> np.ndarray:
         """Token ids of `text`, uint32. Long text must come in `windows`. `exactly`: by `tokenizers` in any case."""
-        if not text.isascii():  # JSON can spell lone surrogates, which neither library takes: they become "?"
-            text = text.encode("utf-8", "replace").decode()
+        text = encodable(text)
         if exactly or self._fast is None:
             return self._encode_exactly(text)
         return self._fast.encode_to_numpy(text, disallowed_special=())
@@ -79,9 +95,27 @@ class Encoder:
         """Whether the fast way gives the same ids for `text`."""
         return self._fast is None or self._fast.encode_ordinary(text) == self._encode_exactly(text).tolist()
 
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of `text`, uint32 [n], and the characters that each stands for: start and end, int64 [n, 2]."""
+        encoding = self._exact.encode(encodable(text), add_special_tokens=False)
+        return np.array(encoding.ids, np.uint32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Token ids of `text`, in which the spelling of a special token is that token."""
+        self._exact.encode_special_tokens = False
+        try:
+            return self._exact.encode(text, add_special_tokens=False).ids
+        finally:
+            self._exact.encode_special_tokens = True
+
     def _encode_exactly(self, text: str) -> np.ndarray:
         [encoding] = self._exact.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.uint32)
+
+
+def encodable(text: str) -> str:
+    """`text` with "?" for lone surrogates, which JSON can spell and no tokenizer takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 class TextTokenizer:
@@ -165,45 +199,66 @@ def byte_alphabet() -> list[str]:
     return [chr(value) if value in printable else chr(next(others)) for value in range(256)]
 
 
-def obtain(options: Tokenizer, cache: Path, sample: Iterable[str], sample_key: str) -> Path:
+def obtain(options: Tokenizer, cache: Path, sample: Iterable[str], sample_key: str, chat: bool = False) -> Path:
     """The folder of the tokenizer that `options` ask for, made if it is not there yet.
 
-    It holds `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json` (`eos_id`, `bos_id`, `vocab_size`) and
-    `bytes_per_token.npy`. `sample`: text to train on; `sample_key`: changes with it. Raises UserError.
+    It holds `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json` (`eos_id`, `bos_id`, `vocab_size`),
+    `bytes_per_token.npy` and, if the tokenizer has a chat template or must have one (`chat`), `chat_template.jinja`.
+    `sample`: text to train on; `sample_key`: changes with it. Raises UserError.
     """
     files = _find(options) if options.path else {}
-    key = digest(
-        [hashlib.sha256(content).hexdigest() for content in files.values()] or [options.vocab_size, sample_key]
-    )
-    folder = cache / "tokenizers" / key
+    what: list[Any] = [[name, hashlib.sha256(content).hexdigest()] for name, content in files.items()]
+    template = _chat_template(options, files) or (CHAT_TEMPLATE if chat else "")
+    folder = cache / "tokenizers" / digest([what or [options.vocab_size, sample_key], template])
     if (folder / "torchxihe.json").exists():  # written last
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    if not files:
+    if template:
+        (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    if not options.path:
         _train(options.vocab_size, sample, folder)
     _finish(folder, f"tokenizer.path: {options.path}")
     return folder
 
 
 def _find(options: Tokenizer) -> dict[str, bytes]:
-    """The contents of `tokenizer.json` and `tokenizer_config.json`."""
+    """The contents of `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja`."""
     path = Path(options.path)
-    names = ("tokenizer.json", "tokenizer_config.json")
+    names = ["tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE_FILE]
     if path.is_file():
-        path, names = path.parent, (path.name, names[1])
+        path, names[0] = path.parent, path.name
     if path.is_dir():
-        found = [path / name for name in names]
-        if not found[0].exists():
+        found = [path / name if (path / name).exists() else None for name in names]
+        if found[0] is None:
             raise UserError(f"tokenizer.path: {path}: there is no tokenizer.json in it")
     else:
         found = [_download(options, name) for name in names]
     if found[0] is None:
         raise UserError(f"tokenizer.path: {options.path}: the repository has no tokenizer.json")
-    settings = found[1].read_bytes() if found[1] is not None and found[1].exists() else b"{}"
-    return {"tokenizer.json": found[0].read_bytes(), "tokenizer_config.json": settings}
+    files = {"tokenizer.json": found[0].read_bytes(), "tokenizer_config.json": b"{}"}
+    return files | {name: file.read_bytes() for name, file in zip(names[1:], found[1:], strict=True) if file}
+
+
+def _chat_template(options: Tokenizer, files: dict[str, bytes]) -> str:
+    """The chat template that is asked for, or else the tokenizer's own; "" if there is none."""
+    if options.chat_template:
+        try:
+            return Path(options.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            raise UserError(f"tokenizer.chat_template: {options.chat_template}: {why}") from None
+    if CHAT_TEMPLATE_FILE in files:
+        return files[CHAT_TEMPLATE_FILE].decode("utf-8", "replace")
+    try:
+        within = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    except ValueError:  # `_finish` tells
+        return ""
+    if isinstance(within, list):  # several, by name
+        within = next((entry["template"] for entry in within if entry["name"] == "default"), "")
+    return within or ""
 
 
 def _download(options: Tokenizer, name: str) -> Path | None:
@@ -215,6 +270,8 @@ def _download(options: Tokenizer, name: str) -> Path | None:
     try:
         return Path(huggingface_hub.hf_hub_download(options.path, name, revision=options.revision or None))
     except LocalEntryNotFoundError as error:
+        if name == CHAT_TEMPLATE_FILE:  # most have none, and a cache does not remember that
+            return None
         why = f"the hub cannot be reached ({' '.join(str(error).split())[:200]})"
     except EntryNotFoundError:
         return None

@@ -1,0 +1,210 @@
+"""Conversations to tokens: the tokenizer's chat template at work, and which of the tokens carry a loss.
+
+A template (Jinja, in the dialect of `transformers`) turns messages into one text. What the assistant says in it, up to
+and with the special token that ends its turn, carries the loss. The template says itself where that is if it has
+`{% generation %}`; otherwise it is what the rendering up to an assistant's message has beyond the prompt for it.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from torchxihe.config import UserError
+from torchxihe.data.sources import Row
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, Encoder, encodable
+
+Message = dict[str, str]
+"""`role` ("system", "user" or "assistant") and `content`."""
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+# What a template's output is marked with while it is taken apart. No text holds these: messages with lone surrogates
+# get question marks for them.
+BEGIN, END, LITERAL = "\ud800", "\ud801", "\ud802"
+"""Before and after what the assistant says; before each character of a message that spells a special token."""
+
+PROBE = [{"role": "user", "content": "some text"}, {"role": "assistant", "content": "more text"}]
+
+
+class Part(NamedTuple):
+    """A piece of a rendered conversation."""
+
+    text: str
+    special: bool
+    """Whether it is a special token that the template wrote."""
+    loss: bool
+    """Whether its tokens carry a loss."""
+
+
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`, by which a template marks what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012 (it is the base class's)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return BEGIN + caller() + END
+
+
+def read_messages(row: Row, column: str) -> tuple[list[Message], str]:
+    """The conversation in `column` of a row, and why there is none ("" if there is).
+
+    A list of `{"role", "content"}`, or of ShareGPT's `{"from", "value"}` with "human" and "gpt".
+    """
+    if row.bad:
+        return [], row.bad
+    value = row.columns.get(column)
+    if not isinstance(value, list):
+        return [], f"column {column!r} is {'missing' if value is None else 'not a list of messages'}"
+    messages = []
+    for message in value:
+        if not isinstance(message, dict):
+            return [], "a message is not an object"
+        role, content = (message.get(a, message.get(b)) for a, b in (("role", "from"), ("content", "value")))
+        if not isinstance(role, str) or role not in ROLES:
+            return [], "a role is not system, user or assistant"
+        if not isinstance(content, str):
+            return [], "a message's content is not a string"
+        messages.append({"role": ROLES[role], "content": content})
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return [], "no message is the assistant's"
+    if roles[roles[0] == "system"] != "user":
+        return [], "the first message is not the user's"
+    return messages, ""
+
+
+class Chat:
+    """A tokenizer and its chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: one that `obtain` has filled. Raises UserError if nobody can be taught by its template."""
+        file = folder / CHAT_TEMPLATE_FILE
+        if not file.exists():
+            raise UserError(f"{folder}: there is no {CHAT_TEMPLATE_FILE} in it; train with data.format = 'chat'")
+        self._encoder = Encoder(folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+        named = {name: value for name, value in settings.items() if name.endswith("_token")}
+        self._names = {n: v["content"] if isinstance(v, dict) else v for n, v in named.items() if v is not None}
+        eos_id = json.loads((folder / "torchxihe.json").read_bytes())["eos_id"]
+        self._names.setdefault("eos_token", next((t for t, i in self._encoder.special.items() if i == eos_id), ""))
+        longest_first = sorted(map(re.escape, self._encoder.special), key=len, reverse=True)
+        self._special = re.compile(f"(?<!{LITERAL})({'|'.join(longest_first)})")
+        try:
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+            )
+            environment.filters["tojson"] = _tojson
+            environment.globals["raise_exception"] = _raise_exception
+            self._template = environment.from_string(file.read_text(encoding="utf-8"))
+        except TemplateError as error:
+            raise UserError(f"tokenizer.chat_template: {error}") from None
+        parts, why = self.parts(PROBE)
+        if why:
+            raise UserError(f"tokenizer.chat_template: {why}")
+        ends = [part.text for part in parts if part.special and part.loss]
+        if not ends:
+            raise UserError(
+                "tokenizer.chat_template: no special token ends what the assistant says, so that no model could learn "
+                "to stop; write {{ eos_token }} after its content, within {% generation %} if there is that"
+            )
+        self.end_of_turn = self._encoder.special[ends[-1]]
+        """Id of the token that ends what the assistant says."""
+        if self.encode(parts)[0].tolist() != self._encoder.encode_with_special("".join(part.text for part in parts)):
+            raise UserError(
+                "tokenizer.path: its tokenizer.json encodes text after a special token in another way than by itself "
+                "(a prefix blank, or special tokens that take blanks with them), which chats do not support"
+            )
+
+    def parts(self, messages: list[Message]) -> tuple[list[Part], str]:
+        """The conversation as the template writes it, in order, and why it cannot be had ("" if it can)."""
+        literal = [{**message, "content": self._literal(message["content"])} for message in messages]
+        try:
+            text = self._template_text(literal)
+            marked = BEGIN in text
+            # Alternately what the assistant does not say, and what it says.
+            pieces = re.split(f"[{BEGIN}{END}]", text) if marked else self._compare(text, literal)
+        except (TemplateError, TypeError, ValueError) as error:  # TypeError: `+` of a string and nothing, say
+            return [], f"the chat template refuses it: {error}"
+        parts: list[Part] = []
+        for i, piece in enumerate(pieces):
+            found = self._split(piece, loss=i % 2 == 1)
+            if i % 2 and not marked:  # a line feed after the end of the turn is not the assistant's
+                last = max((n for n, part in enumerate(found) if part.special), default=len(found))
+                found[last + 1 :] = [part._replace(loss=False) for part in found[last + 1 :]]
+            parts += found
+        return parts, ""
+
+    def encode(self, parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, uint32, and which of them carry a loss, bool. A token that is partly the assistant's does."""
+        ids, loss = [], []
+        for special, group in itertools.groupby(parts, key=lambda part: part.special):
+            texts, _, losses = zip(*group, strict=True)
+            if special:
+                ids.append(np.array([self._encoder.special[text] for text in texts], np.uint32))
+                loss.append(np.array(losses, bool))
+            else:
+                tokens, spans = self._encoder.encode_with_spans("".join(texts))
+                before = np.concatenate([[0], np.cumsum(np.repeat(losses, [len(text) for text in texts]))])
+                ids.append(tokens)
+                loss.append(before[spans[:, 1]] > before[spans[:, 0]])
+        return np.concatenate(ids), np.concatenate(loss)
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids that the assistant's answer to `messages` follows on. Raises UserError."""
+        literal = [{**message, "content": self._literal(message["content"])} for message in messages]
+        try:
+            text = re.sub(f"[{BEGIN}{END}]", "", self._template_text(literal, prompt=True))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the chat template refuses it: {error}") from None
+        return self.encode(self._split(text, loss=False))[0].tolist()
+
+    def _compare(self, text: str, messages: list[Message]) -> list[str]:
+        """`text`, cut where the prompt for each of the assistant's messages ends, and where that message does."""
+        ends = [0]
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                for prefix in (self._template_text(messages[:i], prompt=True), self._template_text(messages[: i + 1])):
+                    if not text.startswith(prefix):
+                        raise ValueError(
+                            "what it makes of the first messages alone is not how it begins the whole conversation; "
+                            "mark the assistant's words by {% generation %} in a file for tokenizer.chat_template"
+                        )
+                    ends.append(len(prefix))
+        return [text[start:end] for start, end in itertools.pairwise([*ends, len(text)])]
+
+    def _template_text(self, messages: list[Message], prompt: bool = False) -> str:
+        return self._template.render(
+            messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **self._names
+        )
+
+    def _literal(self, text: str) -> str:
+        """`text` with marks, by which the special tokens that it spells remain text."""
+        return self._special.sub(lambda found: "".join(LITERAL + char for char in found[0]), encodable(text))
+
+    def _split(self, text: str, loss: bool) -> list[Part]:
+        """`text` cut at its special tokens, without the marks of `_literal`."""
+        pieces = enumerate(self._special.split(text))
+        return [Part(piece.replace(LITERAL, ""), i % 2 == 1, loss) for i, piece in pieces if piece]
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    """`transformers`' filter; jinja2's own escapes what HTML would not bear."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
