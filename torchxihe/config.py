@@ -320,7 +320,7 @@ class Metrics(Section):
     sample_every: NonNegativeInt = 0
     """Steps between two samples of the model's writing; a finished run prints one in any case. 0: only then."""
     sample_prompt: str = ""
-    """Prompt that samples continue; "" begins a document."""
+    """Prompt that samples continue, or with `data.format = "chat"` answer; "" begins a document."""
     sample_tokens: NonNegativeInt = 100
     """Tokens of a sample. 0: none, ever."""
     tensorboard: bool = False

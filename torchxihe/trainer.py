@@ -172,24 +172,30 @@ class Trainer:
         )
 
     def log_sample(self, prepared: Prepared) -> None:
-        """Print text that continues `metrics.sample_prompt`; all ranks must ask together."""
+        """Print text that continues `metrics.sample_prompt`, or answers it; all ranks must ask together."""
         options = self.config.metrics
         if not options.sample_tokens:
             return
         # Training needs no tokenizer library until it samples.
+        from torchxihe.data.chat import Chat
         from torchxihe.data.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(prepared.tokenizer_dir)
-        prompt = tokenizer.encode(options.sample_prompt) or [prepared.eos_id]
+        text, stop_id = options.sample_prompt, prepared.eos_id
+        prompt = tokenizer.encode(text) or [stop_id]
+        if self.config.data.format == "chat":
+            chat = Chat(prepared.tokenizer_dir)
+            prompt, stop_id = chat.prompt([{"role": "user", "content": text}]), chat.end_of_turn
+            text += "\n"
         tokens = generate(
             self.module,
             prompt,
             max_tokens=options.sample_tokens,
             context=self.config.data.seq_len,
             vocab_size=prepared.vocab_size,
-            stop_id=prepared.eos_id,
+            stop_id=stop_id,
         )
-        text = options.sample_prompt + tokenizer.decode(list(tokens))
+        text += tokenizer.decode(list(tokens))
         log.info("a sample of its writing after step %d:\n%s", self.step, text)
 
 

@@ -1,6 +1,7 @@
 """`torchxihe data`: what a config's data is, and the rows as the model will see them."""
 
 import argparse
+import itertools
 
 import numpy as np
 
@@ -66,26 +67,37 @@ def _table(lines: list[dict[str, str]]) -> str:
 def show_row(prepared: Prepared, order: Order, tokenizer: TextTokenizer, g: int, seq_len: int) -> str:
     """The row of sample `g`: a heading, then a paragraph per document; what carries no loss is in ⟦brackets⟧.
 
-    Masked targets are the first token of every document but the first (nothing before it may predict it) and padding;
-    the row's very first token is no target at all.
+    That is the first token of every document (nothing before it may predict it), padding, and what the assistant does
+    not say of a conversation. ⏹ is the end-of-text token.
     """
     sources, rows, epochs = (int(x[0]) for x in order.samples(np.array([g])))
     source = prepared.sources[sources]
     reader = source.open("train")
     tokens = np.empty(seq_len + 1, reader.dtype)
-    lengths = reader.read(rows, tokens)
+    mask = np.ones(seq_len + 1, np.uint8)
+    lengths = reader.read(rows, tokens, mask if reader.masked else None)
     lines = [
         f"=== sample {g}: {source.name}, row {rows}, epoch {epochs}, {len(lengths)} documents, {sum(lengths)} tokens"
     ]
     at = 0
     for number, length in enumerate(lengths):
-        ids = tokens[at : at + length].tolist()
-        ended = ids[-1] == prepared.eos_id
-        text = tokenizer.decode(ids[1:-1] if ended else ids[1:])
-        first = tokenizer.decode(ids[:1]) or "EOS"
+        mask[at] = 0
+        ids, learned = tokens[at : at + length].tolist(), mask[at : at + length].tolist()
         lines.append(f"--- document {number}: {length} tokens from {at} on")
-        lines.append(f"⟦{first}⟧{text}{'⏹' if ended else ' …'}")
+        lines.append(_spell(tokenizer, ids, learned) + ("" if ids[-1] == prepared.eos_id else " …"))
         at += length
     if at <= seq_len:
         lines.append(f"--- ⟦{seq_len + 1 - at} tokens of padding⟧")
     return "\n".join(lines)
+
+
+def _spell(tokenizer: TextTokenizer, ids: list[int], learned: list[int]) -> str:
+    """The tokens as text, those that are not `learned` in brackets."""
+    out = ""
+    for carries, group in itertools.groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
+        text = ""
+        for end, run in itertools.groupby((token for token, _ in group), key=lambda token: token == tokenizer.eos_id):
+            tokens = list(run)
+            text += "⏹" * len(tokens) if end else tokenizer.decode(tokens, special=True)
+        out += text if carries else f"⟦{text}⟧"
+    return out

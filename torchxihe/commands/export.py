@@ -7,7 +7,7 @@ no GPU, and memory for one tensor. DIR must not exist; it gets
 
   model.safetensors                       several of them, with an index, above --shard-gb (default 4)
   config.json  generation_config.json     Llama, or Qwen3 where the run has model.qk_norm
-  tokenizer.json  tokenizer_config.json
+  tokenizer.json  tokenizer_config.json   and chat_template.jinja, if the tokenizer has one
   README.md                               a model card with the facts of the run
 
 example: torchxihe export runs/xihe_debug --out exported/xihe_debug

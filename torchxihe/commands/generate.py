@@ -1,9 +1,11 @@
 """Continue a text with a run's model.
 
-usage: torchxihe generate RUN_OR_STEP [--prompt TEXT] [--stream] [--max-tokens N] [--temperature T] [--top-k K]
-                          [--top-p P] [--seed N]
+usage: torchxihe generate RUN_OR_STEP [--prompt TEXT] [--chat] [--stream] [--max-tokens N] [--temperature T]
+                          [--top-k K] [--top-p P] [--seed N]
 
   --prompt TEXT     text to continue; "" begins a document. Without it every line that you type is one, until Ctrl-D
+  --chat            the text is your message, and the model answers in its chat format (docs/sft.md); lines that you
+                    type make one conversation
   --stream          print as it comes, not when it is done; always so while you type
   --max-tokens N    tokens at most, default 200; the end of the document ends it too
   --temperature T   default 0.8; 0 always takes the most likely token
@@ -13,6 +15,7 @@ usage: torchxihe generate RUN_OR_STEP [--prompt TEXT] [--stream] [--max-tokens N
 
 examples: torchxihe generate runs/xihe_debug --prompt "import " --stream
           torchxihe generate runs/xihe_debug --prompt "def main" --temperature 0
+          torchxihe generate runs/xihe_debug_sft --chat
 """
 
 import argparse
@@ -23,6 +26,7 @@ import torch
 
 from torchxihe.components.saved_run import load_decoder, open_saved
 from torchxihe.config import UserError
+from torchxihe.data.chat import Chat, Message
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
 from torchxihe.model.generate import generate
 from torchxihe.utils.device import default_device
@@ -35,6 +39,7 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser("torchxihe generate", description=HELP)
     parser.add_argument("run", metavar="RUN_OR_STEP")
     parser.add_argument("--prompt")
+    parser.add_argument("--chat", action="store_true")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -46,30 +51,33 @@ def main(args: list[str]) -> None:
         raise UserError("generate: --temperature, --top-k and --max-tokens are 0 or more, --top-p is in (0, 1]")
     saved = open_saved(options.run)
     tokenizer = load_tokenizer(saved.tokenizer_dir)
+    chat = Chat(saved.tokenizer_dir) if options.chat else None
     device = default_device()
     model = load_decoder(saved, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
-    def answer(prompt: str) -> Iterator[int]:
+    def answer(prompt: list[int]) -> Iterator[int]:
         return generate(
             model,
-            tokenizer.encode(prompt) or [tokenizer.eos_id],
+            prompt,
             max_tokens=options.max_tokens,
             context=saved.seq_len,
             vocab_size=tokenizer.vocab_size,
-            stop_id=tokenizer.eos_id,
+            stop_id=chat.end_of_turn if chat else tokenizer.eos_id,
             seed=options.seed,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
         )
 
-    if options.prompt is None:
-        for line in _typed_lines():
-            _stream(line, answer(line), tokenizer)
-    elif options.stream:
-        _stream(options.prompt, answer(options.prompt), tokenizer)
-    else:
-        print(options.prompt + tokenizer.decode(list(answer(options.prompt))))
+    stream = options.stream or options.prompt is None
+    messages: list[Message] = []
+    for line in _typed_lines() if options.prompt is None else [options.prompt]:
+        if chat:
+            messages.append({"role": "user", "content": line})
+            said = _print("", answer(chat.prompt(messages)), tokenizer, stream)
+            messages.append({"role": "assistant", "content": said})
+        else:
+            _print(line, answer(tokenizer.encode(line) or [tokenizer.eos_id]), tokenizer, stream)
 
 
 def _typed_lines() -> Iterator[str]:
@@ -81,14 +89,17 @@ def _typed_lines() -> Iterator[str]:
             return
 
 
-def _stream(prompt: str, tokens: Iterator[int], tokenizer: TextTokenizer) -> None:
-    """Print `prompt` and its continuation as it comes."""
-    print(prompt, end="", flush=True)
+def _print(prompt: str, tokens: Iterator[int], tokenizer: TextTokenizer, stream: bool) -> str:
+    """Print `prompt` and its continuation, with `stream` as it comes; the continuation."""
+    if stream:
+        print(prompt, end="", flush=True)
     written, ids = "", []
     for token in tokens:
         ids.append(token)
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(ids) if stream else ""
         if not text.endswith("\ufffd"):  # the bytes of a character may come in several tokens
             print(text[len(written) :], end="", flush=True)
             written = text
-    print(tokenizer.decode(ids)[len(written) :])
+    text = tokenizer.decode(ids)
+    print(text[len(written) :] if stream else prompt + text)
+    return text

@@ -32,7 +32,7 @@ from torchxihe.components.checkpoint import Checkpointer, flat_state
 from torchxihe.components.ranks import explained
 from torchxihe.components.storage import Location, hash_file
 from torchxihe.config import Checkpoint, Model, Tokenizer, UserError
-from torchxihe.data.tokenizer import obtain
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain
 from torchxihe.model.attention import sdpa
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.hf import hf_name, model_from_hf
@@ -99,7 +99,7 @@ def _download(hub_id: str, revision: str) -> Path:
     import huggingface_hub  # slow, and only for models that are not here
 
     try:
-        patterns = ["config.json", "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json"]
+        patterns = ["config.json", "*.safetensors", INDEX, "tokenizer*.json", CHAT_TEMPLATE_FILE]
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # not found, gated, no network: all manner of types, every one about what was asked for
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

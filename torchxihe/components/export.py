@@ -21,6 +21,8 @@ from torchxihe.components.ranks import explained
 from torchxihe.components.saved_run import SavedRun, open_saved
 from torchxihe.components.storage import Location
 from torchxihe.config import Config, UserError
+from torchxihe.data.chat import Chat
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE
 from torchxihe.model.attention import sdpa
 from torchxihe.model.decoder import Decoder, parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
@@ -147,16 +149,24 @@ def _write_configs(saved: SavedRun, folder: Path, tokenizer: dict[str, int], dty
     config = hf_config(saved.model, seq_len=saved.seq_len, dtype=dtype, **tokenizer)
     _write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+    if is_chat(saved) and (end := Chat(saved.tokenizer_dir).end_of_turn) != tokenizer["eos_id"]:
+        ids["eos_token_id"] = [end, tokenizer["eos_id"]]
     _write_json(folder / "generation_config.json", ids)
 
 
 def _write_tokenizer(source: Path, folder: Path, tokenizer: dict[str, int]) -> None:
-    """The tokenizer's files; its settings name the end of a document, and a class that reads `tokenizer.json`."""
+    """The tokenizer's files; its settings name the end of a document, and a class that reads `tokenizer.json`.
+
+    The chat template has a file of its own, where newer versions of `transformers` keep it.
+    """
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     settings = json.loads((source / "tokenizer_config.json").read_bytes())
     content = json.loads((source / "tokenizer.json").read_bytes())
     names = {index: token for token, index in _vocabulary(content)}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[tokenizer["eos_id"]]} | settings
+    if (source / CHAT_TEMPLATE_FILE).exists():
+        shutil.copyfile(source / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
+        settings.pop("chat_template", None)
     _write_json(folder / "tokenizer_config.json", settings)
 
 
@@ -165,6 +175,11 @@ def _vocabulary(tokenizer: dict[str, Any]) -> list[tuple[str, int]]:
     vocab = tokenizer["model"]["vocab"]
     pairs = list(vocab.items()) if isinstance(vocab, dict) else [(token, i) for i, (token, _) in enumerate(vocab)]
     return pairs + [(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])]
+
+
+def is_chat(saved: SavedRun) -> bool:
+    """Whether the run has learned to answer in its chat format."""
+    return saved.train_state["config"]["data"].get("format") == "chat"
 
 
 def model_card(saved: SavedRun) -> str:
@@ -199,6 +214,13 @@ def model_card(saved: SavedRun) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     name = config["run"]["name"]
     kind = "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
+    made = f"with torchxihe {version('torchxihe')}"
+    what = f"A base language model (`{kind}`), pre-trained {made}. It continues text; it has\nnot been tuned to follow"
+    what, inputs = f"{what} instructions.", 'tokenizer("Once", return_tensors="pt")'
+    if is_chat(saved):
+        what = f"A chat model (`{kind}`), fine-tuned on conversations {made}."
+        asked = '[{"role": "user", "content": "Hello"}], add_generation_prompt=True'
+        inputs = f'tokenizer.apply_chat_template(\n    {asked}, return_dict=True, return_tensors="pt"\n)'
     return f"""\
 ---
 library_name: transformers
@@ -209,8 +231,7 @@ tags:
 
 # {name}
 
-A base language model (`{kind}`), pre-trained with torchxihe {version("torchxihe")}. It continues text; it has
-not been tuned to follow instructions.
+{what}
 
 | | |
 | --- | --- |
@@ -221,7 +242,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
-inputs = tokenizer("Once", return_tensors="pt")
+inputs = {inputs}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """

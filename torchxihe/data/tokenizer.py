@@ -136,9 +136,9 @@ class TextTokenizer:
         ids = [token for part in windows(text) for token in self._encoder.encode(part).tolist()]
         return [self.bos_id, *ids] if self.bos_id >= 0 else ids
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""
-        return self._decoder.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """The text of `ids`, with `special` that of special tokens too. Bytes that are not UTF-8 become U+FFFD."""
+        return self._decoder.decode(ids, skip_special_tokens=not special)
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
