@@ -1,0 +1,294 @@
+"""Ours and the peers on one card, in turn: `python benchmarks/compare.py --config configs/xihe_120m_llama.toml`.
+
+Every entry runs in a process of its own, A B A B: the same shape, tokens a step, precision (bfloat16 over float32
+master weights), AdamW and random tokens; documents off and head untied for all, because torchtitan has neither document
+masks for its fastest attention nor tied heads. Figures are medians of timed steps, the best round of each entry counts,
+and one FLOP formula serves all. Peers are installed by the user, as they are published; a missing one is reported.
+
+Entries are `name@rows`, rows being the micro-batch: torchxihe, torchxihe_plain (without the extra [kernels]),
+torchtitan, transformers; `_float8` behind torchxihe or torchtitan turns on tensorwise float8.
+"""
+
+import time
+
+STARTED = time.perf_counter()  # before torch is imported: time to the first step counts that too
+
+import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+import importlib.metadata  # noqa: E402
+import importlib.util  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from torchxihe.config import Config, UserError, load_config  # noqa: E402
+from torchxihe.model.decoder import flops_per_token  # noqa: E402
+from torchxihe.model.hf import hf_config  # noqa: E402
+from torchxihe.utils.device import default_device, device_name, memory_gib, peak_flops  # noqa: E402
+
+SHARED = ["--data.document_mask=false", "--model.tie_word_embeddings=false", "--optimizer.name=adamw"]
+OURS = {
+    "torchxihe": [],
+    "torchxihe_plain": ["--model.attention=sdpa", "--model.mlp=torch"],
+    "torchxihe_float8": ["--float8.recipe=tensorwise"],
+}
+
+
+def main() -> None:
+    """Parse the command line; run the entries in turn, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="CONFIG")
+    parser.add_argument("--entries", default="", help="comma-separated name@rows (default: all, at the config's rows)")
+    parser.add_argument("--rounds", type=int, default=2, help="times that each entry runs (default 2)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a run (default 20)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default 5)")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds for one run (default 600)")
+    parser.add_argument("--json", default="", metavar="FILE", help="append every run to FILE, a line of JSON each")
+    parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
+    options, overrides = parser.parse_known_args()
+    try:
+        config = load_config(options.config, [*overrides, *SHARED])
+        if options.peer:
+            print(json.dumps(run_peer(options.peer, config, options.steps, options.warmup)))
+            return
+        rows = config.training.micro_batch_size
+        names = ["torchxihe", "torchxihe_plain", "torchtitan", "transformers"]
+        entries = options.entries.split(",") if options.entries else [f"{name}@{rows}" for name in names]
+    except UserError as error:
+        sys.exit(str(error))
+    results: dict[str, list[dict[str, Any]]] = {entry: [] for entry in entries}
+    for entry in [*entries] * options.rounds:
+        result = run_entry(entry, options, overrides)
+        results[entry].append(result)
+        print(f"{entry:26} {result.get('tokens_per_second', 0):>9,} tokens/s  {result.get('error', '')}", flush=True)
+        if options.json:
+            with Path(options.json).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+    print_table(config, results)
+
+
+def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    """One run of `name@rows` in a fresh process."""
+    name, _, rows = entry.partition("@")
+    here = Path(__file__).parent
+    shared = [f"--config={options.config}", f"--steps={options.steps}", f"--warmup={options.warmup}", *overrides]
+    shared += [*SHARED, f"--training.micro_batch_size={rows}"]
+    if name in OURS:
+        command = [sys.executable, str(here / "throughput.py"), *shared, *OURS[name]]
+    else:
+        command = [sys.executable, __file__, f"--peer={name}", *shared]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
+    except subprocess.TimeoutExpired:
+        return {"entry": entry, "error": f"not done after {options.timeout} s"}
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "failed without a word").splitlines()
+        return {"entry": entry, "error": said[-1][:300]}
+    result = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "entry": entry,
+        "tokens_per_second": result["tokens_per_second_per_gpu"],
+        "step_ms": result["step_ms"],
+        "peak_gib": result["memory_allocated_gib"],
+        "seconds_to_first_step": result["seconds_to_first_step"],
+        "loss": result["loss"],
+        "version": result["versions"].get(name.partition("_")[0], ""),
+    }
+
+
+def run_peer(name: str, config: Config, steps: int, warmup: int) -> dict[str, Any]:
+    """Train `config`'s shape with a peer, in this process; the keys are those of throughput.py."""
+    package, _, precision = name.partition("_")
+    builders = {"torchtitan": torchtitan_step, "transformers": transformers_step}
+    if package not in builders or precision not in ("", "float8"):
+        raise UserError(f"--entries: there is no {name}; take one of {', '.join([*OURS, *builders])}")
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed")
+    device = default_device()
+    step = builders[package](config, device, precision == "float8")
+    loss = float(step())
+    to_first_step = time.perf_counter() - STARTED
+    for _ in range(warmup - 1):
+        step()
+    seconds = timed(step, steps, device)
+    loss = float(step())
+    median = float(np.median(seconds))
+    return {
+        "tokens_per_second_per_gpu": round(config.tokens_per_step / median),
+        "step_ms": round(1e3 * median, 2),
+        "memory_allocated_gib": round(memory_gib(device)[0], 2),
+        "seconds_to_first_step": round(to_first_step, 1),
+        "loss": round(loss, 4),
+        "versions": {package: importlib.metadata.version(package)},
+    }
+
+
+def timed(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
+    """Seconds of each step, on the device's own clock."""
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        events[0].record()
+        for event in events[1:]:
+            step()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+    marks = [time.perf_counter()]
+    for _ in range(steps):
+        step()
+        marks.append(time.perf_counter())
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def random_rows(config: Config) -> torch.Tensor:
+    """A micro-batch of random tokens, int64 [rows, T + 1]."""
+    shape = (config.training.micro_batch_size, config.data.seq_len + 1)
+    return torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def accumulation_of(config: Config) -> int:
+    """Micro-batches a step. Raises UserError unless they fill it exactly."""
+    if config.training.global_batch_size % config.training.micro_batch_size:
+        raise UserError("training.global_batch_size: must be a multiple of the rows of every entry")
+    return config.training.global_batch_size // config.training.micro_batch_size
+
+
+def transformers_step(config: Config, device: torch.device, float8: bool) -> Callable[[], torch.Tensor]:
+    """`AutoModelForCausalLM`: SDPA, compiled whole, autocast, fused AdamW, clipping."""
+    if float8:
+        raise UserError("transformers: float8 training is not something that it does by itself")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = hf_config(
+        config.model, seq_len=config.data.seq_len, vocab_size=config.model.vocab_size, eos_id=-1, bos_id=-1
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), attn_implementation="sdpa")
+    model = model.float().train()
+    model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    accumulation, tokens = accumulation_of(config), random_rows(config)[:, :-1].to(device)
+
+    def step() -> torch.Tensor:
+        total = torch.zeros((), device=device)
+        for _ in range(accumulation):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss / accumulation
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
+def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Callable[[], torch.Tensor]:
+    """torchtitan's own trainer and Llama 3: compiled, no activation checkpointing, its defaults otherwise."""
+    from torchtitan.config import JobConfig
+    from torchtitan.models.llama3 import TransformerModelArgs, get_train_spec
+    from torchtitan.protocols.train_spec import register_train_spec
+    from torchtitan.train import Trainer
+
+    model = config.model
+    if model.qk_norm or model.head_dim * model.num_attention_heads != model.hidden_size:
+        raise UserError("torchtitan: its Llama has no QK-norm, and heads as wide as the model together")
+    shape = TransformerModelArgs(
+        dim=model.hidden_size,
+        n_layers=model.num_hidden_layers,
+        n_heads=model.num_attention_heads,
+        n_kv_heads=model.num_key_value_heads,
+        vocab_size=model.vocab_size,
+        # It rounds ffn_dim_multiplier * 8/3 * dim up to a multiple: of the width itself, that is the width.
+        multiple_of=model.intermediate_size,
+        ffn_dim_multiplier=0.99 * model.intermediate_size / (8 / 3 * model.hidden_size),
+        norm_eps=model.rms_norm_eps,
+        rope_theta=model.rope_theta,
+    )
+    rows = random_rows(config)
+    batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def batches(**_: Any) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        return itertools.repeat(({"input": batch[0]}, batch[1]))  # on the host, as its own loader gives them
+
+    spec = dataclasses.replace(
+        get_train_spec(), model_args={"ours": shape}, build_dataloader_fn=batches, build_tokenizer_fn=None
+    )
+    register_train_spec("compare", spec)
+    job = JobConfig()
+    job.job.dump_folder = tempfile.mkdtemp()
+    job.model.name, job.model.flavor = "compare", "ours"
+    job.training.local_batch_size, job.training.global_batch_size = len(rows), config.training.global_batch_size
+    job.training.seq_len, job.training.steps = config.data.seq_len, 10**6
+    job.compile.enable = True
+    job.activation_checkpoint.mode = "none"
+    job.metrics.log_freq = 10**9
+    if float8:
+        job.model.converters = ["quantize.linear.float8"]
+        job.quantize.linear.float8.filter_fqns = ["output"]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    os.environ.update(alone)
+    trainer = Trainer(job)
+    losses: list[torch.Tensor] = []
+    forward_backward = trainer.forward_backward_step
+
+    def kept(**inputs: Any) -> torch.Tensor:  # its step returns nothing
+        losses.append(forward_backward(**inputs).detach())
+        return losses[-1]
+
+    trainer.forward_backward_step = kept
+    data = trainer.batch_generator(trainer.dataloader)
+
+    def step() -> torch.Tensor:
+        losses.clear()
+        trainer.step += 1
+        trainer.gc_handler.run(trainer.step)
+        trainer.train_step(data)
+        return torch.stack(losses).sum()
+
+    return step
+
+
+def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> None:
+    """The comparison as a Markdown table; ratios are to torchtitan's best, or to the first entry without it."""
+    device = default_device()
+    best = {
+        entry: max(done, key=lambda run: run["tokens_per_second"])
+        for entry, runs in results.items()
+        if (done := [run for run in runs if "error" not in run])
+    }
+    peers = [run["tokens_per_second"] for entry, run in best.items() if entry.startswith("torchtitan@")]
+    base = max(peers) if peers else next((run["tokens_per_second"] for run in best.values()), 0)
+    flops, peak = flops_per_token(config.model, config.data.seq_len), peak_flops(device)
+    print(f"\n{device_name(device)}, torch {torch.__version__}, {config.tokens_per_step:,} tokens a step\n")
+    print(
+        "| Entry | Version | tokens/s, best round (all) | Ratio | MFU | Peak GiB | First step s, cold (warm) | Loss |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for entry, runs in results.items():
+        if entry not in best:
+            print(f"| `{entry}` | | not measured: {runs[0]['error']} | | | | | |")
+            continue
+        run = best[entry]
+        every = ", ".join(f"{r['tokens_per_second']:,}" if "error" not in r else r["error"] for r in runs)
+        mfu = f"{100 * flops * run['tokens_per_second'] / peak:.1f} %" if peak else "unknown device"
+        starts = [r["seconds_to_first_step"] for r in runs if "error" not in r]
+        print(
+            f"| `{entry}` | {run['version']} | {run['tokens_per_second']:,} ({every}) | "
+            f"{run['tokens_per_second'] / base:.3f} | {mfu} | {run['peak_gib']} | "
+            f"{starts[0]} ({min(starts[1:], default='-')}) | {run['loss']} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
