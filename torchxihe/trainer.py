@@ -239,7 +239,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     history.stages = [stage.to_json() for stage in stages]
     order = Order(stages, prepared.rows)
     check_epochs(config, prepared, order)
-    report_start(config, prepared, order, trainer.layout, device, trainer.micro_batch_size)
+    report_start(config, prepared, order, trainer.optimizer, trainer.layout, device, trainer.micro_batch_size)
     if is_main():
         (config.run_dir / "PREEMPTED").unlink(missing_ok=True)
         (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchxihe.components.checkpoint import Checkpointer
-from torchxihe.components.optimizer import BFloat16AdamW, build_optimizer
+from torchxihe.components.optimizer import BFloat16AdamW, build_optimizer, describe, state_bytes
 from torchxihe.config import Checkpoint, Config, UserError, load_config
 from torchxihe.model.attention import choose_attention
 from torchxihe.model.decoder import Decoder
@@ -21,6 +21,10 @@ BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 0.01, 0.1
 
 def tiny(*flags: str) -> Config:
     return load_config(DEBUG, [*TINY, *flags])
+
+
+def made(*flags: str) -> Trainer:
+    return Trainer(tiny(*flags), torch.device("cpu"), np.ones(4096, np.int32))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -46,6 +50,21 @@ def test_every_parameter_has_one_place(name: str, tied: bool) -> None:
         for key in names.values()
     )
     assert all(group["lr"] == config.optimizer.lr for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(("name", "matrix", "other"), [("adamw", 2, 2), ("muon", 1, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_the_start_up_table_says(name: str, matrix: int, other: int, dtype: str) -> None:
+    """Moments a parameter, before the first step and after it."""
+    trainer = made(f"--optimizer.name={name}", f"--optimizer.state_dtype={dtype}")
+    counts = {key: p.numel() for key, p in trainer.model.named_parameters()}
+    matrices = sum(count for key, count in counts.items() if key.endswith("proj.weight"))
+    expected = (matrices * matrix + (sum(counts.values()) - matrices) * other) * (4 if dtype == "float32" else 2)
+    assert state_bytes(trainer.optimizer) == expected
+    trainer.state()  # makes what is not there yet
+    assert state_bytes(trainer.optimizer) == expected
+    said = {"adamw": "AdamW for 0.0 M parameters in 14 tensors, weight decay 0.1; AdamW for 0.1 M", "muon": "Muon for"}
+    assert describe(trainer.optimizer).startswith(said[name])
 
 
 def bfloat16_adamw() -> tuple[list[nn.Parameter], BFloat16AdamW]:
@@ -117,18 +136,15 @@ def test_a_skipped_step_changes_nothing() -> None:
 
 
 def test_the_checkpoint_keeps_the_dtype(tmp_path: Path) -> None:
-    """Seen to fail when the comparison leaves dtypes out."""
+    """Seen to fail when the comparison leaves dtypes out, and when AdamW's state beside Muon is made by others."""
     for name in ("adamw", "muon"):
-        trainers = [
-            Trainer(
-                tiny(f"--optimizer.name={name}", f"--optimizer.state_dtype={dtype}"),
-                torch.device("cpu"),
-                np.ones(4096, np.int32),
-            )
-            for dtype in ("bfloat16", "float32")
-        ]
+        ours, others = (
+            made(f"--optimizer.name={name}", f"--optimizer.state_dtype={d}") for d in ("bfloat16", "float32")
+        )
+        moments = {key: value.dtype for key, value in ours.state().items() if key.startswith("optim.") and value.ndim}
+        assert set(moments.values()) == {torch.bfloat16}
         checkpointer = Checkpointer(tmp_path / name, Checkpoint(mode="sync"))
-        saved = checkpointer.save(1, trainers[0].state(), {"step": 1})
-        trainers[0].load(checkpointer, saved)
+        saved = checkpointer.save(1, ours.state(), {"step": 1})
+        ours.load(checkpointer, saved)
         with pytest.raises(UserError, match=r"of another shape or dtype .*bfloat16.*, here float32"):
-            trainers[1].load(checkpointer, saved)
+            others.load(checkpointer, saved)

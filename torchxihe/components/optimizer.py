@@ -48,6 +48,24 @@ def build_optimizer(
     )
 
 
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """Who updates what, for people."""
+    groups = [
+        f"{'Muon' if 'momentum' in group else 'AdamW'} for {sum(p.numel() for p in group['params']) / 1e6:,.1f} M "
+        f"parameters in {len(group['params'])} tensors, weight decay {group['weight_decay']:g}"
+        for group in optimizer.param_groups
+    ]
+    return f"{'; '.join(groups)}; peak rate {optimizer.param_groups[0]['lr']:g}"
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all moments, once."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # What PyTorch's AdamW has not made yet will be two float32 moments.
+    moments = [[v for v in optimizer.state[p].values() if v.ndim] or [p, p] for p in parameters]
+    return sum(moment.numel() * moment.element_size() for pair in moments for moment in pair)
+
+
 class BFloat16AdamW(torch.optim.AdamW):
     """Fused AdamW, in float32, with moments that are kept in bfloat16 between the steps: 4 bytes a parameter, not 8.
 

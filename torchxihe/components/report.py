@@ -6,6 +6,7 @@ import time
 import torch
 
 from torchxihe.components.metrics import METRICS, duration, read_metrics
+from torchxihe.components.optimizer import describe, state_bytes
 from torchxihe.config import Config
 from torchxihe.data.order import Order, micro_batches
 from torchxihe.data.store import Prepared
@@ -18,7 +19,13 @@ SLOW_STEP_SECONDS = 60.0
 
 
 def report_start(
-    config: Config, prepared: Prepared, order: Order, layout: str, device: torch.device, micro_batch: int
+    config: Config,
+    prepared: Prepared,
+    order: Order,
+    optimizer: torch.optim.Optimizer,
+    layout: str,
+    device: torch.device,
+    micro_batch: int,
 ) -> None:
     """Print the start-up table; on a CPU, also what a step will cost if that is long."""
     model, training = config.model, config.training
@@ -36,13 +43,15 @@ def report_start(
             f"{training.global_batch_size:,} rows of {config.data.seq_len:,} = {config.tokens_per_step:,} tokens, "
             f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} a step{ramp}",
         ),
+        ("updates", describe(optimizer)),
         (
             "plan",
             f"{config.total_steps:,} steps, {tokens / 1e6:,.1f} M tokens, "
             f"{flops_per_token(model, config.data.seq_len) * config.tokens_per_step / 1e12:,.1f} TFLOP a step",
         ),
     ]
-    held = 16 * total / config.parallelism.degrees(world_size())[1]  # float32: weights, gradients and two moments
+    # Weights and gradients are float32.
+    held = (8 * total + state_bytes(optimizer)) / config.parallelism.degrees(world_size())[1]
     rows.insert(3, ("memory", f"{held / 2**30:,.2f} GiB a process for the model and optimizer, before activations"))
     weights = sum(source.weight for source in prepared.sources)
     for source, epochs in zip(prepared.sources, order.epochs(config.total_steps), strict=True):
