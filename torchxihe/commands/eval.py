@@ -1,24 +1,36 @@
-"""Measure a checkpoint on held-out documents: loss, perplexity and bits per byte, by source.
+"""Measure a checkpoint on held-out documents (loss, perplexity and bits per byte, by source), or on lm-eval's tasks.
 
 usage: torchxihe eval RUN_OR_STEP [--on CONFIG [--section.key=value ...]] [--max-tokens N] [--json]
+       torchxihe eval RUN_OR_STEP --tasks NAME,... [--include DIR] [--limit N] [--json]
 
   --on CONFIG       measure on the held-out documents of this config instead of the run's own, prepared with the run's
                     tokenizer (`torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer`); repeat the overrides here
   --max-tokens N    of all sources together, default 0: everything that is held out
+  --tasks NAME,...  tasks of lm-eval (pip install 'torchxihe[eval]'; lm_eval ls tasks lists them), through a temporary
+                    export, which takes the room of the model in $TMPDIR
+  --include DIR     where tasks of your own lie, as YAML files
+  --limit N         of every task at most N documents
   --json            one JSON object instead of a table
 
 In one process, on a GPU if there is one. What the run itself logs as validation/loss is the same measure on
 validation.max_tokens tokens.
 
-example: torchxihe eval runs/xihe_debug
+examples: torchxihe eval runs/xihe_debug
+          torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy
 """
 
 import argparse
+import contextlib
 import json
 import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from torchxihe.components.export import export
 from torchxihe.components.saved_run import SavedRun, load_decoder, open_saved
 from torchxihe.components.storage import Location, hash_file
 from torchxihe.components.validation import validate
@@ -32,14 +44,25 @@ HELP = "measure a checkpoint on held-out documents: loss, perplexity, bits per b
 
 
 def main(args: list[str]) -> None:
-    """Print a line for all documents and one a source. Raises UserError."""
+    """Print a line for all documents and one a source, or lm-eval's table. Raises UserError."""
     parser = argparse.ArgumentParser("torchxihe eval", description=HELP, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN_OR_STEP")
     parser.add_argument("--on", metavar="CONFIG", default="")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N")
+    parser.add_argument("--tasks", default="", metavar="NAME,...")
+    parser.add_argument("--include", default="", metavar="DIR")
+    parser.add_argument("--limit", type=int, default=0, metavar="N")
     parser.add_argument("--json", action="store_true")
     options, overrides = parser.parse_known_args(args)
     saved = open_saved(options.run)
+    if options.tasks:
+        if overrides or options.on or options.max_tokens:
+            raise UserError("eval: --on, its overrides and --max-tokens are for held-out documents, not for --tasks")
+        results, table = run_tasks(saved, options.tasks.split(","), options.include, max(options.limit, 0))
+        print(json.dumps(results) if options.json else table)
+        return
+    if options.include or options.limit:
+        raise UserError("eval: --include and --limit belong to --tasks")
     if overrides and not options.on:
         raise UserError(f"{overrides[0]}: not understood; overrides belong to --on CONFIG")
     config = load_config(options.on, overrides) if options.on else _own_config(saved)
@@ -96,3 +119,32 @@ def _table(result: dict[str, float]) -> str:
         shown = "all" if name == "validation" else name.removeprefix("validation/")
         lines.append(f"{shown:{width}}  {loss:8.4f}  {math.exp(min(loss, 700)):11,.2f}  {bpb:9.4f}")
     return "\n".join(lines)
+
+
+def run_tasks(saved: SavedRun, names: list[str], include: str, limit: int) -> tuple[dict[str, Any], str]:
+    """lm-eval's results by task, and as a table; `include`: a folder of more tasks, `limit`: documents of each, 0: all.
+
+    Raises UserError.
+    """
+    try:
+        # optional and slow
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ModuleNotFoundError as error:
+        raise UserError(f"--tasks: {error.name} is not installed; pip install 'torchxihe[eval]'") from None
+    if include and not Path(include).is_dir():
+        raise UserError(f"--include: {include}: no such directory; name the one that holds the tasks' YAML files")
+    tasks = TaskManager(include_path=include or None)
+    if unknown := [name for name in names if not tasks.match_tasks([name])]:
+        raise UserError(f"--tasks: {', '.join(unknown)}: no such task; `lm_eval ls tasks` lists them")
+    device = default_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # lm-eval prints how it goes; standard output is for the result.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        export(saved, Path(scratch) / "model", dtype)
+        model = HFLM(str(Path(scratch) / "model"), device=str(device), dtype=dtype, batch_size="auto")
+        found = simple_evaluate(model, tasks=names, task_manager=tasks, limit=limit or None, log_samples=False)
+    assert found is not None, "only ranks other than the first get none"
+    return found["results"], make_table(found)
