@@ -30,12 +30,12 @@ def orthogonalize(x_KRC: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     tall = x_KRC.shape[-2] > x_KRC.shape[-1]
-    x = x_KRC.mT if tall else x_KRC  # the products XX' are of the shorter side
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    x = x_KRC / torch.linalg.vector_norm(x_KRC, dim=(-2, -1), keepdim=True).clamp(min=EPS)
     for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT  # of the shorter side
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)
+    return x
 
 
 def advance_momentum(buffer: Tensor, grad: Tensor, momentum: float, skip: Tensor, dtype: torch.dtype) -> Tensor:
