@@ -433,7 +433,7 @@ def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, s
     if os.path.realpath(file) in map(os.path.realpath, extended_by):
         raise UserError(f"{where}: the files extend each other in a circle; remove one `extends`")
     try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))  # some editors begin it with a mark
     except FileNotFoundError:
         raise UserError(f"{where}: no such file{_other_files(file)}") from None
     except OSError as error:

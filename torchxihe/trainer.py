@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -212,6 +213,10 @@ def run(config: Config) -> None:
                 _run(config, device, stop, watchdog)
             except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
                 raise explained(error) from error
+            except RuntimeError as error:
+                if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's words
+                    raise
+                raise UserError("another rank is gone; what it said last tells why") from error
 
 
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:

@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from tests.faults.faults import Fault
 from tests.faults.harness import Workspace
 from tests.faults.test_kill import newest
+from torchxihe.components.metrics import read_metrics
 
 
 @contextmanager
@@ -60,3 +61,24 @@ def test_a_read_only_run_directory(workspace: Workspace) -> None:
     with mounted(workspace.root / "runs", "--bind", str(workspace.root / "runs")):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(workspace.root / "runs")], check=True)
         workspace.run(2).check_mistake("runs/config", "Read-only file system", "--run.dir")
+
+
+def test_no_room_for_a_line(workspace: Workspace) -> None:
+    """The disk fills up between two checkpoints: the error names metrics.jsonl, and once there is room the run goes on,
+    with the torn line ended.
+
+    Seen to fail with a buffered file: closing it fails once more, and that error names nothing.
+    """
+    flags = ("--training.steps=400", "--checkpoint.every=0")
+    with mounted(workspace.root / "runs", "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        job = workspace.start(2, *flags)
+        job.wait_for_text("step  10/400")
+        filler = workspace.root / "runs" / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+        job.wait().check_mistake("runs/config/metrics.jsonl: No space left on device", "free some space")
+        filler.unlink()
+        workspace.finish(2, "--training.steps=12")
+        steps = [line["step"] for line in read_metrics(workspace.run_dir / "metrics.jsonl")[0]]
+        assert steps == list(range(1, max(steps) + 1)) and len(steps) > 12

@@ -160,6 +160,21 @@ def test_retention_keeps_the_last_and_the_round_ones(tmp_path: Path) -> None:
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [30, 60, 70]
 
 
+def test_a_linked_step_is_kept_where_it_is(tmp_path: Path) -> None:
+    """Somebody has moved a step to another disk, or linked one of another run: the link goes, not what it leads to.
+
+    Seen to fail without the look for a link: the manifest there is deleted, then `rmtree` refuses.
+    """
+    directory, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    saved(directory, 1)
+    (directory / "step-00000001").rename(elsewhere)
+    (directory / "step-00000001").symlink_to(elsewhere)
+    assert Checkpointer(directory, KEEP_ALL).newest() == Location(directory / "step-00000001")
+    saved(directory, 2, 3, config=Checkpoint(mode="sync", keep_last=2))
+    assert sorted(os.listdir(directory)) == ["step-00000002", "step-00000003"]
+    assert sorted(os.listdir(elsewhere)) == sorted(FILES)
+
+
 def test_retention_counts_committed_steps_only(tmp_path: Path) -> None:
     saved(tmp_path, 10, 20)
     (tmp_path / "step-00000020" / CORRUPT).write_text("made so\n")

@@ -67,6 +67,14 @@ def test_defaults_and_the_name_of_the_run(small: str) -> None:
     assert load_config(small, ["--run.name=other"]).run_dir == Path("runs/other")
 
 
+def test_a_file_of_a_windows_editor(tmp_path: Path, small: str) -> None:
+    """That begins with a byte-order mark and ends its lines with CRLF."""
+    file = tmp_path / "windows" / "small.toml"
+    file.parent.mkdir()
+    file.write_bytes(b"\xef\xbb\xbf" + Path(small).read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(str(file)) == load_config(small)
+
+
 def test_the_horizon_in_steps_or_tokens(small: str) -> None:
     assert load_config(small).total_steps == 10
     tokens = ["--training.steps=0", "--training.tokens=1025"]  # 4 * 64 a step

@@ -134,6 +134,14 @@ def test_steps_taken_again_count_once(tmp_path: Path) -> None:
     assert validations == [{"step": 2, "validation/loss": 9}]
 
 
+def test_a_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
+    run_dir = train(write_training(tmp_path), "--training.steps=3")
+    file = run_dir / METRICS
+    file.write_text(file.read_text() + '{"step": 4, "lo')
+    train(tmp_path / "train.toml", "--training.steps=5")
+    assert [line["step"] for line in read_metrics(file)[0]] == [1, 2, 3, 4, 5]
+
+
 # TensorBoard and wandb
 
 

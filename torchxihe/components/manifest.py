@@ -139,7 +139,13 @@ def mark_corrupt(directory: Location, reason: str) -> None:
 
 
 def remove_step(directory: Location) -> None:
-    """Delete a step directory, its manifest first: what is left if we die half-way is no checkpoint."""
+    """Delete a step directory, its manifest first: what is left if we die half-way is no checkpoint.
+
+    Of a link that somebody has put there, the link alone: what it leads to is theirs.
+    """
+    if directory.is_link():
+        directory.remove()
+        return
     (directory / MANIFEST).remove()
     if directory.local:
         directory.sync()

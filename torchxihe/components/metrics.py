@@ -6,11 +6,11 @@ TensorBoard and Weights & Biases (trackers.py) get what `metrics.jsonl` gets.
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -67,15 +67,28 @@ class MetricsWriter:
     def __init__(self, config: Config, step: int) -> None:
         """`step`: the one that training goes on from."""
         self.total_steps = config.total_steps
-        self.file: TextIO = (config.run_dir / METRICS).open("a", encoding="utf-8")
+        # Unbuffered: what a full disk has not taken is not tried again when the file is closed.
+        self.file = (config.run_dir / METRICS).open("ab+", buffering=0)
+        if self.file.tell():
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read() != b"\n":  # a full disk or a kill has torn the last line
+                self._append("\n")
         self.trackers = Trackers(config, step)
 
     def write(self, metrics: dict[str, float]) -> None:
-        """One JSON object a line, flushed; what is not finite becomes null, as JSON has no NaN."""
+        """One JSON object a line, at once; what is not finite becomes null, as JSON has no NaN."""
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
+        self._append(json.dumps(finite) + "\n")
         self.trackers.write(int(metrics["step"]), {k: v for k, v in finite.items() if v is not None})
+
+    def _append(self, text: str) -> None:
+        """Write the whole of it. Raises OSError that names the file."""
+        data = text.encode()
+        try:
+            while data:
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.file.name)) from None
 
     def train(self, metrics: dict[str, float]) -> None:
         """A log step: `metrics` has the keys of DESIGN's metrics.jsonl, step counted from 1."""

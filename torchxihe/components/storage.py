@@ -110,10 +110,16 @@ class Location(os.PathLike[str]):
         else:
             self._fs.mv(self._path, to._path, recursive=True)
 
+    def is_link(self) -> bool:
+        """Whether this is a symbolic link to something elsewhere."""
+        return self.local and os.path.islink(self._path)
+
     def remove(self) -> None:
-        """Delete this file or directory with all below it; fine if it is not there."""
+        """Delete this file or directory with all below it, or this link; fine if it is not there."""
         try:
-            if self.local and os.path.isdir(self._path):
+            if self.is_link():
+                os.unlink(self._path)
+            elif self.local and os.path.isdir(self._path):
                 shutil.rmtree(self._path)
             else:
                 self._fs.rm(self._path, recursive=True)

@@ -1,5 +1,6 @@
 """Logging: rank 0 speaks on the console, the others only when something is wrong; each has a file of its own."""
 
+import io
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ def setup_logging() -> None:
 def rank_log(folder: Path, phase: Callable[[], str]) -> Iterator[None]:
     """Inside, this rank's messages also go to `folder`/rank-00000.log, each with the time and the `phase` of then."""
     folder.mkdir(exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{rank():05}.log", encoding="utf-8")
+    handler = _LogFile(folder / f"rank-{rank():05}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d [%(phase)s] %(levelname)s %(message)s"))
 
     def stamp(record: logging.LogRecord) -> bool:
@@ -41,6 +42,19 @@ def rank_log(folder: Path, phase: Callable[[], str]) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A file that says once when it cannot be written, and is given up: no run ends because of its log."""
+
+    def _open(self) -> io.TextIOWrapper:
+        """Unbuffered, so that nothing is left over that cannot be written when the file is closed either."""
+        return io.TextIOWrapper(io.FileIO(self.baseFilename, "a"), self.encoding, write_through=True)  # type: ignore[arg-type]
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by `emit` for what goes wrong in it."""
+        logging.getLogger().removeHandler(self)
+        logging.getLogger(__name__).warning("%s: %s; this log ends here", self.baseFilename, sys.exc_info()[1])
 
 
 class _Formatter(logging.Formatter):
