@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.data_corpus import make_config, write_texts
+from tests.unit.data_corpus import make_config, write_lines, write_texts
 from torchxihe.commands import data as data_command
 from torchxihe.commands import prepare as prepare_command
 from torchxihe.config import UserError, dump_config
@@ -60,6 +60,28 @@ def test_a_row_shows_boundaries_and_what_is_masked(config: str, capsys: pytest.C
         "--- document 1: 2 tokens from 4 on",
         "⟦4⟧⏹",
         "--- ⟦11 tokens of padding⟧",
+    ]
+
+
+def test_a_conversation_shows_what_the_assistant_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [[("user", "a\nb"), ("assistant", "c")], [("user", "d"), ("assistant", "e"), ("user", "f")]]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turn]} for turn in turns]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    made = make_config(
+        tmp_path / "cache", source, seq_len=64, tokenizer={"vocab_size": 257}, data={"format": "chat"},
+        training={"steps": 4, "global_batch_size": 4},
+    )  # fmt: skip
+    (tmp_path / "config.toml").write_text(dump_config(made))
+    prepare_command.main([str(tmp_path / "config.toml")])
+    capsys.readouterr()
+    data_command.main([str(tmp_path / "config.toml"), "--rows", "1"])
+    assert capsys.readouterr().out.split("\n\n")[1].splitlines() == [
+        "=== sample 0: a, row 0, epoch 0, 2 documents, 47 tokens",
+        "--- document 0: 26 tokens from 0 on",
+        *("⟦user", "d⏹assistant", "⟧e⏹⟦user", "f⏹⟧"),
+        "--- document 1: 21 tokens from 26 on",
+        *("⟦user", "a", "b⏹assistant", "⟧c⏹"),
+        "--- ⟦18 tokens of padding⟧",
     ]
 
 
