@@ -230,6 +230,12 @@ def test_a_folder_without_a_usable_tokenizer(tmp_path: Path, files: dict[str, st
         assert message.startswith(f"tokenizer.path: {tmp_path}/t: ") and why in message and "\n" not in message
 
 
+def test_a_path_that_is_no_hub_id(tmp_path: Path) -> None:
+    for path in ("runs/nothing/tokenizer", str(tmp_path / "nothing")):
+        with pytest.raises(UserError, match=rf"^tokenizer.path: {path}: no such file or folder; a run has"):
+            obtain(Tokenizer(path=path), tmp_path, [], "")
+
+
 def test_a_hub_tokenizer_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 

@@ -234,6 +234,8 @@ def _find(options: Tokenizer) -> dict[str, bytes]:
         found = [path / name if (path / name).exists() else None for name in names]
         if found[0] is None:
             raise UserError(f"tokenizer.path: {path}: there is no tokenizer.json in it")
+    elif len(path.parts) > 2 or path.is_absolute():
+        raise UserError(f"tokenizer.path: {path}: no such file or folder; a run has its tokenizer/ once it is trained")
     else:
         found = [_download(options, name) for name in names]
     if found[0] is None:
