@@ -102,8 +102,8 @@ class Tokenizer(Section):
     tokenizer that has none."""
 
 
-class Source(Section):
-    """One source of documents: local files, a saved dataset or a Hugging Face hub dataset."""
+class Documents(Section):
+    """A validation set: documents that are never trained on. It has a source's options, but for the weight."""
 
     path: Annotated[str, Field(min_length=1)]
     """A file, a directory, a glob, a hub id, "{stdlib}" (this Python's standard library) or "{site-packages}"."""
@@ -133,6 +133,11 @@ class Source(Section):
     """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
     messages: str = "messages"
     """With `data.format = "chat"`: the column of the conversation, a list of {role, content} or {from, value}."""
+
+
+class Source(Documents):
+    """One source of documents: local files, a saved dataset or a Hugging Face hub dataset."""
+
     weight: PositiveFloat = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
 
@@ -170,7 +175,9 @@ class Validation(Section):
     every: NonNegativeInt = 0
     """Steps between two validations; a run of at least that many steps validates its last one too. 0: never."""
     max_tokens: NonNegativeInt = 1_000_000
-    """Tokens at most of each validation, spread over the sources by their size. 0: all that are held out."""
+    """Tokens at most of each validation, spread over the sources by their size, and of each of the sets. 0: all."""
+    sets: Annotated[tuple[Documents, ...], Field(strict=False)] = ()
+    """Documents of their own to validate on: one `[[validation.sets]]` table each."""
 
 
 class Training(Section):
@@ -610,9 +617,10 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
         "its pairs are [sequences, until step]; the steps must rise",
     )
     check(
-        not config.validation.every or config.validation.fraction > 0,
+        not config.validation.every or config.validation.fraction > 0 or bool(config.validation.sets),
         "validation.fraction",
-        "0 holds no documents out, so there is nothing to validate on; set it, or validation.every = 0",
+        "0 holds no documents out, so there is nothing to validate on; set it, add validation.sets, or set "
+        "validation.every = 0",
     )
     every, export_every = config.checkpoint.every, config.checkpoint.export_every
     check(
@@ -629,14 +637,14 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
                 False, f"parallelism.{'dp_replicate' if config.parallelism.dp_shard == -1 else 'dp_shard'}", str(error)
             )
     check(bool(config.data.sources), "data.sources", "needs at least one entry")
-    names = [source.name for source in config.data.sources]
-    for i, source in enumerate(config.data.sources):
-        at = f"data.sources.{i}"
+    names: list[str] = []
+    for at, source in documents_of(config):
         check(
-            not source.name or source.name not in names[:i],
+            not source.name or source.name not in names,
             f"{at}.name",
-            f"two sources are named {source.name!r}; names must differ",
+            f"two sources or sets are named {source.name!r}; names must differ",
         )
+        names.append(source.name)
         check(
             not source.stream or source.max_tokens > 0,
             f"{at}.stream",
@@ -649,7 +657,15 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
     return found
 
 
-def _chat_mistakes(source: Source, chat: bool) -> Iterator[tuple[str, str]]:
+def documents_of(config: Config) -> list[tuple[str, Documents]]:
+    """The sources and then the validation sets, each with its key ("data.sources.0")."""
+    sets = config.validation.sets
+    return [(f"data.sources.{i}", source) for i, source in enumerate(config.data.sources)] + [
+        (f"validation.sets.{i}", documents) for i, documents in enumerate(sets)
+    ]
+
+
+def _chat_mistakes(source: Documents, chat: bool) -> Iterator[tuple[str, str]]:
     """Options of a source that do not go with `data.format`, and why."""
     if chat and source.template != Source.model_fields["template"].default:
         yield "template", 'is for text, but data.format = "chat": tokenizer.chat_template puts conversations into words'

@@ -142,9 +142,9 @@ class Trainer:
         return metrics
 
     def validate(self, prepared: Prepared) -> dict[str, float]:
-        """Loss on the held-out documents, in whole and by source; all ranks must ask together."""
+        """Loss on the held-out documents, in whole, by source and by set; all ranks must ask together."""
         batches = validation_batches(prepared, max_tokens=self.config.validation.max_tokens, **self.batch_layout)
-        return validate(self.module, batches, self.bytes_per_token, prepared.names)
+        return validate(self.module, batches, self.bytes_per_token, prepared)
 
     def usage(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOP/s utilisation at this rank's speed, where the device's peak is known, and its peak memory."""

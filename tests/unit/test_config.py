@@ -253,7 +253,7 @@ def test_files_that_cannot_be_read(small: str) -> None:
 def test_two_sources_of_one_name(small: str) -> None:
     sources = '--data.sources=[{path="a", name="x"}, {path="b", name="x"}]'
     assert mistakes(small, [sources]) == [
-        "--data.sources: data.sources.1.name: two sources are named 'x'; names must differ"
+        "--data.sources: data.sources.1.name: two sources or sets are named 'x'; names must differ"
     ]
 
 

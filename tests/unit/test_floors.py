@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchxihe.config import Config, Section, Source
+from torchxihe.config import Config, Documents, Section, Source
 
 PACKAGE = Path(__file__).parents[2] / "torchxihe"
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -118,6 +118,7 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
         assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
         yield name, field.annotation
     yield "sources", Source
+    yield "sets", Documents  # what a source is, too, but for its weight
 
 
 def reads(tree: ast.AST) -> set[tuple[str, str]]:
@@ -165,6 +166,7 @@ def test_every_option_is_read() -> None:
     # Config.run_dir, Config.total_steps and Parallelism.degrees read these for the others.
     read |= {("run", "dir"), ("run", "name"), ("training", "steps"), ("training", "tokens")}
     read |= {("parallelism", "dp_replicate"), ("parallelism", "dp_shard")}
+    read |= {("sources", key) for name, key in read if name == "sets"}
     unread = [
         f"{name}.{key}" for name, section in sections() for key in section.model_fields if (name, key) not in read
     ]

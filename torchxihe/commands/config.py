@@ -50,13 +50,17 @@ def main(args: list[str]) -> None:
 def reference() -> str:
     """docs/config.md: one table a section, in the order of the source."""
     parts = [INTRODUCTION]
+    shown: list[type[Section]] = []
     for name, field in Config.model_fields.items():
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, Section)
         parts.append(_table(f"[{name}]", section))
         for key, inner in section.model_fields.items():
             entries = [arg for arg in get_args(inner.annotation) if isinstance(arg, type) and issubclass(arg, Section)]
-            parts += [_table(f"[[{name}.{key}]]", entry) for entry in entries]
+            for entry in entries:
+                known = any(issubclass(other, entry) for other in shown)
+                parts.append(_heading(f"[[{name}.{key}]]", entry) if known else _table(f"[[{name}.{key}]]", entry))
+                shown.append(entry)
     return "\n".join(parts)
 
 
@@ -67,7 +71,12 @@ def _table(title: str, section: type[Section]) -> str:
         for key, field in section.model_fields.items()
     ]
     head = "| Key | Type | Default | Meaning |\n| --- | --- | --- | --- |"
-    return f"## `{title}`\n\n{(section.__doc__ or '').strip()}\n\n{head}\n" + "\n".join(rows) + "\n"
+    return f"{_heading(title, section)}\n{head}\n" + "\n".join(rows) + "\n"
+
+
+def _heading(title: str, section: type[Section]) -> str:
+    """A section's name and docstring."""
+    return f"## `{title}`\n\n{(section.__doc__ or '').strip()}\n"
 
 
 def _type(field: FieldInfo) -> str:

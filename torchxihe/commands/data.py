@@ -32,10 +32,12 @@ def main(args: list[str]) -> None:
 
 
 def summarise(config: Config, prepared: Prepared, order: Order) -> list[dict[str, str]]:
-    """A line per source: what it holds, and what the planned run takes of it."""
-    quotas, planned = order.stages[-1].quotas, order.epochs(config.total_steps)
+    """A line per source and validation set: what it holds, and what the planned run takes of it."""
+    untouched = [0] * len(prepared.sets)
+    quotas = [*order.stages[-1].quotas, *untouched]
+    planned = [*order.epochs(config.total_steps), *untouched]
     lines = []
-    for source, quota, epochs in zip(prepared.sources, quotas, planned, strict=True):
+    for source, quota, epochs in zip(prepared.held_out, quotas, planned, strict=True):
         lines.append(
             {
                 "source": source.name,

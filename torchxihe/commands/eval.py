@@ -1,11 +1,11 @@
-"""Measure a checkpoint on held-out documents (loss, perplexity and bits per byte, by source), or on lm-eval's tasks.
+"""Measure a checkpoint on held-out documents (loss, perplexity, bits per byte, by source and set) or lm-eval's tasks.
 
 usage: torchxihe eval RUN_OR_STEP [--on CONFIG [--section.key=value ...]] [--max-tokens N] [--json]
        torchxihe eval RUN_OR_STEP --tasks NAME,... [--include DIR] [--limit N] [--json]
 
   --on CONFIG       measure on the held-out documents of this config instead of the run's own, prepared with the run's
                     tokenizer (`torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer`); repeat the overrides here
-  --max-tokens N    of all sources together, default 0: everything that is held out
+  --max-tokens N    of all sources together and of each validation set, default 0: everything that is held out
   --tasks NAME,...  tasks of lm-eval (pip install 'torchxihe[eval]'; lm_eval ls tasks lists them), through a temporary
                     export, which takes the room of the model in $TMPDIR
   --include DIR     where tasks of your own lie, as YAML files
@@ -22,7 +22,6 @@ examples: torchxihe eval runs/xihe_debug
 import argparse
 import contextlib
 import json
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -88,7 +87,7 @@ def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: in
         device=device,
     )
     bytes_per_token = torch.from_numpy(prepared.bytes_per_token).to(device)
-    return validate(load_decoder(saved, device, dtype, attention), batches, bytes_per_token, prepared.names)
+    return validate(load_decoder(saved, device, dtype, attention), batches, bytes_per_token, prepared)
 
 
 def _own_config(saved: SavedRun) -> Config:
@@ -105,7 +104,7 @@ def _check(saved: SavedRun, config: Config, prepared: Prepared) -> None:
         raise UserError(f"{config.run.name}: its data is of another tokenizer; {remedy}")
     if config.data.seq_len > saved.seq_len:
         raise UserError(f"data.seq_len: {config.data.seq_len} is more than the model's {saved.seq_len}; lower it")
-    if not sum(source.valid_rows for source in prepared.sources):
+    if not sum(source.valid_rows for source in prepared.held_out):
         raise UserError("validation.fraction: no document is held out; raise it, or name other data with --on CONFIG")
 
 
@@ -115,9 +114,9 @@ def _table(result: dict[str, float]) -> str:
     width = max(len(name.removeprefix("validation/")) for name in names)
     lines = [f"{'held out':{width}}  {'loss':>8}  {'perplexity':>11}  {'bits/byte':>9}"]
     for name in names:
-        loss, bpb = result[f"{name}/loss"], result[f"{name}/bpb"]
+        loss, perplexity, bpb = (result[f"{name}/{measure}"] for measure in ("loss", "perplexity", "bpb"))
         shown = "all" if name == "validation" else name.removeprefix("validation/")
-        lines.append(f"{shown:{width}}  {loss:8.4f}  {math.exp(min(loss, 700)):11,.2f}  {bpb:9.4f}")
+        lines.append(f"{shown:{width}}  {loss:8.4f}  {perplexity:11,.2f}  {bpb:9.4f}")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ KINDS: dict[Kind, dict[str, str]] = {
     "recorded": {
         "model": "initializer_range",
         "data": "sources document_mask on_bad_rows max_bad_rows",
-        "validation": "every max_tokens",
+        "validation": "every max_tokens sets",
         "training": "steps tokens global_batch_size batch_ramp dtype max_grad_norm max_skipped skip_spikes_beyond",
         "float8": "recipe",
         "optimizer": "lr momentum betas eps weight_decay",

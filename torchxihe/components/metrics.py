@@ -115,8 +115,9 @@ class MetricsWriter:
         """A validation's result."""
         self.write({"step": step, **metrics})
         loss, bpb = metrics["validation/loss"], metrics["validation/bpb"]
-        by_set = [f"{key.split('/')[1]} {value:.4f}" for key, value in metrics.items() if key.count("/") == 2]
-        sets = f"   ({', '.join(by_set[::2])})" if by_set else ""
+        names = [key.removesuffix("/loss").partition("/")[2] for key in metrics if key.endswith("/loss")]
+        by_set = ", ".join(f"{name} {metrics[f'validation/{name}/loss']:.4f}" for name in names if name)
+        sets = f"   ({by_set})" if by_set else ""
         width = len(str(self.total_steps))
         log.info("step %*d/%d   held out: loss %.4f   bpb %.4f%s", width, step, self.total_steps, loss, bpb, sets)
 

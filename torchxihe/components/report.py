@@ -64,6 +64,9 @@ def report_start(
                 f"{100 * share:.1f} % of the mixture, {epochs:.2f} epochs{held_out}",
             )
         )
+    for documents in prepared.sets:
+        size = f"{documents.documents:,} documents, {documents.tokens / 1e6:,.1f} M tokens"
+        rows.append(("data", f"{documents.name}: {size}, {documents.valid_rows:,} rows, all held out"))
     for name, value in rows:
         log.info("%-8s %s", name, value)
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Loss on the held-out documents, in whole and by the source that they belong to."""
+"""Loss on the held-out documents, in whole and by the source or validation set that they belong to."""
 
 import math
 from collections.abc import Iterable
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchxihe.data.loader import Batch
+from torchxihe.data.store import Prepared
 from torchxihe.utils.distributed import all_reduce_sum
 
 
@@ -23,26 +24,32 @@ def sums_by_source(losses_B: Tensor, batch: Batch, bytes_per_token_V: Tensor, so
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, batches: Iterable[Batch], bytes_per_token_V: Tensor, names: list[str]
+    model: nn.Module, batches: Iterable[Batch], bytes_per_token_V: Tensor, prepared: Prepared
 ) -> dict[str, float]:
-    """Mean cross-entropy a token (nats) and bits per byte over all ranks' batches; ranks have equally many.
+    """Mean cross-entropy a token (nats), perplexity, bits per byte over all ranks' batches; ranks have equally many.
 
-    "validation/loss" and "validation/bpb"; with several sources, which `names` names, "validation/<name>/loss" and
-    so on for each that has documents held out.
+    "validation/loss", "validation/perplexity" and "validation/bpb" are of what the sources hold out (where they hold
+    out nothing, of the validation sets together). "validation/<name>/loss" and so on follow for each set and, if there
+    are several, for each source that has documents held out.
     """
-    sums_S3 = torch.zeros(len(names), 3, dtype=torch.float64, device=bytes_per_token_V.device)
+    count = len(prepared.held_out)
+    sums_S3 = torch.zeros(count, 3, dtype=torch.float64, device=bytes_per_token_V.device)
     for batch in batches:
         _, losses_B = model(batch.tokens, batch.targets, batch.docs)
-        sums_S3 += sums_by_source(losses_B, batch, bytes_per_token_V, len(names))
-    by_source = all_reduce_sum(sums_S3).tolist()
-    result = _means("validation", [sum(column) for column in zip(*by_source, strict=True)])
-    for name, sums in zip(names, by_source, strict=True):
-        if len(names) > 1 and sums[1]:
-            result |= _means(f"validation/{name}", sums)
+        sums_S3 += sums_by_source(losses_B, batch, bytes_per_token_V, count)
+    sums_S3 = all_reduce_sum(sums_S3).cpu()
+    sources = len(prepared.sources)
+    of_sources = sums_S3[:sources].sum(0)
+    result = _means("validation", of_sources if of_sources[1] else sums_S3.sum(0))
+    for i, (documents, sums) in enumerate(zip(prepared.held_out, sums_S3, strict=True)):
+        if sums[1] and (i >= sources or sources > 1):
+            result |= _means(f"validation/{documents.name}", sums)
     return result
 
 
-def _means(name: str, sums: list[float]) -> dict[str, float]:
-    """Loss and bits per byte of summed loss, tokens and bytes."""
-    loss, tokens, size = sums
-    return {f"{name}/loss": loss / max(tokens, 1), f"{name}/bpb": loss / math.log(2) / max(size, 1)}
+def _means(name: str, sums: Tensor) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of summed loss, tokens and bytes."""
+    loss, tokens, size = sums.tolist()
+    mean = loss / max(tokens, 1)
+    perplexity = math.exp(min(mean, 700))  # beyond, a float64 would overflow
+    return {f"{name}/loss": mean, f"{name}/perplexity": perplexity, f"{name}/bpb": loss / math.log(2) / max(size, 1)}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from torchxihe.config import Source, UserError
+from torchxihe.config import Documents, UserError
 from torchxihe.data.chat import Chat, read_messages
 from torchxihe.data.sources import Piece, Row, parse_template, read_rows
 from torchxihe.data.store import SPLITS, ShardWriter, Split, committed_shard
@@ -37,7 +37,7 @@ class Job:
 
     key: str
     """"data.sources.N", for messages."""
-    source: Source
+    source: Documents
     pieces: list[Piece]
     store: Path
     name: str

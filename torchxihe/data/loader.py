@@ -60,8 +60,9 @@ class _Reader:
         self._eos = prepared.eos_id
         self._documents = rows * prepared.max_documents + 1 if document_mask else 0
         # Half of the files that this process may open, so that all else has room.
-        share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(prepared.sources)
-        self._sources = [source.open(split, max(16, min(share, MOST_OPEN))) for source in prepared.sources]
+        sources = prepared.sources if split == "train" else prepared.held_out
+        share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(sources)
+        self._sources = [source.open(split, max(16, min(share, MOST_OPEN))) for source in sources]
         self._buffers = [np.empty(seq_len + 1, rows.dtype) for rows in self._sources]
         self._masks = [np.zeros(seq_len + 1, np.uint8) if rows.masked else None for rows in self._sources]
 
@@ -200,8 +201,18 @@ class Loader:
 
 
 def validation_rows(prepared: Prepared, seq_len: int, max_tokens: int) -> list[tuple[int, int]]:
-    """The held-out rows of one validation: (source, row), spread over the sources by size and evenly within each."""
-    have = [source.valid_rows for source in prepared.sources]
+    """The rows of one validation: (place in `prepared.held_out`, row), evenly spread within each.
+
+    Of the sources `max_tokens` (0: all), shared out by their sizes, and of each set as many again.
+    """
+    chosen = _spread([source.valid_rows for source in prepared.sources], seq_len, max_tokens)
+    for i, documents in enumerate(prepared.sets, start=len(prepared.sources)):
+        chosen += [(i, row) for _, row in _spread([documents.valid_rows], seq_len, max_tokens)]
+    return chosen
+
+
+def _spread(have: list[int], seq_len: int, max_tokens: int) -> list[tuple[int, int]]:
+    """Rows that make up `max_tokens`, of sources that `have` so many: (source, row)."""
     most = min(sum(have), -(-max_tokens // seq_len)) if max_tokens else sum(have)
     # The first `most` of an even interleave: ends of the cumulative sizes, scaled.
     ends = [sum(have[: i + 1]) * most // max(1, sum(have)) for i in range(len(have))]

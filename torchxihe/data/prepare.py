@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from torchxihe.config import Config, Source, UserError
+from torchxihe.config import Config, Documents, UserError, documents_of
 from torchxihe.data.chat import Chat, read_messages
 from torchxihe.data.encode import Job, check_bad_rows, run_jobs
 from torchxihe.data.order import Order, check_epochs, plan_stages
@@ -52,9 +52,11 @@ class Plan:
     """What is to be done for one source."""
 
     key: str
-    """"data.sources.N", for messages."""
+    """"data.sources.N" or "validation.sets.N", for messages."""
     name: str
-    source: Source
+    source: Documents
+    fraction: float
+    """Share of the documents that is held out. 1: a validation set."""
     shards: list[list[Piece]]
     identity: str
     """Changes with every byte that is read and with the template."""
@@ -82,7 +84,7 @@ def prepare(config: Config) -> Prepared:
         write_json(path, {"tokenizer": tokenizer.name, "names": names, "stores": [store.name for store in stores]})
     prepared = open_prepared(config)
     _check(config, prepared)
-    for source in prepared.sources:
+    for source in prepared.held_out:
         print(_summary(source), flush=True)
     return prepared
 
@@ -106,11 +108,10 @@ def prepare_part(config: Config, part: int, parts: int) -> None:
 
 
 def make_plans(config: Config, cache: Path) -> list[Plan]:
-    """Look at all sources: which files, in which shards. Raises UserError."""
+    """Look at all sources and validation sets: which files, in which shards. Raises UserError."""
     plans: list[Plan] = []
     chat = config.data.format == "chat"
-    for i, source in enumerate(config.data.sources):
-        key = f"data.sources.{i}"
+    for key, source in documents_of(config):
         template = parse_template(source.template, f"{key}.template")
         pieces = find_pieces(source, key)
         hashes = _hash_files([piece.path for piece in pieces if piece.format != "stream"], cache)
@@ -120,7 +121,8 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
         name = source_name(source)
         while any(plan.name == name for plan in plans):
             name += "-2"
-        plans.append(Plan(key, name, source, cut_shards(pieces), identity, chat))
+        fraction = config.validation.fraction if key.startswith("data.") else 1.0
+        plans.append(Plan(key, name, source, fraction, cut_shards(pieces), identity, chat))
     return plans
 
 
@@ -150,7 +152,8 @@ def _hash_file(path: str) -> str:
 
 
 def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
-    """The tokenizer's folder; trains it if need be."""
+    """The tokenizer's folder; trains it if need be, on the sources alone."""
+    plans = [plan for plan in plans if plan.fraction < 1]
     share = config.tokenizer.train_bytes // len(plans)
     for plan in plans:
         if plan.shards[0][0].format == "tokens" and not config.tokenizer.path:
@@ -198,7 +201,7 @@ def _store(plan: Plan, config: Config, tokenizer: Path, cache: Path) -> Path:
         "max_tokens": plan.source.max_tokens,
         "tokenizer": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
         "ends": {k: v for k, v in _meta(tokenizer).items() if k != "vocab_size"},
-        "validation": config.validation.fraction,
+        "validation": plan.fraction,
     }
     if plan.chat:
         key["chat_template"] = (tokenizer / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
@@ -210,10 +213,13 @@ def _meta(tokenizer: Path) -> dict[str, int]:
 
 
 def _refuse_twins(plans: list[Plan], stores: list[Path]) -> None:
-    for i, store in enumerate(stores):
-        first = stores.index(store)
-        if first < i:
-            raise UserError(f"{plans[i].key}: the same documents as {plans[first].key}; give one of them more weight")
+    for i, plan in enumerate(plans):
+        for j, before in enumerate(plans[:i]):
+            if stores[i] == stores[j]:
+                remedy = "give one of them more weight" if plan.fraction < 1 else "remove one of them"
+                raise UserError(f"{plan.key}: the same documents as {before.key}; {remedy}")
+            if plan.identity == before.identity and plan.fraction != before.fraction:
+                raise UserError(f"{plan.key}: the same documents as {before.key}, which are trained on; take others")
 
 
 def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path) -> list[list[Job]]:
@@ -231,7 +237,7 @@ def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path
                 tokenizer=tokenizer,
                 eos_id=meta["eos_id"],
                 bos_id=meta["bos_id"],
-                fraction=config.validation.fraction,
+                fraction=plan.fraction,
                 max_bad_rows=_max_bad_rows(config),
                 max_tokens=plan.source.max_tokens,
                 chat=plan.chat,
@@ -299,11 +305,13 @@ def _check_documents(plan: Plan, manifest: dict[str, Any], max_bad_rows: float) 
     """Raise UserError if the source as a whole is no good."""
     rows = manifest["rows"]
     check_bad_rows(plan.key, Counter(manifest["bad"]), rows, max_bad_rows, manifest["examples"])
-    if not manifest["train"]["documents"]:
+    wanted = "valid" if plan.fraction == 1 else "train"
+    if not manifest[wanted]["documents"]:
         held_out = manifest["valid"]["documents"]
         why = "".join(f", {count} {reason}" for reason, count in manifest["dropped"].items())
         why += f"; all {held_out} documents are held out" if held_out else ""
-        raise UserError(f"{plan.key}.path: {plan.source.path}: no documents to train on in {rows} rows{why}")
+        purpose = "validate" if plan.fraction == 1 else "train"
+        raise UserError(f"{plan.key}.path: {plan.source.path}: no documents to {purpose} on in {rows} rows{why}")
     if len({shard["dtype"] for shard in manifest["shards"]}) > 1:
         raise UserError(f"{plan.key}.path: {plan.source.path}: token files of different widths; make them two sources")
 
@@ -368,7 +376,7 @@ def _pack(documents: Iterator[np.ndarray], packing: str, width: int) -> Iterator
 
 def _check(config: Config, prepared: Prepared) -> None:
     """What is only known now: whether there is something to validate on, and enough for the run."""
-    if config.validation.every and not any(source.valid_rows for source in prepared.sources):
+    if config.validation.every and not any(source.valid_rows for source in prepared.held_out):
         raise UserError(
             f"validation.fraction: {config.validation.fraction:g} holds out no document of so few; raise it, or set "
             "validation.every = 0"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from torchxihe.config import Source, UserError
+from torchxihe.config import Documents, UserError
 
 SMALLEST_SHARD, LARGEST_SHARD = 4 * 2**20, 256 * 2**20
 """Bytes of input per shard: the unit that one core prepares and that is not done twice after a kill."""
@@ -129,14 +129,14 @@ def parse_template(text: str, key: str) -> Template:
     return Template(tuple((literal, name or "") for literal, name, _, _ in parsed))
 
 
-def source_name(source: Source) -> str:
+def source_name(source: Documents) -> str:
     """Name in logs and metrics."""
     parts = [part for part in source.path.strip("{}").split("/") if part and not set("*?[.") & set(part[:1])]
     stem = parts[-1].split(".")[0] if parts else "data"
     return source.name or "-".join(part for part in (stem, source.subset) if part)
 
 
-def find_pieces(source: Source, key: str) -> list[Piece]:
+def find_pieces(source: Documents, key: str) -> list[Piece]:
     """Everything that `source` is read from, in a fixed order. `key`: "data.sources.N", for the errors.
 
     Raises UserError if there is nothing, or if `datasets` cannot give it.
@@ -165,7 +165,7 @@ def find_pieces(source: Source, key: str) -> list[Piece]:
     return [Piece(str(path), _format(path, source), size=path.stat().st_size) for path in unique]
 
 
-def is_hub(source: Source) -> bool:
+def is_hub(source: Documents) -> bool:
     """Whether `datasets` must find the source: it is neither here nor a pattern, or a subset of it is asked for."""
     here = source.path in INSTALLED or Path(source.path).exists()
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source.path) and Path(source.path).suffix not in SUFFIXES
@@ -190,7 +190,7 @@ def cut_shards(pieces: list[Piece]) -> list[list[Piece]]:
     return shards
 
 
-def read_rows(piece: Piece, columns: list[str], source: Source, key: str) -> Iterator[Row]:
+def read_rows(piece: Piece, columns: list[str], source: Documents, key: str) -> Iterator[Row]:
     """The rows of `piece`, with at least `columns`. `key`: "data.sources.N", for the errors.
 
     Raises UserError if the file as a whole cannot be read.
@@ -215,7 +215,7 @@ def read_rows(piece: Piece, columns: list[str], source: Source, key: str) -> Ite
         raise UserError(f"{key}.path: {piece.path}: cannot be read as {piece.format}: {error}") from error
 
 
-def _format(path: Path, source: Source) -> str:
+def _format(path: Path, source: Documents) -> str:
     """How `path` is read."""
     if source.format != "auto":
         return source.format
@@ -226,7 +226,7 @@ def _format(path: Path, source: Source) -> str:
     return SUFFIXES.get(suffixes[-1], "text") if suffixes else "text"
 
 
-def _saved_dataset(root: Path, source: Source, key: str) -> list[Path]:
+def _saved_dataset(root: Path, source: Documents, key: str) -> list[Path]:
     """The Arrow files of a folder that `save_to_disk` wrote."""
     folder = root
     if (root / "dataset_dict.json").exists():
@@ -239,7 +239,7 @@ def _saved_dataset(root: Path, source: Source, key: str) -> list[Path]:
     return [folder / entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
 
 
-def _hub_pieces(source: Source, key: str) -> list[Piece]:
+def _hub_pieces(source: Documents, key: str) -> list[Piece]:
     """The Arrow files that `datasets` leaves of a hub dataset, or the shards of a stream."""
     if not Path(source.path).exists():
         settle_hub()
@@ -275,7 +275,7 @@ def settle_hub() -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def load_hub(source: Source, revision: str) -> Any:
+def load_hub(source: Documents, revision: str) -> Any:
     """The source as a `datasets.Dataset`, or an `IterableDataset` if it is streamed."""
     import datasets  # slow, and only for hub sources
 
@@ -286,7 +286,7 @@ def load_hub(source: Source, revision: str) -> Any:
     )
 
 
-def _commit(source: Source) -> str:
+def _commit(source: Documents) -> str:
     """The commit that `source.revision` means today; for a folder, the newest change in it."""
     import huggingface_hub  # slow, and only for hub sources
 
@@ -520,7 +520,7 @@ def _read_arrow(piece: Piece, columns: list[str]) -> Iterator[Row]:
                     yield Row(f"{piece.path}, row {start + row} of batch {i}", values)
 
 
-def _read_stream(piece: Piece, source: Source) -> Iterator[Row]:
+def _read_stream(piece: Piece, source: Documents) -> Iterator[Row]:
     """A shard of a dataset that is read over the network."""
     dataset = load_hub(source, piece.revision)
     for i, values in enumerate(dataset.shard(num_shards=dataset.num_shards, index=piece.start)):

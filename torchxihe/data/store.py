@@ -180,6 +180,8 @@ class Prepared:
     """All that training reads."""
 
     sources: tuple[SourceRows, ...]
+    sets: tuple[SourceRows, ...]
+    """Validation sets; all of their rows are held out."""
     tokenizer_dir: Path
     """Folder with `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json`, `bytes_per_token.npy`."""
     vocab_size: int
@@ -192,8 +194,13 @@ class Prepared:
 
     @property
     def max_documents(self) -> int:
-        """Most pieces in any row of any source, padding counted as one."""
-        return max(source.max_documents for source in self.sources)
+        """Most pieces in any row of any source or set, padding counted as one."""
+        return max(source.max_documents for source in self.held_out)
+
+    @property
+    def held_out(self) -> tuple[SourceRows, ...]:
+        """What can be validated on: the sources, and after them the sets."""
+        return self.sources + self.sets
 
     @property
     def names(self) -> list[str]:
@@ -220,9 +227,13 @@ def open_prepared(config: Config) -> Prepared:
     folder = cache / "tokenizers" / recipe["tokenizer"]
     tokenizer = json.loads((folder / "torchxihe.json").read_bytes())
     check_vocab_size(config, tokenizer["vocab_size"])
-    opened = zip(config.data.sources, recipe["names"], recipe["stores"], strict=True)
+    weights = [source.weight for source in config.data.sources] + [0.0] * len(config.validation.sets)
+    wanted = zip(weights, recipe["names"], recipe["stores"], strict=True)
+    opened = tuple(open_source(cache / "stores" / key, config, name, weight) for weight, name, key in wanted)
+    count = len(config.data.sources)
     return Prepared(
-        sources=tuple(open_source(cache / "stores" / key, config, name, source.weight) for source, name, key in opened),
+        sources=opened[:count],
+        sets=opened[count:],
         tokenizer_dir=folder,
         vocab_size=tokenizer["vocab_size"],
         eos_id=tokenizer["eos_id"],
@@ -275,7 +286,7 @@ def check_vocab_size(config: Config, size: int) -> None:
 def recipe_path(config: Config) -> Path:
     """The file that says which stores and tokenizer belong to this config."""
     what = config.model_dump(mode="json", include={"data", "tokenizer", "validation"})
-    what["validation"] = {"fraction": what["validation"]["fraction"]}
+    what["validation"] = {name: what["validation"][name] for name in ("fraction", "sets")}
     for name in ("cache_dir", "document_mask", "max_epochs"):
         del what["data"][name]
     for source in what["data"]["sources"]:
