@@ -462,6 +462,19 @@ def test_parts_kills_and_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert sorted(found) == sorted(expected) and {carries for _, carries in found} == {0, 1}
 
 
+def test_the_end_of_text_ends_a_document_whatever_the_template_writes(tmp_path: Path) -> None:
+    """Once, and without a loss if the assistant's turn has an end of its own. Seen to fail without it."""
+    folder = make_tokenizer(tmp_path / "t", IM, chat_template=TEMPLATES["ChatML"][1])
+    source = write_lines(tmp_path / "a.jsonl", [conversation("a", "b"), conversation("c", "d")])
+    [prepared] = prepare(chat_config(tmp_path / "cache", source, tokenizer={"path": str(folder)})).sources
+    tokens = np.fromfile(prepared.store / "train-00000.bin", "<u2")
+    mask = np.fromfile(prepared.store / "train-00000.msk", np.uint8)
+    [newline] = np.unique(tokens[np.flatnonzero(tokens == 0) - 1])
+    assert (tokens == 0).sum() == 2 and tokens[-1] == 0 and (tokens == newline).sum() == 2 * 2 * 2
+    for end in np.flatnonzero(tokens == 0).tolist():
+        assert tokens[end - 2] == 2 and mask[end - 3 : end + 1].tolist() == [1, 1, 0, 0]
+
+
 # Docstrings
 
 
