@@ -11,7 +11,9 @@ import torch
 
 from tests.unit.saved_runs import LLAMA, QWEN3, TEXT, TOKENS, make_run
 from tests.unit.test_model import Shape, model_config
+from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
+from torchxihe.components.export import export
 from torchxihe.components.saved_run import load_decoder, open_saved
 from torchxihe.config import Model, UserError, load_config
 from torchxihe.data.tokenizer import load_tokenizer
@@ -108,6 +110,17 @@ def test_the_card_has_the_facts(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     for fact in ("Qwen3ForCausalLM", "| Steps | 7 |", "| Tokens | 1,792 |", "text.txt (100 %)", "3 layers of 48"):
         assert fact in card
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = make_run(tmp_path, LLAMA)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run(["export", str(config.run_dir), "--out", str(tmp_path / "out")])
+    assert "export:" in sys.stderr.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    seen = []
+    export(open_saved(config.run_dir), tmp_path / "again", progress=lambda more, total: seen.append((more, total)))
+    [total] = {total for _, total in seen}
+    assert sum(more for more, _ in seen) == total > 500_000
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path) -> None:

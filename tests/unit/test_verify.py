@@ -1,13 +1,16 @@
 """`torchxihe verify`: what its table says, and its exit code."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.unit.test_checkpoint import flip, saved
 from torchxihe.commands.verify import main
-from torchxihe.components.manifest import CORRUPT
+from torchxihe.components.manifest import CORRUPT, read_manifest, step_flaws
+from torchxihe.components.storage import Location
 from torchxihe.config import UserError
 
 
@@ -35,6 +38,27 @@ def test_what_is_wrong_is_said_and_nothing_is_changed(tmp_path: Path, capsys: py
     (tmp_path / "step-00000030" / "MANIFEST.json").unlink()
     with pytest.raises(UserError, match="the newest checkpoint is CORRUPT"):
         main([str(tmp_path)])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
+    saved(tmp_path, 10)
+    monkeypatch.setattr(sys, "stderr", stream())
+    main([str(tmp_path)])
+    text = sys.stderr.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert ("step-00000010:   0%" in text and text.endswith("\r")) if stream is Terminal else text == ""
+
+
+def test_progress_is_told_of_every_byte(tmp_path: Path) -> None:
+    saved(tmp_path, 10)
+    step, seen = Location(tmp_path / "step-00000010"), []
+    assert step_flaws(step, progress=seen.append) == []
+    assert sum(seen) == sum(size for size, _ in read_manifest(step).files.values())
 
 
 def test_nothing_to_verify(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def main(args: list[str]) -> None:
     if options.shard_gb <= 0:
         raise UserError(f"--shard-gb: must be greater than 0, got {options.shard_gb:g}")
     saved = open_saved(options.run)
-    with tqdm(desc="export", unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(desc="export", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
         def progress(more: int, total: int) -> None:
             bar.total = total

@@ -14,7 +14,9 @@ The exit code is 0 if the newest committed checkpoint is valid, else 1.
 
 import time
 
-from torchxihe.components.manifest import CORRUPT, MANIFEST, read_manifest, step_flaws, step_of, steps_in
+from tqdm import tqdm
+
+from torchxihe.components.manifest import CORRUPT, MANIFEST, CorruptError, read_manifest, step_flaws, step_of, steps_in
 from torchxihe.components.ranks import explained
 from torchxihe.components.storage import Location
 from torchxihe.config import UserError
@@ -54,6 +56,16 @@ def _steps_at(place: Location) -> list[Location]:
     return []
 
 
+def _flaws(directory: Location) -> list[str]:
+    """What is wrong with a step, with a bar while it is read."""
+    try:
+        size = sum(size for size, _ in read_manifest(directory).files.values())
+    except CorruptError as error:
+        return [str(error)]
+    with tqdm(total=size, desc=directory.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        return step_flaws(directory, progress=bar.update)
+
+
 def _print_line(directory: Location) -> str:
     """One line of the table; the checkpoint's state."""
     start, names = time.perf_counter(), directory.names()
@@ -62,7 +74,7 @@ def _print_line(directory: Location) -> str:
         state, what = "unfinished", ""
     elif CORRUPT in names:
         state, what = "CORRUPT", "marked: " + (directory / CORRUPT).read().decode().strip()
-    elif flaws := step_flaws(directory):
+    elif flaws := _flaws(directory):
         half = MANIFEST not in names
         state, what = ("unfinished" if half and not directory.local else "CORRUPT"), "; ".join(flaws)
     else:
