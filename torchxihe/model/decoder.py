@@ -19,8 +19,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchxihe.config import Model
 from torchxihe.model.attention import Attention
 from torchxihe.model.linear_cross_entropy import linear_cross_entropy
-from torchxihe.model.rope import apply_rope, rope_tables
-from torchxihe.model.swiglu import Swiglu, plain
+from torchxihe.model.norm import RMSNorm, rms_norm
+from torchxihe.model.queries_keys import QueriesKeys
+from torchxihe.model.queries_keys import plain as plain_queries_keys
+from torchxihe.model.rope import rope_tables
+from torchxihe.model.swiglu import Swiglu
+from torchxihe.model.swiglu import plain as plain_swiglu
 
 
 class Linear(nn.Linear):
@@ -34,50 +38,25 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype))
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis, in float32; the result has x's dtype (arXiv:1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise over the last axis in float32, scale by `weight`; returns x's dtype."""
-    x32 = x.float()
-    scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    # The weight passes through x's dtype, because under FSDP2 a block's weights arrive in it.
-    return (x32 * scale * weight.to(x.dtype).float()).to(x.dtype)
-
-
 class SelfAttention(nn.Module):
     """Multi-head attention with grouped keys and values and rotary positions."""
 
-    def __init__(self, config: Model, attention: Attention) -> None:
+    def __init__(self, config: Model, attention: Attention, queries_keys: QueriesKeys) -> None:
         super().__init__()
-        self.head_dim, self.attention = config.head_dim, attention
+        self.head_dim, self.attention, self.queries_keys = config.head_dim, attention, queries_keys
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = Linear(config.hidden_size, queries)
         self.k_proj = Linear(config.hidden_size, keys)
         self.v_proj = Linear(config.hidden_size, keys)
         self.o_proj = Linear(queries, config.hidden_size)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        q, k, v = (p(x_BTC).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = self.attention(apply_rope(q, cos_TD, sin_TD), apply_rope(k, cos_TD, sin_TD), v, docs)
-        return self.o_proj(out.flatten(-2))
+        q, k = self.queries_keys(x_BTC, self.q_proj, self.k_proj, self.q_norm, self.k_norm, cos_TD, sin_TD)
+        v = self.v_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(self.attention(q, k, v, docs).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -98,10 +77,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One decoder layer: attention, then feed-forward, each normalised before and added after."""
 
-    def __init__(self, config: Model, attention: Attention, swiglu: Swiglu) -> None:
+    def __init__(self, config: Model, attention: Attention, queries_keys: QueriesKeys, swiglu: Swiglu) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, attention)
+        self.self_attn = SelfAttention(config, attention, queries_keys)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, swiglu)
         self.checkpoint: Callable[..., Tensor] | None = None  # set from outside, to compute `body` again in backward
@@ -150,12 +129,14 @@ class Decoder(nn.Module):
         seq_len: int,
         dtype: torch.dtype,
         attention: Attention,
-        swiglu: Swiglu = plain,
+        queries_keys: QueriesKeys = plain_queries_keys,
+        swiglu: Swiglu = plain_swiglu,
     ) -> None:
         super().__init__()
         self.config, self.seq_len, self.dtype = config, seq_len, dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention, swiglu) for _ in range(config.num_hidden_layers))
+        blocks = (Block(config, attention, queries_keys, swiglu) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config.rms_norm_eps)
         if not config.tie_word_embeddings:

@@ -14,7 +14,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.constexpr, block: tl.constexpr):  # noqa: ANN001, ANN202
+def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     columns = tl.arange(0, block)

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchxihe.config import Config
 from torchxihe.model.attention import choose_attention
 from torchxihe.model.decoder import Decoder
+from torchxihe.model.queries_keys import choose_queries_keys
 from torchxihe.model.swiglu import choose_swiglu
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile
@@ -27,10 +28,19 @@ def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     """
     dtype = getattr(torch, config.training.dtype)
     attention = choose_attention(config.model.attention, device, dtype, config.data.document_mask)
+    queries_keys = choose_queries_keys(config.model.head_dim, device, dtype, config.float8.recipe)
     swiglu = choose_swiglu(config.model, device, dtype, config.float8.recipe)
-    log.info("kernels attention: %s, feed-forward: %s", attention.__name__, swiglu.__name__)
+    names = attention.__name__, queries_keys.__name__, swiglu.__name__
+    log.info("kernels attention: %s, queries and keys: %s, feed-forward: %s", *names)
     with torch.device("meta"):
-        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, attention=attention, swiglu=swiglu)
+        model = Decoder(
+            config.model,
+            seq_len=config.data.seq_len,
+            dtype=dtype,
+            attention=attention,
+            queries_keys=queries_keys,
+            swiglu=swiglu,
+        )
     apply_float8(model, config.float8.recipe, device)
     apply_activation_checkpointing(model, config.parallelism.activation_checkpointing)
     if config.training.compile and compile_obstacle():

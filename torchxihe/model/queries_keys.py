@@ -1,0 +1,136 @@
+"""Queries and keys: projected, normalised head by head where the model has QK-norm, turned to their positions.
+
+Two ways, one signature: `plain` leaves everything to the compiler, `fused` projects both with one product and does the
+rest in one Triton kernel, forward and backward (docs/performance.md).
+
+Axes: B batch, T position in the row, N = B·T tokens, C hidden size, H query heads, K key heads, D head dimension,
+E = (H + K)·D.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchxihe.model.norm import RMSNorm
+from torchxihe.model.rope import apply_rope
+
+QueriesKeys = Callable[
+    [Tensor, nn.Module, nn.Module, RMSNorm | None, RMSNorm | None, Tensor, Tensor], tuple[Tensor, Tensor]
+]
+
+
+def plain(
+    x_BTC: Tensor,
+    q_proj: nn.Module,
+    k_proj: nn.Module,
+    q_norm: RMSNorm | None,
+    k_norm: RMSNorm | None,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """[B, T, C] to queries [B, T, H, D] and keys [B, T, K, D], in x's dtype: the reference. Tables: see `rope.py`."""
+    q, k = (project(x_BTC).unflatten(-1, (-1, 2 * cos_TD.shape[1])) for project in (q_proj, k_proj))
+    if q_norm is not None and k_norm is not None:
+        q, k = q_norm(q), k_norm(k)
+    return apply_rope(q, cos_TD, sin_TD), apply_rope(k, cos_TD, sin_TD)
+
+
+def fused(
+    x_BTC: Tensor,
+    q_proj: nn.Module,
+    k_proj: nn.Module,
+    q_norm: RMSNorm | None,
+    k_norm: RMSNorm | None,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same on a GPU, in 16-bit; norms and angles are computed in float32 without rounding between them."""
+    assert isinstance(q_proj.weight, Tensor) and isinstance(k_proj.weight, Tensor)
+    batch, seq_len, _ = x_BTC.shape
+    weight_EC = torch.cat((q_proj.weight, k_proj.weight)).to(x_BTC.dtype)
+    weight_2D, eps = None, 0.0
+    if q_norm is not None and k_norm is not None:
+        weight_2D, eps = torch.stack((q_norm.weight, k_norm.weight)).to(x_BTC.dtype), q_norm.eps
+    qk_NE = F.linear(x_BTC.flatten(0, 1), weight_EC)
+    heads = q_proj.weight.shape[0] // (2 * cos_TD.shape[1])
+    q_NHD, k_NKD = normed_rope(qk_NE, weight_2D, cos_TD, sin_TD, heads, eps)
+    return q_NHD.view(batch, seq_len, *q_NHD.shape[1:]), k_NKD.view(batch, seq_len, *k_NKD.shape[1:])
+
+
+def choose_queries_keys(head_dim: int, device: torch.device, dtype: torch.dtype, float8: str) -> QueriesKeys:
+    """`fused` where it works: on a GPU, in 16-bit, with a head dimension that is a power of two, without float8."""
+    works = device.type == "cuda" and dtype != torch.float32 and not float8
+    return fused if works and head_dim >= 16 and head_dim & (head_dim - 1) == 0 else plain
+
+
+@torch.library.custom_op("torchxihe::normed_rope", mutates_args=())
+def normed_rope(
+    qk_NE: Tensor, weight_2D: Tensor | None, cos_TD: Tensor, sin_TD: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Queries [N, H, D] and keys [N, K, D] from their projections side by side.
+
+    qk: 16-bit [N, E], contiguous, whole rows of the tables' T positions. weight: scales of the queries' norm and of the
+    keys', or None without norms. cos, sin: float32 [T, D/2]. heads: H.
+    """
+    # Triton comes with PyTorch's CUDA builds alone.
+    from torchxihe.model.queries_keys_kernel import forward
+
+    return forward(qk_NE, weight_2D, cos_TD, sin_TD, heads, eps)
+
+
+@normed_rope.register_fake
+def _(
+    qk_NE: Tensor, weight_2D: Tensor | None, cos_TD: Tensor, sin_TD: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    tokens, head_dim = qk_NE.shape[0], 2 * cos_TD.shape[1]
+    keys = qk_NE.shape[1] // head_dim - heads
+    return qk_NE.new_empty(tokens, heads, head_dim), qk_NE.new_empty(tokens, keys, head_dim)
+
+
+@torch.library.custom_op("torchxihe::normed_rope_backward", mutates_args=())
+def _normed_rope_backward(
+    dq_NHD: Tensor,
+    dk_NKD: Tensor,
+    qk_NE: Tensor,
+    weight_2D: Tensor | None,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qk, in its dtype, and of the weights (float32 [2, D]; empty without norms)."""
+    # Triton comes with PyTorch's CUDA builds alone.
+    from torchxihe.model.queries_keys_kernel import backward
+
+    return backward(dq_NHD.contiguous(), dk_NKD.contiguous(), qk_NE, weight_2D, cos_TD, sin_TD, eps)
+
+
+@_normed_rope_backward.register_fake
+def _(
+    dq_NHD: Tensor,
+    dk_NKD: Tensor,
+    qk_NE: Tensor,
+    weight_2D: Tensor | None,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    shape = (0,) if weight_2D is None else weight_2D.shape
+    return torch.empty_like(qk_NE), qk_NE.new_empty(shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qk_NE, weight_2D, cos_TD, sin_TD, _, ctx.eps = inputs
+    ctx.save_for_backward(qk_NE, cos_TD, sin_TD, *(() if weight_2D is None else (weight_2D,)))
+
+
+def _gradients(ctx: Any, dq_NHD: Tensor, dk_NKD: Tensor) -> tuple[Tensor | None, ...]:
+    qk_NE, cos_TD, sin_TD, *weights = ctx.saved_tensors
+    weight_2D = weights[0] if weights else None
+    dqk_NE, dweight_2D = _normed_rope_backward(dq_NHD, dk_NKD, qk_NE, weight_2D, cos_TD, sin_TD, ctx.eps)
+    return dqk_NE, None if weight_2D is None else dweight_2D.to(weight_2D.dtype), None, None, None, None
+
+
+normed_rope.register_autograd(_gradients, setup_context=_save)
