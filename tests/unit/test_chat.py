@@ -264,12 +264,22 @@ THINKING = (
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_told_from_one_that_does_not(tmp_path: Path) -> None:
+def test_a_template_that_drops_the_thoughts_of_earlier_turns(tmp_path: Path) -> None:
+    """As Qwen3's does: every turn is learned as it stands. Seen to fail with ends found by rendering that far."""
     chat = make_chat(tmp_path / "t", IM, THINKING)
-    _, loss = chat.encode(chat.parts(conversation("a", "b")["messages"])[0])
-    assert loss.any()
+    parts, why = chat.parts(conversation("a", "b", "c", "d")["messages"])
+    learned = "".join(part.text for part in parts if part.loss)
+    assert not why and learned == "b<|im_end|><think></think>d<|im_end|>"
+
+
+def test_a_template_whose_prompt_is_not_the_beginning(tmp_path: Path) -> None:
+    chat = make_chat(tmp_path / "t", IM, "{% if messages | length > 2 %}more than one turn{% endif %}" + THINKING)
+    _, why = chat.parts(conversation("a", "b")["messages"])
+    assert not why
     _, why = chat.parts(conversation("a", "b", "c", "d")["messages"])
-    assert "is not how it begins the whole conversation; mark the assistant's words by {% generation %}" in why
+    assert (
+        "is not how it begins the conversation with that answer; mark the assistant's words by {% generation %}" in why
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,7 +287,7 @@ def test_a_template_that_rewrites_earlier_turns_is_told_from_one_that_does_not(t
     [
         ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
-        ("{{ raise_exception('not today') }}", "the chat template refuses it: not today"),
+        ("{{ raise_exception('not today') }}", "tokenizer.chat_template: not today"),
         ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", "no special token ends what the assistant says"),
         (CHATML.replace("CONTENT", "{% generation %}{{ m.content }}{% endgeneration %}"), "no special token ends"),
         (
@@ -332,16 +342,18 @@ def test_where_the_template_comes_from(tmp_path: Path) -> None:
 
 
 def test_template_and_format_change_the_store_and_nothing_else_does(tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "a.jsonl", [conversation("a", "b") | {"text": "c"}])
+    other = conversation("d", "e")["messages"]
+    source = write_lines(tmp_path / "a.jsonl", [conversation("a", "b") | {"text": "c", "other": other}])
     (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE.replace("\\n", ":\\n"))
     template = {"tokenizer": {**BYTES, "chat_template": str(tmp_path / "other.jinja")}}
     configs = [
         make_config(tmp_path / "cache", source, tokenizer=BYTES),
         chat_config(tmp_path / "cache", source, tokenizer=BYTES),
         chat_config(tmp_path / "cache", source, **template),
+        chat_config(tmp_path / "cache", source | {"messages": "other"}, tokenizer=BYTES),
     ]
     prepared = [prepare(config) for config in configs]
-    assert len({each.sources[0].key for each in prepared}) == 3
+    assert len({each.sources[0].key for each in prepared}) == 4
     tokens = [(each.tokenizer_dir / "tokenizer.json").read_bytes() for each in prepared[1:]]
     assert tokens[0] == tokens[1]
 

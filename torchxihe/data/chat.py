@@ -2,7 +2,7 @@
 
 A template (Jinja, in the dialect of `transformers`) turns messages into one text. What the assistant says in it, up to
 and with the special token that ends its turn, carries the loss. The template says itself where that is if it has
-`{% generation %}`; otherwise it is what the rendering up to an assistant's message has beyond the prompt for it.
+`{% generation %}`; otherwise it begins where the prompt for the assistant's message would end.
 """
 
 import itertools
@@ -112,40 +112,46 @@ class Chat:
             self._template = environment.from_string(file.read_text(encoding="utf-8"))
         except TemplateError as error:
             raise UserError(f"tokenizer.chat_template: {error}") from None
-        parts, why = self.parts(PROBE)
-        if why:
-            raise UserError(f"tokenizer.chat_template: {why}")
-        ends = [part.text for part in parts if part.special and part.loss]
-        if not ends:
-            raise UserError(
-                "tokenizer.chat_template: no special token ends what the assistant says, so that no model could learn "
-                "to stop; write {{ eos_token }} after its content, within {% generation %} if there is that"
-            )
-        self.end_of_turn = self._encoder.special[ends[-1]]
+        try:
+            self._end = self._find_end()
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"tokenizer.chat_template: {error}") from None
+        self.end_of_turn = self._encoder.special[self._end]
         """Id of the token that ends what the assistant says."""
+        parts, _ = self.parts(PROBE)
         if self.encode(parts)[0].tolist() != self._encoder.encode_with_special("".join(part.text for part in parts)):
             raise UserError(
                 "tokenizer.path: its tokenizer.json encodes text after a special token in another way than by itself "
                 "(a prefix blank, or special tokens that take blanks with them), which chats do not support"
             )
 
+    def _find_end(self) -> str:
+        """The special token that the template writes after what the assistant says."""
+        text = self._template_text(PROBE)
+        said = re.split(f"[{BEGIN}{END}]", text)[1] if BEGIN in text else text[self._start(text, PROBE[:1]) :]
+        found = self._special.search(said.partition(PROBE[1]["content"])[2])
+        if not found:
+            raise ValueError(
+                "no special token ends what the assistant says, so that no model could learn to stop; write "
+                "{{ eos_token }} after its content, within {% generation %} if there is that"
+            )
+        return found[0]
+
     def parts(self, messages: list[Message]) -> tuple[list[Part], str]:
         """The conversation as the template writes it, in order, and why it cannot be had ("" if it can)."""
         literal = [{**message, "content": self._literal(message["content"])} for message in messages]
         try:
             text = self._template_text(literal)
-            marked = BEGIN in text
-            # Alternately what the assistant does not say, and what it says.
-            pieces = re.split(f"[{BEGIN}{END}]", text) if marked else self._compare(text, literal)
+            if BEGIN in text:
+                pieces = enumerate(re.split(f"[{BEGIN}{END}]", text))  # what is not marked, and what is, in turn
+                return [part for i, piece in pieces for part in self._split(piece, loss=i % 2 == 1)], ""
+            asked = [literal[:i] for i, message in enumerate(literal) if message["role"] == "assistant"]
+            starts = [self._start(text, before) for before in asked]
+            parts = self._split(text[: starts[0]], loss=False)
+            for start, end in itertools.pairwise([*starts, len(text)]):
+                parts += self._turn(text[start:end])
         except (TemplateError, TypeError, ValueError) as error:  # TypeError: `+` of a string and nothing, say
             return [], f"the chat template refuses it: {error}"
-        parts: list[Part] = []
-        for i, piece in enumerate(pieces):
-            found = self._split(piece, loss=i % 2 == 1)
-            if i % 2 and not marked:  # a line feed after the end of the turn is not the assistant's
-                last = max((n for n, part in enumerate(found) if part.special), default=len(found))
-                found[last + 1 :] = [part._replace(loss=False) for part in found[last + 1 :]]
-            parts += found
         return parts, ""
 
     def encode(self, parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
@@ -172,19 +178,23 @@ class Chat:
             raise UserError(f"the chat template refuses it: {error}") from None
         return self.encode(self._split(text, loss=False))[0].tolist()
 
-    def _compare(self, text: str, messages: list[Message]) -> list[str]:
-        """`text`, cut where the prompt for each of the assistant's messages ends, and where that message does."""
-        ends = [0]
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                for prefix in (self._template_text(messages[:i], prompt=True), self._template_text(messages[: i + 1])):
-                    if not text.startswith(prefix):
-                        raise ValueError(
-                            "what it makes of the first messages alone is not how it begins the whole conversation; "
-                            "mark the assistant's words by {% generation %} in a file for tokenizer.chat_template"
-                        )
-                    ends.append(len(prefix))
-        return [text[start:end] for start, end in itertools.pairwise([*ends, len(text)])]
+    def _start(self, text: str, before: list[Message]) -> int:
+        """Where in a rendered conversation the assistant's answer to the messages `before` begins."""
+        prompt = self._template_text(before, prompt=True)
+        if not text.startswith(prompt):
+            raise ValueError(
+                "its prompt for an answer is not how it begins the conversation with that answer; mark the assistant's "
+                "words by {% generation %} in a file for tokenizer.chat_template"
+            )
+        return len(prompt)
+
+    def _turn(self, text: str) -> list[Part]:
+        """Text that begins with what the assistant says: learned up to and with the end of the turn."""
+        parts = self._split(text, loss=True)
+        last = next((i for i, part in enumerate(parts) if part.special and part.text == self._end), -1)
+        if last < 0:
+            raise ValueError(f"a turn of the assistant's does not end with {self._end}")
+        return parts[: last + 1] + [part._replace(loss=False) for part in parts[last + 1 :]]
 
     def _template_text(self, messages: list[Message], prompt: bool = False) -> str:
         return self._template.render(
