@@ -392,7 +392,7 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """Directory of this run."""
-        return Path(self.run.dir) / self.run.name
+        return Path(self.run.dir).expanduser() / self.run.name
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, world_size: int = 0) -> Config:

@@ -205,18 +205,18 @@ def run(config: Config) -> None:
     limits = config.training.init_timeout, config.training.step_timeout
     # The collectives' own limit comes after the watchdog's, which tells more.
     patience = max(limits) + 60 if all(limits) else 7 * 86_400
-    with Watchdog(config.run_dir, "start", limits[0]) as watchdog, process_group(patience) as device:
-        _share_run_directory(config)
-        files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
-        with files, Stop(config.training.time_limit) as stop, run_lock(config.run_dir):
-            try:
+    try:
+        with Watchdog(config.run_dir, "start", limits[0]) as watchdog, process_group(patience) as device:
+            _share_run_directory(config)
+            files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
+            with files, Stop(config.training.time_limit) as stop, run_lock(config.run_dir):
                 _run(config, device, stop, watchdog)
-            except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
-                raise explained(error) from error
-            except RuntimeError as error:
-                if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's words
-                    raise
-                raise UserError("another rank is gone; what it said last tells why") from error
+    except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
+        raise explained(error) from error
+    except RuntimeError as error:
+        if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's words
+            raise
+        raise UserError("another rank is gone; what it said last tells why") from error
 
 
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
@@ -308,13 +308,14 @@ def _train(
     gc.freeze()
     gc.disable()
     try:
-        limit = limits.init_timeout  # the first step compiles
+        first = trainer.step  # compiles
         while trainer.step < total and not stop.agreed():
+            limit = limits.init_timeout if trainer.step == first else limits.step_timeout
             watchdog.begin(f"step {trainer.step + 1}", limit)
-            limit = limits.step_timeout
             lr = trainer.lr
             profiler.before_step(trainer.step + 1)
-            trainer.train_step(loader)
+            with stop.unhurried(trainer.step == first):
+                trainer.train_step(loader)
             checkpointer.poll()
             if due(config.metrics.log_every) or trainer.step == 1:  # the first loss tells most about a new model
                 metrics = trainer.measure(order, prepared.names, window, loader, lr)

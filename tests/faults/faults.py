@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from torchxihe.components.stop import Stop
+
 Where = Literal[
     "step",  # before optimizer step `number`
     "mid-step",  # after its backward pass
@@ -28,7 +30,8 @@ class Fault:
 
     where: Where
     number: int
-    what: Literal["kill", "sleep", "SIGTERM", "EIO", "nan", "spike"]
+    what: Literal["kill", "sleep", "SIGTERM", "slow", "EIO", "nan", "spike"]
+    """"slow": SIGTERM, and then nothing for longer than the timer of the signal runs, which is shorter than usual."""
     rank: int = 0
     for_ever: bool = False
     """Losses only: at every later step too."""
@@ -37,6 +40,8 @@ class Fault:
         """Arrange for it in this process."""
         if self.rank in (-1, rank):
             _ARM[self.where](self)
+        if self.what == "slow":
+            Stop.__init__.__defaults__ = (0.0, 1.0)
 
     def happen(self) -> None:
         """Do it."""
@@ -46,6 +51,9 @@ class Fault:
             time.sleep(3600)
         elif self.what == "SIGTERM":
             os.kill(os.getpid(), signal.SIGTERM)
+        elif self.what == "slow":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(3)
         elif self.what == "EIO":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         else:

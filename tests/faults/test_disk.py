@@ -1,5 +1,6 @@
 """Disks that are full, broken or read-only. The mounts need root."""
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ def mounted(at: Path, *options: str) -> Iterator[None]:
 def test_a_full_disk(mode: str, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
     """Names the file, loses no committed step, and goes on when there is room.
 
-    Seen to fail with two writer threads a process.
+    Seen to fail with two writer threads a process: the second one's error is a traceback.
     """
     flags = (f"--checkpoint.mode={mode}", "--checkpoint.keep_last=0")
     with mounted(workspace.root / "runs", "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
@@ -46,7 +47,11 @@ def test_a_full_disk(mode: str, workspace: Workspace, unbroken: Callable[..., Wo
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_an_input_output_error(mode: str, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """One rank's disk breaks while it writes: all ranks end with the file's name. Seen to fail as above."""
+    """One rank's disk breaks while it writes: all ranks end with the file's name.
+
+    Seen to fail with two writer threads a process, and the error in the file of the first of them (the rank's third
+    file): DCP swallows it, and a step without these tensors is committed.
+    """
     flags = (f"--checkpoint.mode={mode}",)
     outcome = workspace.run(2, *flags, fault=Fault("write", 2, "EIO", rank=1))
     outcome.check_mistake("step-00000008.tmp/__1_0.distcp: Input/output error")
@@ -61,6 +66,28 @@ def test_a_read_only_run_directory(workspace: Workspace) -> None:
     with mounted(workspace.root / "runs", "--bind", str(workspace.root / "runs")):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(workspace.root / "runs")], check=True)
         workspace.run(2).check_mistake("runs/config", "Read-only file system", "--run.dir")
+
+
+@pytest.mark.parametrize("name", ["logs", "checkpoints", "metrics.jsonl", ".lock"])
+def test_something_else_of_that_name(name: str, workspace: Workspace) -> None:
+    """One line that names it. Seen to fail (`logs`) with errors explained only from the lock on."""
+    workspace.run_dir.mkdir(parents=True)
+    if name in ("logs", "checkpoints"):
+        (workspace.run_dir / name).touch()
+    else:
+        (workspace.run_dir / name).mkdir()
+    workspace.run(2).check_mistake(f"runs/config/{name}")
+
+
+def test_a_run_directory_that_is_deleted(workspace: Workspace) -> None:
+    """The run goes on and makes it anew for its checkpoints. Seen to fail when the last report needs metrics.jsonl."""
+    job = workspace.start(2, "--training.steps=60")
+    job.wait_for_text("step 10/60")
+    shutil.rmtree(workspace.run_dir)
+    outcome = job.wait()
+    assert outcome.succeeded, outcome.log
+    assert workspace.steps() == [52, 56, 60]
+    assert "is finished" in workspace.finish(2, "--training.steps=60")
 
 
 def test_no_room_for_a_line(workspace: Workspace) -> None:

@@ -418,6 +418,12 @@ def test_a_file_url_is_a_local_path(tmp_path: Path) -> None:
     assert checkpointer.newest() == path
 
 
+def test_two_colons_are_a_part_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    states = saved(Path("a::b"), 1)
+    assert equal(loaded(Path("a::b"))[1], states[1]) and os.listdir(tmp_path) == ["a::b"]
+
+
 def test_an_unknown_url_is_a_mistake() -> None:
     with pytest.raises(UserError, match="nosuch://here: Protocol not known"):
         Checkpointer("nosuch://here", KEEP_ALL)

@@ -75,7 +75,8 @@ def report_start(
 
 def report_end(config: Config) -> None:
     """Print what a finished run came to, and what can be done with it."""
-    train, valid = read_metrics(config.run_dir / METRICS)
+    metrics = config.run_dir / METRICS
+    train, valid = read_metrics(metrics) if metrics.exists() else ([], [])  # deleted, for all that we know
     rows = []
     if train:
         last = train[-1]

@@ -86,9 +86,9 @@ class Stop:
         return answer
 
     @contextmanager
-    def unhurried(self) -> Iterator[None]:
-        """Inside, the timer ends nothing: a validation or a checkpoint takes longer than a step."""
-        self._unhurried = True
+    def unhurried(self, slow: bool = True) -> Iterator[None]:
+        """Inside, if it is `slow`, the timer ends nothing: compiling, validating and saving take longer than a step."""
+        self._unhurried = slow
         try:
             yield
         finally:

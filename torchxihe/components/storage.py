@@ -28,7 +28,9 @@ class Location(os.PathLike[str]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._text = os.fspath(path).rstrip("/")
         try:
-            fs, self._path = fsspec.url_to_fs(self._text)
+            # A path is no chain of URLs, though fsspec would take "a::b" for one.
+            path = os.path.abspath(os.path.expanduser(self._text))
+            fs, self._path = fsspec.url_to_fs(self._text) if "://" in self._text else (LocalFileSystem(), path)
         except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
             raise UserError(f"{self._text}: {error}") from None
         self._fs: Any = fs
