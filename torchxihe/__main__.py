@@ -31,7 +31,7 @@ def main() -> None:
 
 def run(args: list[str]) -> None:
     """Run the command `args[0]` with the rest of `args`, or print help."""
-    names = sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
+    names = command_names()
     command = args[0] if args else "--help"
     if command in ("-h", "--help", "help"):
         width = max(map(len, names))
@@ -47,9 +47,19 @@ def run(args: list[str]) -> None:
         importlib.import_module(f"torchxihe.commands.{command}").main(args[1:])
 
 
+def command_names() -> list[str]:
+    """Every command."""
+    return sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
+
+
+def command_source(command: str) -> ast.Module:
+    """A command's module, parsed: reading it is quicker than importing what it imports."""
+    return ast.parse((COMMANDS / f"{command}.py").read_text(encoding="utf-8"))
+
+
 def _help(command: str) -> str:
     """The command's `HELP`, without importing it."""
-    for node in _source(command).body:
+    for node in command_source(command).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
             return str(ast.literal_eval(node.value))
     return ""
@@ -57,11 +67,7 @@ def _help(command: str) -> str:
 
 def _docstring(command: str) -> str:
     """The command's docstring, without importing it."""
-    return ast.get_docstring(_source(command)) or ""
-
-
-def _source(command: str) -> ast.Module:
-    return ast.parse((COMMANDS / f"{command}.py").read_text(encoding="utf-8"))
+    return ast.get_docstring(command_source(command)) or ""
 
 
 def _read_dotenv() -> None:

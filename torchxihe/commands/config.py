@@ -6,8 +6,11 @@ usage: torchxihe config CONFIG [--section.key=value ...]
 The first prints the config resolved (what it extends, the overrides and the defaults in one TOML file, which can be
 run as it is) or says what is wrong with it. The second writes docs/config.md from the docstrings of
 torchxihe/config.py.
+
+example: torchxihe config configs/xihe_debug.toml --training.steps=10
 """
 
+import argparse
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -40,11 +43,14 @@ All other paths are relative to the working directory. TOML has no null: 0, -1 o
 
 def main(args: list[str]) -> None:
     """Print the config that `args` name, or write the reference."""
-    if args == ["--docs"]:
+    parser = argparse.ArgumentParser("torchxihe config", description=HELP, allow_abbrev=False)
+    parser.add_argument("--docs", action="store_true")
+    options, rest = parser.parse_known_args(args)
+    if options.docs and not rest:
         DOCS.write_text(reference(), encoding="utf-8")
         print(DOCS)
     else:
-        print(dump_config(config_from_args(args)), end="")
+        print(dump_config(config_from_args(rest)), end="")
 
 
 def reference() -> str:

@@ -1,4 +1,14 @@
-"""`torchxihe data`: what a config's data is, and the rows as the model will see them."""
+"""Show what a config's data is, and the rows as the model will see them; after `torchxihe prepare`.
+
+usage: torchxihe data CONFIG [--section.key=value ...] [--rows N] [--first G]
+
+  --rows N      also the first N rows of training, decoded; what carries no loss is in ⟦brackets⟧
+  --first G     with --rows: from sample G on
+
+A line a source: documents, tokens, rows to train on and held out, its share of the mixture, how often the run reads it.
+
+example: torchxihe data configs/xihe_debug.toml --rows 2
+"""
 
 import argparse
 import itertools

@@ -13,6 +13,9 @@ torchrun's own variables (PET_NPROC_PER_NODE, PET_NNODES, ..., MASTER_ADDR, MAST
 
 SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the training processes. The exit code is 0 if all of them end
 well, which includes a run that saved a checkpoint on such a signal.
+
+examples: torchxihe launch configs/xihe_debug.toml
+          NGPU=2 torchxihe launch configs/xihe_debug.toml --run.name=two --training.steps=10
 """
 
 import contextlib

@@ -1,4 +1,15 @@
-"""`torchxihe prepare`: make everything that training with a config reads."""
+"""Tokenise and pack the data of a config, once: everything that training with it reads.
+
+usage: torchxihe prepare CONFIG [--section.key=value ...] [--shard I/N]
+
+  --shard I/N   only part I (from 0) of N, on one of N machines that share data.cache_dir; when all parts are done, run
+                it once without --shard
+
+What is there already is not made again, and what was interrupted goes on.
+
+examples: torchxihe prepare configs/xihe_debug.toml
+          torchxihe prepare configs/xihe_debug.toml --shard 0/4
+"""
 
 import argparse
 

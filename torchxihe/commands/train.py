@@ -1,4 +1,13 @@
-"""`torchxihe train`: what every process of a run executes, usually under torchrun."""
+"""Train a prepared run: what every process executes, usually under torchrun.
+
+usage: torchxihe train CONFIG [--section.key=value ...]
+
+Goes on from the run's newest valid checkpoint, if it has one. run_train.sh (torchxihe launch) prepares the data and
+starts one of these per GPU; with a launcher of your own, run torchxihe prepare CONFIG once before it.
+
+examples: torchxihe train configs/xihe_debug.toml
+          torchrun --nproc-per-node=2 -m torchxihe train configs/xihe_debug.toml
+"""
 
 import argparse
 

@@ -10,6 +10,8 @@ checkpoint, newest first:
   unfinished   a save that was interrupted; the next start of the run removes it
 
 The exit code is 0 if the newest committed checkpoint is valid, else 1.
+
+example: torchxihe verify runs/xihe_debug
 """
 
 import time
