@@ -409,7 +409,9 @@ def test_all_spellings_and_files_give_the_same_store(tmp_path: Path) -> None:
     share_gpt = [
         {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in row["messages"]]} for row in rows
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    both = [rows[0], {"messages": share_gpt[1]["conversations"]}]
+    schema = pa.list_(pa.struct([(name, pa.string()) for name in ("role", "content", "from", "value")]))
+    pq.write_table(pa.Table.from_pylist(both, pa.schema([("messages", schema)])), tmp_path / "rows.parquet")
     named = {"name": "same"}
     sources = [
         write_lines(tmp_path / "a.jsonl", rows) | named,

@@ -252,9 +252,18 @@ def test_a_sample_is_an_answer(tuned: Path) -> None:
     assert sample.startswith("Write a docstring for this function.\n")
 
 
-def test_an_imported_model_keeps_its_template(tuned: Path, exported: Path) -> None:
+def test_an_imported_model_is_tuned_in_its_own_template(tuned: Path, exported: Path) -> None:
     back = tuned.with_name("imported")
     run(["import", str(exported), "--out", str(back)])
+    config = tuned.with_name("from_import.toml")
+    rest = SFT.partition("[data]")[2].partition("[checkpoint]")[0]
+    config.write_text(
+        f'extends = "imported/model.toml"\n[data]\ncache_dir = "{tuned.parent}/cache"\nseq_len = 192{rest}'
+    )
+    smaller = ["training.steps=1", "training.dtype=float32", "training.compile=false", "training.global_batch_size=8"]
+    onward = train(config, f"--run.dir={tuned.parent}", *(f"--{flag}" for flag in smaller))
+    [first] = read_metrics(onward / METRICS)[0]
+    assert first["loss"] < read_metrics(tuned / METRICS)[0][0]["loss"] - 0.5
     assert Chat(back / "tokenizer").prompt(conversation("a")["messages"]) == Chat(tuned / "tokenizer").prompt(
         conversation("a")["messages"]
     )

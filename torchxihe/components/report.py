@@ -95,7 +95,7 @@ def report_end(config: Config) -> None:
         rows.append(("held out", f"loss {loss:.4f}, {bpb:.4f} bits a byte ({at})"))
     rows += [
         ("files", f"{config.run_dir}/ holds config.toml, {METRICS}, logs/, tokenizer/ and checkpoints/"),
-        ("next", f'torchxihe generate {config.run_dir} --prompt "..."'),
+        ("next", f'torchxihe generate {config.run_dir}{" --chat" * (config.data.format == "chat")} --prompt "..."'),
         ("", f"torchxihe export {config.run_dir} --out DIR"),
         ("", f"torchxihe plot {config.run_dir}"),
     ]

@@ -73,7 +73,11 @@ def read_messages(row: Row, column: str) -> tuple[list[Message], str]:
     for message in value:
         if not isinstance(message, dict):
             return [], "a message is not an object"
-        role, content = (message.get(a, message.get(b)) for a, b in (("role", "from"), ("content", "value")))
+        # Columns of both spellings, one of them empty, are what merged data sets have.
+        role, content = (
+            message[a] if message.get(a) is not None else message.get(b)
+            for a, b in (("role", "from"), ("content", "value"))
+        )
         if not isinstance(role, str) or role not in ROLES:
             return [], "a role is not system, user or assistant"
         if not isinstance(content, str):
