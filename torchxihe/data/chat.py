@@ -107,16 +107,13 @@ class Chat:
         self._names.setdefault("eos_token", next((t for t, i in self._encoder.special.items() if i == eos_id), ""))
         longest_first = sorted(map(re.escape, self._encoder.special), key=len, reverse=True)
         self._special = re.compile(f"(?<!{LITERAL})({'|'.join(longest_first)})")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
         try:
-            environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-            )
-            environment.filters["tojson"] = _tojson
-            environment.globals["raise_exception"] = _raise_exception
             self._template = environment.from_string(file.read_text(encoding="utf-8"))
-        except TemplateError as error:
-            raise UserError(f"tokenizer.chat_template: {error}") from None
-        try:
             self._end = self._find_end()
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"tokenizer.chat_template: {error}") from None
