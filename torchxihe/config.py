@@ -110,7 +110,7 @@ class Documents(Section):
     name: str = ""
     """Name in logs and metrics. "": derived from `path` and `subset`."""
     glob: str = ""
-    """With a directory as `path`: which files below it. "": every readable file."""
+    """With a directory as `path`: which files below it. "": all that are not hidden."""
     format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset", "tokens", "docstrings"] = (
         "auto"
     )

@@ -107,6 +107,13 @@ BAD_LINES = {
 }
 
 
+def test_half_of_a_surrogate_pair_is_text(tmp_path: Path) -> None:
+    """JSON can spell it; it becomes a question mark. Seen to fail where the encoders are compared."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n' * 3)
+    prepared = prepare(make_config(tmp_path / "cache", {"path": str(tmp_path / "a.jsonl")}, tokenizer=BYTES))
+    assert texts_of(prepared) == [ids("a?b")] * 3
+
+
 @pytest.mark.parametrize(("line", "why"), BAD_LINES.items())
 def test_a_bad_line_is_counted_or_named(tmp_path: Path, line: str | bytes, why: str) -> None:
     data = line.encode() if isinstance(line, str) else line

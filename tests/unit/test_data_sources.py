@@ -102,6 +102,46 @@ def test_every_format_gives_every_text_once(
         assert len(shards) > 2 or write not in CUT
 
 
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_gzip])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, write: Callable[[Path], str]) -> None:
+    file = tmp_path / write(tmp_path)
+    unpack, pack = (gzip.decompress, gzip.compress) if file.suffix == ".gz" else (bytes, bytes)
+    file.write_bytes(pack(b"\xef\xbb\xbf" + unpack(file.read_bytes())))
+    assert [row for shard in rows_of(Source(path=str(file))) for row in shard] == [(text, "") for text in TEXTS]
+
+
+@pytest.mark.parametrize("how", ["text", "lines"])
+def test_a_byte_order_mark_is_no_text_of_a_document(tmp_path: Path, how: Any) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone\n\ufefftwo".encode())
+    texts = ["one\n\ufefftwo"] if how == "text" else ["one", "\ufefftwo"]
+    [rows] = rows_of(Source(path=str(tmp_path / "a.txt"), format=how))
+    assert rows == [(text, "") for text in texts]
+
+
+def test_capital_endings(tmp_path: Path) -> None:
+    (tmp_path / write_gzip(tmp_path)).rename(tmp_path / "A.JSONL.GZ")
+    assert rows_of(Source(path=str(tmp_path / "A.JSONL.GZ"))) == [[(text, "") for text in TEXTS]]
+
+
+def test_hidden_files_are_read_when_asked_for(tmp_path: Path) -> None:
+    for name in (".cache/a.txt", "b/.c.txt", "b/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert rows_of(Source(path=str(tmp_path))) == [[("b/d.txt", "")]]
+    assert rows_of(Source(path=str(tmp_path), glob="**/.c.txt")) == [[("b/.c.txt", "")]]
+
+
+def test_quotes_in_csv(tmp_path: Path) -> None:
+    """A bad row is one bad row; a quote that swallows the rest of the file is no row at all."""
+    file = tmp_path / "a.csv"
+    file.write_text('text,n\n"one ""1"",\nand on",1\n"two"x,2\nthree,3\n')
+    [rows] = rows_of(Source(path=str(file)))
+    assert rows == [('one "1",\nand on', ""), ("", "malformed CSV"), ("three", "")]
+    file.write_text('text,n\none,1\n"two,2\nthree,3\n')
+    with pytest.raises(UserError, match=rf"key.path: {file}: cannot be read as csv: unexpected end of data"):
+        rows_of(Source(path=str(file)))
+
+
 def test_a_large_array_is_read_an_entry_at_a_time(tmp_path: Path) -> None:
     texts = ["é]," * 50_000, *(f'{i}: "[{{' * (i % 50) for i in range(5000))]
     for indent in (None, 2):

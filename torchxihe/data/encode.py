@@ -201,7 +201,7 @@ class _Chats:
             return None, why
         content, size = _content_hash(), 0
         for part in parts:
-            data = part.text.encode()
+            data = part.text.encode("utf-8", "replace")
             content.update(data)
             size += 0 if part.special else len(data)
         tokens, mask = self._chat.encode(parts)

@@ -6,6 +6,7 @@ has downloaded is read as the Arrow files that it leaves, and what it streams as
 """
 
 import ast
+import codecs
 import csv
 import io
 import itertools
@@ -152,6 +153,8 @@ def find_pieces(source: Documents, key: str) -> list[Piece]:
         if source.format == "tokens":
             files = [path for path in files if path.suffix != ".idx"]  # Megatron's, beside its .bin
         files = [path for path in files if not skip.intersection(path.relative_to(root).parts)]
+        if not source.glob:
+            files = [path for path in files if not any(part[0] == "." for part in path.relative_to(root).parts)]
         files.sort(key=lambda path: path.relative_to(root).parts)
     elif root.is_file():
         files = [root]
@@ -222,7 +225,7 @@ def _format(path: Path, source: Documents) -> str:
     if path.is_dir():
         saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
         return "dataset" if saved else "text"
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in COMPRESSED]
     return SUFFIXES.get(suffixes[-1], "text") if suffixes else "text"
 
 
@@ -299,7 +302,7 @@ def _commit(source: Documents) -> str:
 def _cut(piece: Piece, target: int) -> Iterator[Piece]:
     """`piece` in parts of about `target` bytes, where its format allows that."""
     parts = -(-piece.size // target)
-    compressed = Path(piece.path).suffix in COMPRESSED
+    compressed = _compression(piece.path)
     if parts < 2 or compressed or piece.format not in ("json", "lines", "parquet", "arrow"):
         yield piece
         return
@@ -315,11 +318,15 @@ def _cut(piece: Piece, target: int) -> Iterator[Piece]:
         yield Piece(piece.path, piece.format, start, end, piece.size * (end - start) // units)
 
 
+def _compression(path: str) -> str:
+    """pyarrow's name for how a file is compressed; "" if it is not."""
+    return COMPRESSED.get(Path(path).suffix.lower(), "")
+
+
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed. A compressed file that ends too early is an OSError."""
-    compression = COMPRESSED.get(Path(path).suffix)
-    if compression:
+    if compression := _compression(path):
         import pyarrow as pa  # slow, and only for compressed files
 
         with pa.input_stream(path, compression=compression, buffer_size=2**20) as file:
@@ -339,7 +346,7 @@ def _decode(data: bytes, where: str) -> Row:
 def _read_text(piece: Piece, columns: list[str]) -> Iterator[Row]:
     """A file is a document."""
     with _open(piece.path) as file:
-        yield _decode(file.read(), piece.path)
+        yield _decode(file.read().removeprefix(codecs.BOM_UTF8), piece.path)
 
 
 def _lines(piece: Piece) -> Iterator[tuple[str, bytes]]:
@@ -353,7 +360,8 @@ def _lines(piece: Piece) -> Iterator[tuple[str, bytes]]:
             if 0 <= piece.end <= at:
                 return
             place = f"line {number}" if not piece.start else f"byte {at}"
-            yield f"{piece.path}, {place}", line.rstrip(b"\r\n")
+            text = line if at else line.removeprefix(codecs.BOM_UTF8)
+            yield f"{piece.path}, {place}", text.rstrip(b"\r\n")
             at += len(line)
 
 
@@ -413,13 +421,30 @@ def _object(value: Any, where: str) -> Row:
 
 
 def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
-    """CSV with a header; every value is a string."""
+    """CSV with a header; every value is a string. A quote that is never closed is an error of the whole file."""
     csv.field_size_limit(sys.maxsize)
+    ended = False
+
+    def lines(file: BinaryIO) -> Iterator[str]:
+        nonlocal ended
+        yield from io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        ended = True
+
     with _open(piece.path) as file:
-        reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline=""))
+        reader = csv.DictReader(lines(file), strict=True)
         _need(columns, list(reader.fieldnames or []), piece.path)
-        for row in reader:
-            yield Row(f"{piece.path}, line {reader.line_num}", row)
+        while True:
+            where = f"{piece.path}, line {reader.line_num + 1}"
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                if ended:
+                    raise
+                yield Row(where, {}, "malformed CSV")
+            else:
+                yield Row(where, row)
 
 
 def _need(columns: list[str], have: list[str], path: str) -> None:

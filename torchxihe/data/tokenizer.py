@@ -93,6 +93,7 @@ class Encoder:
 
     def agrees(self, text: str) -> bool:
         """Whether the fast way gives the same ids for `text`."""
+        text = encodable(text)
         return self._fast is None or self._fast.encode_ordinary(text) == self._encode_exactly(text).tolist()
 
     def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
