@@ -1,0 +1,191 @@
+"""Every command that README, CONTRIBUTING, docs/ and the commands' own --help show is run as it is written.
+
+In a copy of the checkout whose presets are shrunk, so that all of it takes minutes: the documents' commands name the
+presets and stay as they are. What cannot run here stands in `ELSEWHERE`, with the reason.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from torchxihe.__main__ import COMMANDS, command_names
+from torchxihe.config import tomllib
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
+pytestmark = pytest.mark.timeout(900)
+OUR_COMMAND = re.compile(r"^(\w+=\S+ )*(\S*/)?(torchxihe|torchrun|python3?|pip|run_train\.sh|run_tests\.sh) ")
+
+ELSEWHERE = {
+    "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=first-machine:29500 ./run_train.sh configs/llama_8b.toml": "two machines",
+    "NNODES=2 NODE_RANK=1 RDZV_ENDPOINT=first-machine:29500 ./run_train.sh configs/llama_8b.toml": "two machines",
+    "torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy": "network; test_eval_tasks.py has a task without",
+    "./run_tests.sh": "runs this test",
+    ".venv/bin/pre-commit install": "changes the checkout's hooks",
+}
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Language and content of every fenced block."""
+    for match in re.finditer(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.M | re.S):
+        yield match[2], match[3]
+
+
+def commands_in(block: str) -> list[str]:
+    """The commands of a shell block, without comments, continued lines joined."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [command for line in lines if (command := re.sub(r"(^|\s)#.*", "", line).strip())]
+
+
+def commands_of(document: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return [command for language, block in blocks(text) if language == "bash" for command in commands_in(block)]
+
+
+def help_examples() -> list[str]:
+    """What the commands' help shows after "example:"."""
+    found = []
+    for name in command_names():
+        text = (COMMANDS / f"{name}.py").read_text(encoding="utf-8")
+        examples = text.split('"""')[1].partition("\nexample")[2].partition(":")[2]
+        found += commands_in(examples)
+    return found
+
+
+def test_shell_commands_are_in_blocks_that_say_so() -> None:
+    """Or nothing would run them."""
+    hidden = [
+        f"{document}: {line}"
+        for document in DOCUMENTS
+        for language, block in blocks((ROOT / document).read_text(encoding="utf-8"))
+        if language != "bash"
+        for line in block.splitlines()
+        if OUR_COMMAND.match(f"{line} ") and not line.startswith("run_train.sh  run_tests.sh")
+    ]
+    assert not hidden, "mark the block as bash"
+
+
+def test_what_is_not_run_is_still_there() -> None:
+    everything = [command for document in DOCUMENTS for command in commands_of(document)] + help_examples()
+    assert ELSEWHERE.keys() <= set(everything)
+    assert len(everything) > 40
+
+
+# The working directory of a reader
+
+
+SHRUNK: dict[str, dict[str, Any]] = {
+    "model": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "vocab_size": 512,
+    },
+    "tokenizer": {"vocab_size": 400},
+    "data": {"seq_len": 64},
+    "validation": {"fraction": 0.3, "max_tokens": 1000},
+    "training": {"global_batch_size": 2, "micro_batch_size": 2, "dtype": "float32", "compile": False},
+    "metrics": {"sample_tokens": 10},
+}
+GLOBS = {"{stdlib}": "email/*.py", "{site-packages}": "tqdm/*.py"}
+
+
+def shrink(config: dict[str, Any]) -> None:
+    """Fewer documents, a smaller model, smaller batches, at most as many steps as the debug preset has."""
+    for name, section in config.items():
+        if isinstance(section, dict):
+            section |= {key: value for key, value in SHRUNK.get(name, {}).items() if key in section}
+    if "steps" in config.get("training", {}):
+        config["training"]["steps"] = min(config["training"]["steps"], 200)
+    if "extends" not in config:
+        config.setdefault("metrics", {})["sample_tokens"] = 10
+        config["training"] |= SHRUNK["training"]
+    for source in config.get("data", {}).get("sources", []):
+        if source["path"] in GLOBS:
+            source["glob"] = GLOBS[source["path"]]
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone, shrunk, with an environment."""
+    folder = tmp_path_factory.mktemp("docs") / "checkout"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("torchxihe", "configs", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("run_train.sh", "environment.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "docs").mkdir()
+    for path in (folder / "configs").glob("*.toml"):
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
+        shrink(config)
+        path.write_text(tomli_w.dumps(config), encoding="utf-8")
+    programs = {"python": "", "torchxihe": "-m torchxihe", "torchrun": "-m torch.distributed.run"}
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name, args in programs.items():
+        program = folder / ".venv" / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {args} "$@"\n')
+        program.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout after README's first command."""
+    folder = tmp_path_factory.mktemp("docs") / "trained"
+    shutil.copytree(checkout, folder)
+    execute(folder, ["./run_train.sh"])
+    return folder
+
+
+def execute(folder: Path, commands: list[str]) -> None:
+    """Run them one after the other, as a shell in `folder` would."""
+    path = f"{folder}/.venv/bin:{os.environ['PATH']}"  # as after `source .venv/bin/activate`
+    env = os.environ | {"PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(folder), "SLURM_ARRAY_TASK_ID": "0"}
+    for command in commands:
+        if command in ELSEWHERE:
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+
+
+def test_readme_from_a_fresh_clone(checkout: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(checkout, folder)
+    execute(folder, commands_of("README.md"))
+
+
+WITH_COMMANDS = [document for document in DOCUMENTS[1:] if set(commands_of(document)) - ELSEWHERE.keys()]
+
+
+@pytest.mark.parametrize("document", WITH_COMMANDS)
+def test_a_document_after_the_first_run(trained: Path, tmp_path: Path, document: str) -> None:
+    folder = tmp_path / "checkout"
+    shutil.copytree(trained, folder)
+    execute(folder, commands_of(document))
+
+
+def test_examples_of_the_help(trained: Path, tmp_path: Path) -> None:
+    """Those that no document has."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(trained, folder)
+    documented = {command for document in DOCUMENTS for command in commands_of(document)}
+    execute(folder, [command for command in help_examples() if command not in documented])
