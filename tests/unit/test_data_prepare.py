@@ -467,3 +467,10 @@ def test_token_files_that_do_not_fit(tmp_path: Path) -> None:
     assert message(b"\1\0") == "tokenizer.path: must name the tokenizer that data.sources.0 was encoded with"
     assert message(b"\1\0\1", **given).startswith(f"data.sources.0.path: {tmp_path}/a.bin: 3 bytes do not fit")
     assert message(b"\1\0\1\7", **given).endswith("a.bin: token 1793 is not in the tokenizer of 257")
+    write_token_file(tmp_path / "a.bin", "megatron", [[5, 6, 0], [7, 0]])
+    index = (tmp_path / "a.idx").read_bytes()
+    for damaged in (index[:5], index[:17], index[:20], index[:40], index[:-3], index[:18] + b"\x7f" * 16 + index[34:]):
+        (tmp_path / "a.idx").write_bytes(damaged)
+        assert "a.idx: " in message(b"\5\0\6\0\0\0\7\0\0\0", **given)
+    (tmp_path / "a.idx").write_bytes(index[:-8] + (10**9).to_bytes(8, "little"))
+    assert message(b"\5\0\6\0\0\0\7\0\0\0", **given).endswith("a.idx: a Megatron index that is cut off or damaged")

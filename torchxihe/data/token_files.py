@@ -55,12 +55,15 @@ def read_layout(path: Path, vocab_size: int) -> TokenLayout:
 def _read_megatron(path: Path) -> tuple[str, np.ndarray]:
     """Type and document ends of a Megatron index."""
     data = path.read_bytes()
-    if data[:9] != MEGATRON_MAGIC or data[17] not in MEGATRON_TYPES:
+    if data[:9] != MEGATRON_MAGIC or len(data) < 18 or data[17] not in MEGATRON_TYPES:
         raise UserError(f"path: {path}: not a Megatron index of uint16 or int32 tokens")
-    sequences, documents = struct.unpack_from("<QQ", data, 18)
-    lengths = np.frombuffer(data, "<i4", sequences, 34).astype(np.int64)
-    first_sequence = np.frombuffer(data, "<i8", documents, 34 + 12 * sequences)
-    ends = np.concatenate([[0], np.cumsum(lengths)])[first_sequence[1:]]
+    try:
+        sequences, documents = struct.unpack_from("<QQ", data, 18)
+        lengths = np.frombuffer(data, "<i4", sequences, 34).astype(np.int64)
+        first_sequence = np.frombuffer(data, "<i8", documents, 34 + 12 * sequences)
+        ends = np.concatenate([[0], np.cumsum(lengths)])[first_sequence[1:]]
+    except (struct.error, ValueError, IndexError):
+        raise UserError(f"path: {path}: a Megatron index that is cut off or damaged") from None
     return MEGATRON_TYPES[data[17]], ends
 
 

@@ -256,9 +256,10 @@ def _chat_template(options: Tokenizer, files: dict[str, bytes]) -> str:
     if CHAT_TEMPLATE_FILE in files:
         return files[CHAT_TEMPLATE_FILE].decode("utf-8", "replace")
     try:
-        within = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
     except ValueError:  # `_finish` tells
         return ""
+    within = settings.get("chat_template") if isinstance(settings, dict) else ""
     if isinstance(within, list):  # several, by name
         within = next((entry["template"] for entry in within if entry["name"] == "default"), "")
     return within or ""
@@ -315,6 +316,8 @@ def _finish(folder: Path, where: str) -> None:
         settings = json.loads((folder / "tokenizer_config.json").read_bytes())
     except ValueError as error:
         raise UserError(f"{where}: tokenizer_config.json is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{where}: tokenizer_config.json is not a JSON object")
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     size = max(vocab.values()) + 1
 
