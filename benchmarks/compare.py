@@ -271,13 +271,11 @@ def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> Non
     base = max(peers) if peers else next((run["tokens_per_second"] for run in best.values()), 0)
     flops, peak = flops_per_token(config.model, config.data.seq_len), peak_flops(device)
     print(f"\n{device_name(device)}, torch {torch.__version__}, {config.tokens_per_step:,} tokens a step\n")
-    print(
-        "| Entry | Version | tokens/s, best round (all) | Ratio | MFU | Peak GiB | First step s, cold (warm) | Loss |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    print("| Entry | Version | tokens/s, best round (all) | Ratio | MFU | Peak GiB | First step s, cold (warm) |")
+    print("|---|---|---|---|---|---|---|")
     for entry, runs in results.items():
         if entry not in best:
-            print(f"| `{entry}` | | not measured: {runs[0]['error']} | | | | | |")
+            print(f"| `{entry}` | | not measured: {runs[0]['error']} | | | | |")
             continue
         run = best[entry]
         every = ", ".join(f"{r['tokens_per_second']:,}" if "error" not in r else r["error"] for r in runs)
@@ -286,7 +284,7 @@ def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> Non
         print(
             f"| `{entry}` | {run['version']} | {run['tokens_per_second']:,} ({every}) | "
             f"{run['tokens_per_second'] / base:.3f} | {mfu} | {run['peak_gib']} | "
-            f"{starts[0]} ({min(starts[1:], default='-')}) | {run['loss']} |"
+            f"{starts[0]} ({min(starts[1:], default='-')}) |"
         )
 
 

@@ -21,7 +21,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(tmp_path: Path) -> None:
     on_gpu, on_cpu = (
         Loader(prepared, order, seq_len=64, document_mask=True, step=0, rank=0, world_size=1,
                micro_batch=4, device=torch.device(device))
-        for device in ("cuda", "cpu")
+        for device in ("cuda:0", "cpu")
     )  # fmt: skip
     kept = []
     for i in range(300):

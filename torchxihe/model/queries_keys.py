@@ -94,13 +94,13 @@ def _(
 def _normed_rope_backward(
     dq_NHD: Tensor,
     dk_NKD: Tensor,
-    qk_NE: Tensor,
+    qk_NE: Tensor | None,
     weight_2D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qk, in its dtype, and of the weights (float32 [2, D]; empty without norms)."""
+    """Gradients of qk, in the gradients' dtype, and of the weights (float32 [2, D]; empty without norms)."""
     # Triton comes with PyTorch's CUDA builds alone.
     from torchxihe.model.queries_keys_kernel import backward
 
@@ -111,24 +111,26 @@ def _normed_rope_backward(
 def _(
     dq_NHD: Tensor,
     dk_NKD: Tensor,
-    qk_NE: Tensor,
+    qk_NE: Tensor | None,
     weight_2D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    tokens, width = dq_NHD.shape[0], (dq_NHD.shape[1] + dk_NKD.shape[1]) * dq_NHD.shape[2]
     shape = (0,) if weight_2D is None else weight_2D.shape
-    return torch.empty_like(qk_NE), qk_NE.new_empty(shape, dtype=torch.float32)
+    return dq_NHD.new_empty(tokens, width), dq_NHD.new_empty(shape, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qk_NE, weight_2D, cos_TD, sin_TD, _, ctx.eps = inputs
-    ctx.save_for_backward(qk_NE, cos_TD, sin_TD, *(() if weight_2D is None else (weight_2D,)))
+    # Turning back needs no input: only the norms' gradients do.
+    ctx.save_for_backward(cos_TD, sin_TD, *(() if weight_2D is None else (qk_NE, weight_2D)))
 
 
 def _gradients(ctx: Any, dq_NHD: Tensor, dk_NKD: Tensor) -> tuple[Tensor | None, ...]:
-    qk_NE, cos_TD, sin_TD, *weights = ctx.saved_tensors
-    weight_2D = weights[0] if weights else None
+    cos_TD, sin_TD, *normed = ctx.saved_tensors
+    qk_NE, weight_2D = normed or (None, None)
     dqk_NE, dweight_2D = _normed_rope_backward(dq_NHD, dk_NKD, qk_NE, weight_2D, cos_TD, sin_TD, ctx.eps)
     return dqk_NE, None if weight_2D is None else dweight_2D.to(weight_2D.dtype), None, None, None, None
 

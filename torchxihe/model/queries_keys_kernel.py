@@ -135,20 +135,21 @@ def forward(
 def backward(
     dq_NHD: Tensor,
     dk_NKD: Tensor,
-    qk_NE: Tensor,
+    qk_NE: Tensor | None,
     weight_2D: Tensor | None,
     cos_TD: Tensor,
     sin_TD: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See `queries_keys._normed_rope_backward`; each program sums its tokens' share of the weights' gradients."""
-    (tokens, heads, _), (seq_len, half) = dq_NHD.shape, cos_TD.shape
-    programs, norm = triton.cdiv(tokens, TOKENS), weight_2D is not None
-    dqk_NE = torch.empty_like(qk_NE)
-    parts = torch.empty((programs, 2, 2 * half) if norm else (0,), dtype=torch.float32, device=qk_NE.device)
+    (tokens, heads, _), keys, (seq_len, half) = dq_NHD.shape, dk_NKD.shape[1], cos_TD.shape
+    programs, norm = triton.cdiv(tokens, TOKENS), qk_NE is not None and weight_2D is not None
+    dqk_NE = dq_NHD.new_empty(tokens, (heads + keys) * 2 * half)
+    parts = dq_NHD.new_empty((programs, 2, 2 * half) if norm else (0,), dtype=torch.float32)
+    source, weight = (qk_NE, weight_2D) if norm else (dqk_NE, dqk_NE)  # without norms nobody reads them
     grid: Any = _backward[(programs,)]  # type: ignore[index]
     grid(
-        dq_NHD, dk_NKD, qk_NE, dqk_NE, qk_NE if weight_2D is None else weight_2D, parts, cos_TD, sin_TD,
-        tokens, seq_len, heads, dk_NKD.shape[1], eps, half, norm, TOKENS, num_warps=4,
+        dq_NHD, dk_NKD, source, dqk_NE, weight, parts, cos_TD, sin_TD, tokens, seq_len, heads, keys, eps,
+        half, norm, TOKENS, num_warps=4,
     )  # fmt: skip
     return dqk_NE, parts.sum(0) if norm else parts

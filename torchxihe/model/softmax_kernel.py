@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK = 8192
+WARPS = 16
 
 
 @triton.jit
@@ -19,24 +20,30 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
     target = tl.load(targets + row)
     columns = tl.arange(0, block)
     base = logits + row * stride
-    highest = tl.full((), float("-inf"), tl.float32)
-    sums = tl.zeros((block,), tl.float32)
-    for start in range(0, vocab, block):
-        x = tl.load(base + start + columns, mask=start + columns < vocab, other=float("-inf")).to(tl.float32)
+    log2e = 1.4426950408889634  # powers of two are what the device computes
+    whole = vocab // block * block
+    rest = whole + columns < vocab
+    x = tl.load(base + whole + columns, mask=rest, other=-1e30).to(tl.float32) * log2e
+    highest = tl.max(x)
+    sums = tl.where(rest, tl.exp2(x - highest), 0.0)
+    for start in range(0, whole, block):
+        x = tl.load(base + start + columns).to(tl.float32) * log2e
         higher = tl.maximum(highest, tl.max(x))
-        sums = sums * tl.exp(highest - higher) + tl.exp(x - higher)
+        sums = sums * tl.exp2(highest - higher) + tl.exp2(x - higher)
         highest = higher
-    lse = highest + tl.log(tl.sum(sums))
+    lse = highest + tl.log2(tl.sum(sums))
     valid = target != ignore
     hit = tl.load(base + tl.where(valid, target, 0)).to(tl.float32)
-    tl.store(losses + row, tl.where(valid, lse - hit, 0.0))
+    tl.store(losses + row, tl.where(valid, lse / log2e - hit, 0.0))
     if gradients:
-        for start in range(0, vocab, block):
-            inside = start + columns < vocab
-            x = tl.load(base + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(x - lse) - tl.where(start + columns == target, 1.0, 0.0)
-            gradient = tl.where(valid, gradient, 0.0)
-            tl.store(base + start + columns, gradient.to(logits.dtype.element_ty), mask=inside)
+        shift = tl.where(valid, lse, float("inf"))  # 2 to the minus infinity: a row that does not count has no gradient
+        for start in range(0, whole, block):
+            x = tl.load(base + start + columns).to(tl.float32) * log2e
+            tl.store(base + start + columns, tl.exp2(x - shift).to(logits.dtype.element_ty))
+        x = tl.load(base + whole + columns, mask=rest, other=float("-inf")).to(tl.float32) * log2e
+        tl.store(base + whole + columns, tl.exp2(x - shift).to(logits.dtype.element_ty), mask=rest)
+        tl.debug_barrier()  # another thread has just written the target's place
+        tl.store(base + target, (tl.exp2(hit * log2e - shift) - 1.0).to(logits.dtype.element_ty), mask=valid)
 
 
 def cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, ignore: int, gradients: bool) -> None:
@@ -47,4 +54,4 @@ def cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, ignor
     """
     rows, vocab = logits_nV.shape
     grid: Any = _kernel[(rows,)]  # type: ignore[index]
-    grid(logits_nV, targets_n, losses_n, vocab, logits_nV.stride(0), ignore, gradients, BLOCK, num_warps=8)
+    grid(logits_nV, targets_n, losses_n, vocab, logits_nV.stride(0), ignore, gradients, BLOCK, num_warps=WARPS)
