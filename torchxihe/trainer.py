@@ -338,10 +338,10 @@ def _train(
                     watchdog.begin(f"checkpoint of step {trainer.step}", limits.init_timeout)
                     trainer.save(checkpointer, history, validation_loss)
         watchdog.begin(f"last checkpoint, of step {trainer.step}", limits.init_timeout)
-        with stop.unhurried():
-            if trainer.step < total:
-                trainer.save(checkpointer, history)
-            checkpointer.close()
+        stop.over()
+        if trainer.step < total:
+            trainer.save(checkpointer, history)
+        checkpointer.close()
     finally:
         profiler.close()
         loader.close()

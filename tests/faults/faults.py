@@ -17,6 +17,7 @@ Where = Literal[
     "step",  # before optimizer step `number`
     "mid-step",  # after its backward pass
     "loss",  # its forward pass; `what` multiplies the loss
+    "sample",  # before the sample after optimizer step `number`
     "write",  # the `number`-th file that this rank opens for a checkpoint
     "manifest",  # the `number`-th time a manifest is about to be written: uploaded, not committed
     "rename",  # the `number`-th time a finished draft is about to get its name
@@ -86,6 +87,19 @@ def _arm_step(fault: Fault) -> None:
             handle.remove()
 
     Trainer.train_step = step  # type: ignore[method-assign]
+
+
+def _arm_sample(fault: Fault) -> None:
+    from torchxihe.trainer import Trainer
+
+    log_sample = Trainer.log_sample
+
+    def sample(self: Any, prepared: Any) -> None:
+        if self.step == fault.number:
+            fault.happen()
+        log_sample(self, prepared)
+
+    Trainer.log_sample = sample  # type: ignore[method-assign]
 
 
 def _arm_write(fault: Fault) -> None:
@@ -158,6 +172,7 @@ _ARM: dict[str, Callable[[Fault], None]] = {
     "step": _arm_step,
     "mid-step": _arm_step,
     "loss": _arm_step,
+    "sample": _arm_sample,
     "write": _arm_write,
     "manifest": _arm_manifest,
     "rename": _arm_rename,

@@ -53,6 +53,22 @@ def test_a_signal_while_the_first_step_compiles(workspace: Workspace, unbroken: 
     check_stopped_and_goes_on(workspace, unbroken(2))
 
 
+@pytest.mark.parametrize(("step", "ends"), [(5, 6), (20, 20)])
+def test_a_signal_during_a_sample(
+    step: int, ends: int, workspace: Workspace, unbroken: Callable[..., Workspace]
+) -> None:
+    """Longer than the timer, on the way or after the last step, when there is nothing to stop any more.
+
+    Seen to fail without `unhurried` (the first) and `over` (the second).
+    """
+    flags = ("--metrics.sample_tokens=4", "--metrics.sample_every=5")
+    outcome = workspace.run(2, *flags, fault=Fault("sample", step, "slow", rank=1))
+    assert outcome.succeeded, outcome.log
+    assert max(workspace.ledger()) == ends and (workspace.run_dir / "PREEMPTED").exists() == (ends < 20)
+    workspace.finish(2)
+    assert workspace.ledger() == unbroken(2).ledger()
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_other_signals(number: signal.Signals, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
     """Seen to fail with SIGTERM alone being listened to."""

@@ -94,6 +94,10 @@ class Stop:
         finally:
             self._unhurried = False
 
+    def over(self) -> None:
+        """There are no more steps: the timer ends nothing of what is left to do."""
+        self._unhurried = True
+
     def _listen(self) -> None:
         """Wait for signals, from now to the end."""
         while number := os.read(self._ear, 1):
