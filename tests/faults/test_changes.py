@@ -51,8 +51,9 @@ def test_batch_and_learning_rate_are_recorded(workspace: Workspace, unbroken: Ca
     ],
 )
 def test_what_would_be_another_run_is_refused(flag: str, option: str, workspace: Workspace) -> None:
-    """Seen to fail with the checkpoint loaded before the configs are compared: a width then fails in the comparison of
-    shapes, whose message names no option."""
+    """Seen to fail, all three, when what is to be refused is not: a width then fails in the comparison of shapes, whose
+    message names no option, the others train on. The width alone, when the checkpoint is loaded before the configs are
+    compared."""
     stopped(workspace)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace.root)
@@ -98,7 +99,7 @@ def test_another_data_file_begins_a_new_stage(workspace: Workspace) -> None:
 def test_a_data_shard_is_gone_or_shrunk(removed: bool, workspace: Workspace) -> None:
     """A line with the file's name, where a memory map would be a SIGBUS.
 
-    Seen to fail without the comparison of lengths, and with the OSError left to be a traceback.
+    Seen to fail without the comparison of lengths (shrunk), and with the OSError left to be a traceback (both).
     """
     stopped(workspace)
     shards = sorted((workspace.root.parent / "cache" / "stores").glob("*/train-*.bin"))

@@ -63,8 +63,10 @@ PLACES = {
 def test_killed_at(place: str, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
     """The committed step before is what remains, every rank ends within 30 s, and the resumed run is the unbroken one.
 
-    Seen to fail with `draft = directory` in `Checkpointer._write`, so that files are written under their final name:
-    the steps without a manifest are then taken for lost ones.
+    Seen to fail: wherever there is a step to resume, with the loader beginning at sample 0; where there is none (all
+    ranks during an upload), and between manifest and rename, with `draft = directory` in `Checkpointer._write`, so that
+    files are written under their final name; the deletion without `_sweep_half_deleted`. In the other places a draft's
+    own name is not all that keeps it from being chosen: it has no manifest, and would not verify.
     """
     fault, mode, step = PLACES[place]
     flags = (f"--checkpoint.mode={mode}",)
