@@ -7,6 +7,8 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -209,7 +211,7 @@ def run(config: Config) -> None:
         with Watchdog(config.run_dir, "start", limits[0]) as watchdog, process_group(patience) as device:
             _share_run_directory(config)
             files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
-            with files, Stop(config.training.time_limit) as stop, run_lock(config.run_dir):
+            with files, Stop(config.training.time_limit) as stop, run_lock(config.run_dir), _checkpoints_lock(config):
                 _run(config, device, stop, watchdog)
     except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
         raise explained(error) from error
@@ -262,6 +264,12 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     trainer.log_sample(prepared)
     if is_main():
         report_end(config)
+
+
+def _checkpoints_lock(config: Config) -> AbstractContextManager[None]:
+    """Hold the checkpoints too, where they are not in the run directory. Nothing locks an object store."""
+    place = checkpoints_of(config)
+    return run_lock(Path(place)) if config.checkpoint.dir and place.local else nullcontext()
 
 
 def _share_run_directory(config: Config) -> None:

@@ -39,6 +39,15 @@ def test_two_runs_in_one_directory(workspace: Workspace) -> None:
     assert f"the run before (process {holder}" in workspace.finish(2)
 
 
+def test_two_runs_with_one_place_for_their_checkpoints(workspace: Workspace) -> None:
+    """Elsewhere than in their run directories. Seen to fail with the run directories alone locked."""
+    first = workspace.start(2, "--checkpoint.dir=saves", fault=Fault("step", 3, "sleep", rank=1))
+    first.wait_for_text("step  2/20")
+    second = workspace.run(2, "--checkpoint.dir=saves", "--run.dir=others")
+    second.check_mistake("saves/config", f"process {first.processes[0].pid} on", "--run.name")
+    first.kill()
+
+
 def test_no_secret_is_written_down(workspace: Workspace) -> None:
     """Neither by a run that ends well nor by one that fails. Seen to fail with the environment in train_state.json."""
     secrets = {"WANDB_API_KEY": "s3cr3t-wandb-0123456789", "HF_TOKEN": "hf_s3cr3t0123456789"}

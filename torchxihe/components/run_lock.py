@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir`, which exists, against other runs; called on all ranks together.
+    """Hold `run_dir`, which is made if need be, against other runs; called on all ranks together.
 
     The lock dies with the process that has it, however it ends: a file that is left behind locks nobody out. Raises
     UserError, naming the holder's host and process, if it is taken.
@@ -27,6 +27,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     file = None
     if is_main():
         try:
+            run_dir.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
             _take(file.fileno(), path)
         except UserError as taken:
