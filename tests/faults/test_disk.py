@@ -81,12 +81,12 @@ def test_something_else_of_that_name(name: str, workspace: Workspace) -> None:
 
 def test_a_run_directory_that_is_deleted(workspace: Workspace) -> None:
     """The run goes on and makes it anew for its checkpoints. Seen to fail when the last report needs metrics.jsonl."""
-    job = workspace.start(2, "--training.steps=60")
+    job = workspace.start(2, "--training.steps=60", "--checkpoint.every=0")
     job.wait_for_text("step 10/60")
     shutil.rmtree(workspace.run_dir)
     outcome = job.wait()
     assert outcome.succeeded, outcome.log
-    assert workspace.steps() == [52, 56, 60]
+    assert workspace.steps() == [60]
     assert "is finished" in workspace.finish(2, "--training.steps=60")
 
 
