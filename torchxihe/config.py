@@ -267,8 +267,11 @@ class Parallelism(Section):
     """Processes that share one copy of the parameters (FSDP2). -1: all that `dp_replicate` leaves. 1: DDP."""
     reshard_after_forward: bool = True
     """FSDP2: free a block's gathered parameters between forward and backward. false: more memory, less traffic."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute in the backward pass: nothing, all but matrix products and attention, or whole blocks."""
+    activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
+    """Recompute in the backward pass: nothing, all but matrix products and attention, whole blocks, or what the
+    compiler finds cheapest within `activation_budget`."""
+    activation_budget: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With "budget": share of the activations kept, between whole blocks recomputed (0) and nothing (1)."""
 
     def degrees(self, world_size: int) -> tuple[int, int]:
         """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the legal ones."""

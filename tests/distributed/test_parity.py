@@ -192,7 +192,9 @@ def test_float8_keeps_its_numbers_under_activation_checkpointing() -> None:
     [
         (1, {}),
         (1, {"activation_checkpointing": "selective"}),
+        (1, {"activation_checkpointing": "budget", "activation_budget": 0.3}),
         (2, {"dp_shard": 2, "activation_checkpointing": "selective"}),
+        (2, {"dp_shard": 2, "activation_checkpointing": "budget"}),
         (2, {"dp_shard": 1, "dp_replicate": 2}),
         (2, {"dp_shard": 2, "activation_checkpointing": "full"}),
     ],
@@ -202,3 +204,29 @@ def test_losses_agree_when_compiled(world_size: int, parallelism: dict[str, Any]
     ranks = run_distributed(rank_losses, 2, options, 2, timeout=240) if world_size == 2 else [losses(options)]
     for history, _ in ranks:
         assert np.abs(np.array(history) - reference()).max() < 2e-5
+
+
+def kept_bytes(**parallelism: Any) -> int:
+    """Bytes that a compiled forward pass keeps for the backward pass, parameters apart."""
+    torch._dynamo.reset()
+    options = {"parallelism": parallelism, "training": {"compile": True, "micro_batch_size": BATCH}}
+    trainer = Trainer(config(**options), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    batch, kept = batch_of(0, 0, 0, 1, BATCH), {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        trainer.module(batch.tokens, batch.targets, batch.docs)
+    return sum(kept.values()) - sum(kept.get(p.untyped_storage().data_ptr(), 0) for p in trainer.model.parameters())
+
+
+@pytest.mark.skipif(bool(compile_obstacle()), reason="torch.compile needs a C++ compiler")
+def test_checkpointing_keeps_less() -> None:
+    everything = kept_bytes()
+    selective = kept_bytes(activation_checkpointing="selective")
+    full = kept_bytes(activation_checkpointing="full")
+    half, tenth = (kept_bytes(activation_checkpointing="budget", activation_budget=share) for share in (0.5, 0.1))
+    assert full < selective < everything and tenth < half < everything
+    assert kept_bytes() == everything  # a budget is not left behind

@@ -8,11 +8,13 @@ F feed-forward width, G = 2F.
 """
 
 import importlib.util
+import math
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 # FlashAttention 4 keeps what it compiles on disk if told so before it is imported; quack does by itself.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
@@ -155,3 +157,16 @@ def _swiglu_gradients(ctx: Any, grad_NC: Tensor, _: None) -> tuple[Tensor, Tenso
 
 
 swiglu.register_autograd(_swiglu_gradients, setup_context=_save_swiglu)
+
+
+# What recomputing would cost, for the compiler's memory budget (`parallelism.activation_checkpointing = "budget"`).
+
+
+@register_flop_formula(torch.ops.torchxihe.flash_attention_4)
+def _attention_flops(q: tuple[int, ...], k: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(q) * args[-1]  # two products, of which the causal mask leaves half; documents may leave less
+
+
+@register_flop_formula(torch.ops.torchxihe.swiglu)
+def _swiglu_flops(x: tuple[int, int], gate_up: tuple[int, int], down: tuple[int, int], **kwargs: Any) -> int:
+    return 2 * x[0] * (math.prod(gate_up) + math.prod(down))

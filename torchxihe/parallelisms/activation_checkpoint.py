@@ -4,8 +4,10 @@ import functools
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from torchxihe.config import Parallelism, UserError
 from torchxihe.model.decoder import Block, Decoder
 
 # Dear to compute again: matrix products and attention. Everything else is elementwise.
@@ -25,9 +27,18 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_activation_checkpointing(model: Decoder, mode: str) -> None:
-    """Recompute blocks in the backward pass: "none", "selective" (all but products and attention) or "full"."""
-    if mode == "none":
+def apply_activation_checkpointing(model: Decoder, parallelism: Parallelism, *, compiled: bool) -> None:
+    """Recompute in the backward pass, by `parallelism.activation_checkpointing`: "none", "selective" (all but products
+    and attention), "full" (whole blocks) or "budget" (what is cheapest, which the compiler knows).
+
+    Raises UserError for a budget without a compiler.
+    """
+    mode = parallelism.activation_checkpointing
+    if mode == "budget" and not compiled:
+        raise UserError('parallelism.activation_checkpointing: "budget" is the compiler\'s; take "selective" or "full"')
+    # The compiler has one budget, for all that it compiles from now on.
+    torch._functorch.config.activation_memory_budget = parallelism.activation_budget if mode == "budget" else 1.0
+    if mode in ("none", "budget"):
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
     if mode == "selective":

@@ -42,10 +42,11 @@ def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -
             swiglu=swiglu,
         )
     apply_float8(model, config.float8.recipe, device)
-    apply_activation_checkpointing(model, config.parallelism.activation_checkpointing)
-    if config.training.compile and compile_obstacle():
+    compiled = config.training.compile and not compile_obstacle()
+    apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
+    if config.training.compile and not compiled:
         log.warning("training.compile: %s, so this run is not compiled, only slower", compile_obstacle())
-    elif config.training.compile:
+    elif compiled:
         apply_compile(model, whole=mesh is None)
     sharded = mesh is not None and mesh["dp_shard"].size() > 1
     if mesh is not None and sharded:
