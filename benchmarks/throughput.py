@@ -28,9 +28,9 @@ from torchxihe.data.loader import Batch, Loader  # noqa: E402
 from torchxihe.data.order import Order, plan_stages  # noqa: E402
 from torchxihe.data.store import open_prepared  # noqa: E402
 from torchxihe.model.decoder import flops_per_token, parameter_counts  # noqa: E402
-from torchxihe.trainer import Trainer  # noqa: E402
+from torchxihe.trainer import Trainer, fit_micro_batch, random_batch  # noqa: E402
 from torchxihe.utils.device import device_name, memory_gib, peak_flops  # noqa: E402
-from torchxihe.utils.distributed import all_gather_object, barrier, is_main, process_group, rank, world_size  # noqa: E402
+from torchxihe.utils.distributed import all_gather_object, barrier, is_main, process_group, world_size  # noqa: E402
 
 DOCUMENTS_A_ROW = 3
 
@@ -48,6 +48,7 @@ def main() -> None:
     try:
         config = load_config(options.config, [*overrides, "--training.batch_ramp=[]"])
         with process_group() as device:
+            config = fit_micro_batch(config, device)
             result = measure(config, device, steps=options.steps, warmup=options.warmup, data=options.data)
     except UserError as error:
         sys.exit(str(error))
@@ -129,15 +130,7 @@ def step_seconds(trainer: Trainer, loader: Iterator[Batch], steps: int) -> list[
 
 def synthetic(trainer: Trainer) -> Iterator[Batch]:
     """Random tokens, the same batch over and over, on the device already."""
-    config, rows, seq_len = trainer.config, trainer.micro_batch_size, trainer.config.data.seq_len
-    generator = torch.Generator().manual_seed(rank())
-    tokens = torch.randint(0, config.model.vocab_size, (rows, seq_len + 1), generator=generator).to(trainer.device)
-    docs = None
-    if config.data.document_mask:
-        starts = [b * seq_len + d * seq_len // DOCUMENTS_A_ROW for b in range(rows) for d in range(DOCUMENTS_A_ROW)]
-        docs = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=trainer.device)
-    sources = torch.zeros(rows, dtype=torch.int64, device=trainer.device)
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), docs, (-1,) * rows, sources, rows * seq_len)
+    batch = random_batch(trainer.config, trainer.device, trainer.micro_batch_size, DOCUMENTS_A_ROW)
     return itertools.repeat(batch)
 
 

@@ -194,9 +194,10 @@ class Training(Section):
     ] = ()
     """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which they hold.
     [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: NonNegativeInt = 1
     """Sequences per forward pass on one GPU at most. What is left of the global batch is accumulated. With a
-    `batch_ramp` it is fitted to `global_batch_size` and stays: a batch that does not fill it is padded."""
+    `batch_ramp` it is fitted to `global_batch_size` and stays: a batch that does not fill it is padded. 0: as many as
+    fit, found by up to three trials at the start, each of which compiles; the loss is the same whatever it is."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the data order."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -1,6 +1,7 @@
 """The trainer: build the parts, take a step, run to the horizon."""
 
 import gc
+import itertools
 import logging
 import os
 import re
@@ -52,6 +53,8 @@ from torchxihe.utils.distributed import (
 from torchxihe.utils.log import rank_log
 
 log = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.92  # of the free memory that a micro-batch may fill: the rest is for fragments and workspaces
 
 
 class Trainer:
@@ -202,6 +205,68 @@ class Trainer:
         log.info("a sample of its writing after step %d:\n%s", self.step, text)
 
 
+def fit_micro_batch(config: Config, device: torch.device) -> Config:
+    """`config` with the largest micro-batch that fits in `training.micro_batch_size`'s place if that is 0.
+
+    Up to three trial steps on random tokens: of one row, of two, and of as many as these two promise, which is few,
+    because the loss's chunks stop growing. Memory is a line in the rows; all ranks take the smallest answer.
+    """
+    if config.training.micro_batch_size:
+        return config
+    if device.type != "cuda":
+        raise UserError("training.micro_batch_size: 0 looks for what fits on a GPU; on a CPU give a number")
+    most = -(-config.training.global_batch_size // world_size())
+    peaks = {rows: max(all_gather_object(_peak_memory(config, device, rows))) for rows in range(1, min(most, 2) + 1)}
+    limit = MEMORY_SHARE * min(all_gather_object(torch.cuda.mem_get_info(device)[0]))
+    promised = rows_that_fit(peaks, limit, most)
+    if promised > 2:
+        peaks[promised] = max(all_gather_object(_peak_memory(config, device, promised)))
+    rows = rows_that_fit(peaks, limit, most)
+    if peaks[1] > limit:
+        needed = f"a step of one row takes {peaks[1] / 2**30:.1f} GiB of the {limit / 2**30:.1f} that are to be had"
+        raise UserError(f"training.micro_batch_size: {needed}; see parallelism.activation_checkpointing, or more GPUs")
+    log.info("micro-batch: %d rows fit in %.1f GiB (training.micro_batch_size)", rows, limit / 2**30)
+    return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": rows})})
+
+
+def rows_that_fit(peaks: dict[int, int], limit: float, most: int) -> int:
+    """The largest micro-batch, 1 to `most`, under `limit` bytes on the line through the two largest of `peaks` (bytes
+    by rows)."""
+    if most == 1:
+        return 1
+    a, b = sorted(peaks)[-2:]
+    slope = max((peaks[b] - peaks[a]) / (b - a), 1.0)
+    return int(min(max(b + (limit - peaks[b]) // slope, 1), most))
+
+
+def _peak_memory(config: Config, device: torch.device, rows: int) -> int:
+    """Bytes allocated at most in a step of two micro-batches of `rows` rows, model and optimizer included."""
+    rank_rows = {"micro_batch_size": rows, "global_batch_size": 2 * rows * world_size(), "batch_ramp": ()}
+    trial = config.model_copy(update={"training": config.training.model_copy(update=rank_rows)})
+    torch.cuda.reset_peak_memory_stats(device)
+    trainer = Trainer(trial, device, np.ones(config.model.vocab_size, np.int32))
+    trainer.train_step(itertools.repeat(random_batch(config, device, rows, documents=1)))
+    peak = torch.cuda.max_memory_allocated(device)
+    del trainer
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak
+
+
+def random_batch(config: Config, device: torch.device, rows: int, documents: int) -> Batch:
+    """A micro-batch of random tokens, with as many documents in each row where documents are masked."""
+    seq_len = config.data.seq_len
+    generator = torch.Generator().manual_seed(rank())
+    tokens = torch.randint(0, config.model.vocab_size, (rows, seq_len + 1), generator=generator).to(device)
+    docs = None
+    if config.data.document_mask:
+        starts = [b * seq_len + d * seq_len // documents for b in range(rows) for d in range(documents)]
+        docs = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=device)
+    sources = torch.zeros(rows, dtype=torch.int64, device=device)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), docs, (-1,) * rows, sources, rows * seq_len)
+
+
 def run(config: Config) -> None:
     """Train `config` to its horizon, from the newest checkpoint of the run if there is one."""
     limits = config.training.init_timeout, config.training.step_timeout
@@ -239,6 +304,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     elif config.checkpoint.load:
         start, only = resolve(config.checkpoint.load), config.checkpoint.load_only
         history.start_from(checkpointer.train_state(start), start, whole=not only)
+    config = fit_micro_batch(config, device)
     trainer = Trainer(config, device, prepared.bytes_per_token)
     if start is not None:
         trainer.load(checkpointer, start, only)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from torchxihe import trainer
 from torchxihe.config import Config
 from torchxihe.data.loader import Batch
 from torchxihe.model import linear_cross_entropy as lce
-from torchxihe.trainer import Trainer
+from torchxihe.trainer import Trainer, fit_micro_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SEQ_LEN, VOCAB, ROWS = 256, 1000, 8
@@ -86,6 +87,17 @@ def test_the_host_never_waits_and_nothing_recompiles() -> None:
     assert counters["stats"]["unique_graphs"] == compiled
     sums = trainer.sums.read(["a", "b"])
     assert np.isfinite(sums["loss"]) and sums["loss"] == pytest.approx((sums["loss/a"] + sums["loss/b"]) / 2, rel=1e-5)
+
+
+def test_the_micro_batch_that_fits_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    free = torch.cuda.mem_get_info(device)[0]
+    monkeypatch.setattr(trainer, "MEMORY_SHARE", 3 * 2**30 / free)
+    fitted = fit_micro_batch(config(training={"global_batch_size": 4096, "micro_batch_size": 0}), device)
+    rows = fitted.training.micro_batch_size
+    assert 2 < rows < 4096
+    limit = 3 * 2**30 * 1.02  # the compiler's choices are not quite a line
+    assert trainer._peak_memory(fitted, device, rows) < limit < trainer._peak_memory(fitted, device, rows * 5 // 4)
 
 
 def test_deterministic_runs_are_bitwise_equal() -> None:

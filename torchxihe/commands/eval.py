@@ -83,7 +83,7 @@ def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: in
         max_tokens=max_tokens,
         rank=0,
         world_size=1,
-        micro_batch=config.training.micro_batch_size,
+        micro_batch=config.training.micro_batch_size or 1,
         device=device,
     )
     bytes_per_token = torch.from_numpy(prepared.bytes_per_token).to(device)
