@@ -424,6 +424,14 @@ def test_two_colons_are_a_part_of_a_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert equal(loaded(Path("a::b"))[1], states[1]) and os.listdir(tmp_path) == ["a::b"]
 
 
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert str(Location("~/runs")) == str(tmp_path / "home" / "runs")
+    saved(Path("~/runs"), 1)
+    assert os.listdir(tmp_path) == ["home"]
+
+
 def test_an_unknown_url_is_a_mistake() -> None:
     with pytest.raises(UserError, match="nosuch://here: Protocol not known"):
         Checkpointer("nosuch://here", KEEP_ALL)

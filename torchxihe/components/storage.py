@@ -28,9 +28,11 @@ class Location(os.PathLike[str]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._text = os.fspath(path).rstrip("/")
         try:
-            # A path is no chain of URLs, though fsspec would take "a::b" for one.
-            path = os.path.abspath(os.path.expanduser(self._text))
-            fs, self._path = fsspec.url_to_fs(self._text) if "://" in self._text else (LocalFileSystem(), path)
+            if "://" in self._text:
+                fs, self._path = fsspec.url_to_fs(self._text)
+            else:  # no chain of URLs, though fsspec would take "a::b" for one
+                self._text = os.path.expanduser(self._text)
+                fs, self._path = LocalFileSystem(), os.path.abspath(self._text)
         except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
             raise UserError(f"{self._text}: {error}") from None
         self._fs: Any = fs
