@@ -68,8 +68,8 @@ def _turn_back(
     if norm:
         weight_a = tl.load(weight + d).to(tl.float32)[None, :]
         weight_b = tl.load(weight + half + d).to(tl.float32)[None, :]
-        sum_a = tl.zeros((half,), tl.float32)
-        sum_b = tl.zeros((half,), tl.float32)
+        sum_a = tl.zeros_like(cos)  # by token too: one reduction at the end
+        sum_b = tl.zeros_like(cos)
     for head in range(heads):
         at = grads + (rows * grad_heads * 2 * half + head * 2 * half)[:, None] + d[None, :]
         turned_a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -83,8 +83,8 @@ def _turn_back(
             scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
             a = a * scale
             b = b * scale
-            sum_a += tl.sum(da * a, 0)
-            sum_b += tl.sum(db * b, 0)
+            sum_a += da * a
+            sum_b += db * b
             da = da * weight_a
             db = db * weight_b
             along = ((tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * half))[:, None]
@@ -93,8 +93,8 @@ def _turn_back(
         tl.store(out + place, da.to(out.dtype.element_ty), mask=inside)
         tl.store(out + place + half, db.to(out.dtype.element_ty), mask=inside)
     if norm:
-        tl.store(dweight + d, sum_a)
-        tl.store(dweight + half + d, sum_b)
+        tl.store(dweight + d, tl.sum(sum_a, 0))
+        tl.store(dweight + half + d, tl.sum(sum_b, 0))
 
 
 # fmt: off
