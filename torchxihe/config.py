@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +29,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, perhaps a URL or a hub id; "~" is the home directory, which a shell leaves alone in --section.key=~/here."""
 
 
 class UserError(ValueError):
@@ -46,7 +48,7 @@ class Run(Section):
 
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     """Name of the run directory. "": the stem of the config file."""
-    dir: str = "runs"
+    dir: Place = "runs"
     """Directory that holds the run directories; all nodes must share it."""
 
 
@@ -89,7 +91,7 @@ class Model(Section):
 class Tokenizer(Section):
     """The tokenizer: an existing one, or a byte-level BPE trained on the run's own sources."""
 
-    path: str = ""
+    path: Place = ""
     """A `tokenizer.json`, a folder that holds one, or a Hugging Face hub id. "": train one on `data.sources`."""
     revision: str = ""
     """Hub revision (branch, tag or commit) of `path`. "": the default branch."""
@@ -97,7 +99,7 @@ class Tokenizer(Section):
     """With `path = ""`: size of the trained vocabulary at most, special token included; a small corpus yields less."""
     train_bytes: PositiveInt = 16_000_000
     """With `path = ""`: bytes of text at most that the tokenizer is trained on, spread evenly over the sources."""
-    chat_template: str = ""
+    chat_template: Place = ""
     """A file with the chat template (Jinja). "": the tokenizer's own; with `data.format = "chat"` a plain one for a
     tokenizer that has none."""
 
@@ -105,7 +107,7 @@ class Tokenizer(Section):
 class Documents(Section):
     """A validation set: documents that are never trained on. It has a source's options, but for the weight."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
     """A file, a directory, a glob, a hub id, "{stdlib}" (this Python's standard library) or "{site-packages}"."""
     name: str = ""
     """Name in logs and metrics. "": derived from `path` and `subset`."""
@@ -157,7 +159,7 @@ class Data(Section):
     "concat": consecutive windows of the token stream."""
     document_mask: bool = True
     """Documents in a row do not attend to each other. false: plain causal attention over the row."""
-    cache_dir: str = ".cache/torchxihe"
+    cache_dir: Place = ".cache/torchxihe"
     """Where prepared token stores and trained tokenizers are kept; all nodes must share it."""
     on_bad_rows: Literal["skip", "error"] = "skip"
     """A row that cannot be read (malformed, not UTF-8, a column missing or no string): skip and count it, or stop."""
@@ -300,10 +302,10 @@ class Checkpoint(Section):
     """Steps between two checkpoints; the last step is always saved. 0: only the last."""
     mode: Literal["async", "sync"] = "async"
     """"async": training waits only for a copy in host memory, which is written meanwhile. "sync": until it is saved."""
-    dir: str = ""
+    dir: Place = ""
     """Where checkpoints go instead of the run directory: a directory or an fsspec URL ("s3://bucket/runs", "gs://..."),
     in which the run gets one of its name. "": `checkpoints/` in the run directory."""
-    load: str = ""
+    load: Place = ""
     """Start a new run from this step directory (or the newest in this run or checkpoints directory). "": from scratch.
     Ignored once the run has a checkpoint of its own."""
     load_only: Annotated[tuple[Literal["model"], ...], Field(strict=False)] = ()
@@ -396,7 +398,7 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """Directory of this run."""
-        return Path(self.run.dir).expanduser() / self.run.name
+        return Path(self.run.dir) / self.run.name
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, world_size: int = 0) -> Config:

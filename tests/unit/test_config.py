@@ -75,6 +75,15 @@ def test_a_file_of_a_windows_editor(tmp_path: Path, small: str) -> None:
     assert load_config(str(file)) == load_config(small)
 
 
+def test_a_tilde_is_the_home_directory(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/x")
+    places = ["run.dir", "tokenizer.path", "data.cache_dir", "data.sources.0.path", "checkpoint.dir", "checkpoint.load"]
+    config = load_config(small, [f"--{place}=~/{place}" for place in places])
+    dumped = dump_config(config)
+    assert all(f'"/home/x/{place}"' in dumped for place in places) and "~" not in dumped
+    assert config.run_dir == Path("/home/x/run.dir/small")
+
+
 def test_the_horizon_in_steps_or_tokens(small: str) -> None:
     assert load_config(small).total_steps == 10
     tokens = ["--training.steps=0", "--training.tokens=1025"]  # 4 * 64 a step
