@@ -50,7 +50,7 @@ def fused(
     """The same on a GPU, in 16-bit; norms and angles are computed in float32 without rounding between them."""
     assert isinstance(q_proj.weight, Tensor) and isinstance(k_proj.weight, Tensor)
     batch, seq_len, _ = x_BTC.shape
-    weight_EC = torch.cat((q_proj.weight, k_proj.weight)).to(x_BTC.dtype)
+    weight_EC = torch.cat((q_proj.weight.to(x_BTC.dtype), k_proj.weight.to(x_BTC.dtype)))
     weight_2D, eps = None, 0.0
     if q_norm is not None and k_norm is not None:
         weight_2D, eps = torch.stack((q_norm.weight, k_norm.weight)).to(x_BTC.dtype), q_norm.eps

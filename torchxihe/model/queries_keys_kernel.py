@@ -4,6 +4,9 @@ A program takes a block of tokens through all heads, so that a position's cosine
 two halves, a and b, that turn against each other.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# A constexpr's branches are decided when the kernel is compiled.
+
 from typing import Any
 
 import torch

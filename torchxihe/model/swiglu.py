@@ -25,7 +25,8 @@ def plain(x_BTC: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Ten
 def quack(x_BTC: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """The same with the activation and its gradient inside the products (the extra `[kernels]`; Hopper, 16-bit)."""
     assert isinstance(gate.weight, Tensor) and isinstance(up.weight, Tensor) and isinstance(down.weight, Tensor)
-    gate_up = torch.stack((gate.weight, up.weight), dim=1).flatten(0, 1).to(x_BTC.dtype)
+    # Cast before they are joined: cast after it, each gradient would be a slice of both and be copied once more.
+    gate_up = torch.stack((gate.weight.to(x_BTC.dtype), up.weight.to(x_BTC.dtype)), dim=1).flatten(0, 1)
     out_NC, _ = kernels.swiglu(x_BTC.flatten(0, 1), gate_up, down.weight.to(x_BTC.dtype))
     return out_NC.view_as(x_BTC)
 

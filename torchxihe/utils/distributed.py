@@ -5,12 +5,15 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from torchxihe.utils.device import default_device
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -75,11 +78,11 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
-def all_gather_object(value: object) -> list[object]:
+def all_gather_object(value: T) -> list[T]:
     """`value` of every process, by rank. Pickles: for what we made ourselves, never for a file's content."""
     if not dist.is_initialized():
         return [value]
-    values: list[object] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
 
