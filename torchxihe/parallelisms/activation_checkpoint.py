@@ -18,12 +18,14 @@ _SAVED = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torchxihe.flash_attention_4.default,
+    torch.ops.torchxihe.swiglu.default,
 }
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # PyTorch's variable-length attention and our own operators exist once their modules are imported: by namespace.
-    saved = op in _SAVED or getattr(op, "namespace", "") in ("torch_attn", "torchxihe")
+    # PyTorch's variable-length attention exists once its module is imported: by namespace.
+    saved = op in _SAVED or getattr(op, "namespace", "") == "torch_attn"
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
