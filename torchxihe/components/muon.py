@@ -3,7 +3,7 @@
 Matrices of one shape are updated together. Each rank holds some rows of each of them: all rows in one process and under
 DDP, a shard under FSDP2 and HSDP. Orthogonalisation needs whole matrices, so the replicas divide the matrices among
 themselves, and in each replica the ranks exchange rows until everyone has whole matrices, its own share of them; their
-updates go the same way back. No rank ever holds more than its share, and none computes what another does.
+updates go the same way back. No rank orthogonalises what another does.
 
 Axes: K matrices of one shape, R rows, C columns.
 """
