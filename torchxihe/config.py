@@ -37,6 +37,19 @@ class UserError(ValueError):
     """What a user did and can mend: one line a mistake, naming the file, the key and the remedy. Exit code 1."""
 
 
+def _template(text: str) -> str:
+    """Let through what names a column of a row in braces. Raises ValueError."""
+    try:
+        fields = [field for _, *field in string.Formatter().parse(text) if field[0] is not None]
+    except ValueError as error:
+        raise ValueError(f"{error}; write {{{{ and }}}} for braces that are text") from None
+    if not fields:
+        raise ValueError("names no column; write one in braces, such as {text}")
+    if any(not name or spec or conversion for name, spec, conversion in fields):
+        raise ValueError("only column names may stand in braces; write {{ and }} for braces that are text")
+    return text
+
+
 class Section(BaseModel):
     """Base of the sections: unknown keys and silent conversions are errors, values never change."""
 
@@ -131,7 +144,7 @@ class Documents(Section):
     """Hub only: read over the network without downloading the whole dataset first; give `max_tokens` with it."""
     max_tokens: NonNegativeInt = 0
     """Stop after the document that reaches this many tokens. 0: no limit."""
-    template: str = "{text}"
+    template: Annotated[str, AfterValidator(_template)] = "{text}"
     """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
     messages: str = "messages"
     """With `data.format = "chat"`: the column of the conversation, a list of {role, content} or {from, value}."""
@@ -565,6 +578,7 @@ MEANINGS = {
     "less_than": "must be less than {lt:g}",
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_too_short": "must not be empty",
+    "value_error": "{error}",
     "string_pattern_mismatch": "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-'",
 }
 
@@ -656,8 +670,6 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
             f"{at}.stream",
             "a streamed source needs max_tokens, or it never ends",
         )
-        why = _template_mistake(source.template)
-        check(not why, f"{at}.template", why)
         for key, why in _chat_mistakes(source, config.data.format == "chat"):
             check(False, f"{at}.{key}", why)
     return found
@@ -679,12 +691,3 @@ def _chat_mistakes(source: Documents, chat: bool) -> Iterator[tuple[str, str]]:
         yield "format", f'"{source.format}" has no conversations; with data.format = "chat" take "json" or "parquet"'
     if not chat and source.format == "docstrings":
         yield "format", '"docstrings" are conversations: set data.format = "chat"'
-
-
-def _template_mistake(template: str) -> str:
-    """What is wrong with a source's template, if anything."""
-    try:
-        columns = [column for _, column, _, _ in string.Formatter().parse(template) if column is not None]
-    except ValueError as error:
-        return f"{error} in {template!r}; write {{{{ and }}}} for braces that are text"
-    return "" if columns and all(columns) else f"{template!r} names no column; write one in braces, such as {{text}}"

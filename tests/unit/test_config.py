@@ -25,6 +25,7 @@ MODEL = {
     "intermediate_size": 128,
     "vocab_size": 4096,
 }
+COLUMNS_ONLY = "only column names may stand in braces; write {{ and }} for braces that are text"
 SMALL: dict[str, Any] = {
     "model": MODEL,
     "data": {"sources": [{"path": "{stdlib}", "glob": "**/*.py"}], "seq_len": 64},
@@ -206,7 +207,14 @@ def test_any_values_survive_the_round_trip(
         ("--data.sources.0=x", "an entry of a list cannot be replaced whole; name a key of it"),
         ("--data.seq_len.x=1", "data.seq_len is a single value; nothing stands below it"),
         ("--data.sources.0.path=", "must not be empty"),
-        ("--data.sources.0.template=text", "'text' names no column; write one in braces, such as {text}"),
+        ("--data.sources.0.template=plain", "names no column; write one in braces, such as {text}, got 'plain'"),
+        ("--data.sources.0.template={}", f"{COLUMNS_ONLY}, got '{{}}'"),
+        ("--data.sources.0.template={a!r}", f"{COLUMNS_ONLY}, got '{{a!r}}'"),
+        ("--data.sources.0.template={a:>5}", f"{COLUMNS_ONLY}, got '{{a:>5}}'"),
+        (
+            "--data.sources.0.template={a",
+            "expected '}' before end of string; write {{ and }} for braces that are text, got '{a'",
+        ),
         ("--training.batch_ramp=[[8, 5], [9, 5]]", "its pairs are [sequences, until step]; the steps must rise"),
         ("--data.sources.0.stream=true", "a streamed source needs max_tokens, or it never ends"),
         ("--training.steps", "not understood; overrides look like --section.key=value"),

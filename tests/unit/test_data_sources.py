@@ -12,14 +12,14 @@ import pytest
 
 from torchxihe.config import Source, UserError
 from torchxihe.data import sources
-from torchxihe.data.sources import cut_shards, find_pieces, parse_template, read_rows, source_name
+from torchxihe.data.sources import Template, cut_shards, find_pieces, read_rows, source_name
 
 TEXTS = [f"Text {i}: café 中文 😀, " + "word " * (i % 9) for i in range(300)]
 
 
 def rows_of(source: Source) -> list[list[tuple[str, str]]]:
     """(text, what is wrong) of every row, by shard."""
-    template = parse_template(source.template, "template")
+    template = Template(source.template)
     shards = cut_shards(find_pieces(source, "data.sources.0"))
     return [
         [template.text(row) for piece in pieces for row in read_rows(piece, template.columns, source, "key")]
@@ -189,20 +189,9 @@ def test_shards_depend_on_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_templates() -> None:
     row = sources.Row("here", {"q": "Why?", "a": "So.", "n": 3})
-    assert parse_template("{q}\n{{{a}}}", "key").text(row) == ("Why?\n{So.}", "")
-    assert parse_template("{q}{n}", "key").text(row) == ("", "column 'n' is not a string")
-    assert parse_template("{q}{x}", "key").text(row) == ("", "column 'x' is missing")
-    assert parse_template("tiny-codes", "key").columns == ["prompt", "response"]
-    for text, why in {
-        "plain": "names no column",
-        "{}": "only column names may stand in braces",
-        "{a!r}": "only column names may stand in braces",
-        "{a:>5}": "only column names may stand in braces",
-        "{a": "is no template: expected '}' before end of string",
-    }.items():
-        with pytest.raises(UserError) as error:
-            parse_template(text, "data.sources.3.template")
-        assert str(error.value).startswith("data.sources.3.template: ") and why in str(error.value)
+    assert Template("{q}\n{{{a}}}").text(row) == ("Why?\n{So.}", "")
+    assert Template("{q}{n}").text(row) == ("", "column 'n' is not a string")
+    assert Template("{q}{x}").text(row) == ("", "column 'x' is missing")
 
 
 def test_names() -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from torchxihe.config import Documents, UserError
 from torchxihe.data.chat import Chat, read_messages
-from torchxihe.data.sources import Piece, Row, parse_template, read_rows
+from torchxihe.data.sources import Piece, Row, Template, read_rows
 from torchxihe.data.store import SPLITS, ShardWriter, Split, committed_shard
 from torchxihe.data.token_files import read_chunks, read_layout
 from torchxihe.data.tokenizer import Encoder, windows
@@ -160,7 +160,7 @@ class _Texts:
     """Documents of rows of text."""
 
     def __init__(self, job: Job) -> None:
-        self._template = parse_template(job.source.template, job.key)
+        self._template = Template(job.source.template)
         self._encoder = _encoder(job.tokenizer)
         self._begin = [np.array([job.bos_id], np.uint32)] if job.bos_id >= 0 else []
         self._end = [np.array([job.eos_id], np.uint32)]

@@ -28,7 +28,7 @@ from torchxihe.data.chat import Chat, read_messages
 from torchxihe.data.encode import Job, check_bad_rows, run_jobs
 from torchxihe.data.order import Order, check_epochs, plan_stages
 from torchxihe.data.packing import AT_ONCE, best_fit, concat
-from torchxihe.data.sources import Piece, Row, cut_shards, find_pieces, parse_template, read_rows, source_name
+from torchxihe.data.sources import Piece, Row, Template, cut_shards, find_pieces, read_rows, source_name
 from torchxihe.data.store import (
     SPLITS,
     Prepared,
@@ -112,11 +112,10 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
     plans: list[Plan] = []
     chat = config.data.format == "chat"
     for key, source in documents_of(config):
-        template = parse_template(source.template, f"{key}.template")
         pieces = find_pieces(source, key)
         hashes = _hash_files([piece.path for piece in pieces if piece.format != "stream"], cache)
         content = [[piece.format, hashes.get(piece.path, [piece.path, piece.revision])] for piece in pieces]
-        what = ["chat", source.messages] if chat else template.parts
+        what = ["chat", source.messages] if chat else Template(source.template).parts
         identity = digest([content, what, source.subset, source.split])
         name = source_name(source)
         while any(plan.name == name for plan in plans):
@@ -169,7 +168,7 @@ def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
 
 def _sample(plan: Plan, most: int) -> Iterator[str]:
     """Documents of a source, `most` bytes in all, from shards spread evenly over it, none of them very long."""
-    template = parse_template(plan.source.template, plan.key)
+    template = Template(plan.source.template)
     columns = [plan.source.messages] if plan.chat else template.columns
 
     def text_of(row: Row) -> str:

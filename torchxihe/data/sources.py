@@ -50,16 +50,6 @@ SUFFIXES = {
 }
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
-TEMPLATES = {
-    "c4": "{text}",
-    "wikipedia": "{title}\n\n{text}",
-    "tiny-codes": "{prompt}\n\n{response}",
-    "gutenberg": "{text}",
-    "oa-stackexchange": "{INSTRUCTION}\n\n{RESPONSE}",
-    "arxiv": "{text}",
-}
-"""Templates by name, for the datasets of the original XiHe."""
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -88,17 +78,15 @@ class Row:
     """Why it could not be read; "" if it could."""
 
 
-@dataclass(frozen=True)
 class Template:
     """A document's text as a function of a row's columns."""
 
-    parts: tuple[tuple[str, str], ...]
-    """(literal text, name of the column after it), the last name possibly empty."""
-
-    @property
-    def columns(self) -> list[str]:
+    def __init__(self, text: str) -> None:
+        """`text`: a source's `template`, such as "{question}\\n{answer}"."""
+        self.parts = tuple((literal, name or "") for literal, name, _, _ in string.Formatter().parse(text))
+        """(literal text, name of the column after it), the last name possibly empty."""
+        self.columns = [name for _, name in self.parts if name]
         """The columns that it reads."""
-        return [name for _, name in self.parts if name]
 
     def text(self, row: Row) -> tuple[str, str]:
         """The document's text, and why there is none ("" if there is)."""
@@ -114,20 +102,6 @@ class Template:
                     return "", f"column {name!r} is {'missing' if value is None else 'not a string'}"
                 out.append(value)
         return "".join(out), ""  # of a single string, that is the string itself: no copy of a long document
-
-
-def parse_template(text: str, key: str) -> Template:
-    """A template from its text, such as "{question}\\n{answer}", or its name in `TEMPLATES`. `key`: for the error."""
-    try:
-        parsed = list(string.Formatter().parse(TEMPLATES.get(text, text)))
-    except ValueError as error:
-        raise UserError(f"{key}: {text!r} is no template: {error}; write a brace as {{{{ or }}}}") from None
-    if any(spec or conversion or name == "" for _, name, spec, conversion in parsed):
-        raise UserError(f"{key}: {text!r}: only column names may stand in braces; write a brace as {{{{ or }}}}")
-    if not any(name for _, name, _, _ in parsed):
-        known = ", ".join(TEMPLATES)
-        raise UserError(f"{key}: {text!r} names no column; give one in braces, or one of {known}")
-    return Template(tuple((literal, name or "") for literal, name, _, _ in parsed))
 
 
 def source_name(source: Documents) -> str:
