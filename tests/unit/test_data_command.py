@@ -42,6 +42,13 @@ def test_summary_and_rows(config: str, capsys: pytest.CaptureFixture[str]) -> No
     assert [row.splitlines()[0].split(",")[0] for row in rows] == ["=== sample 0: words", "=== sample 1: words"]
 
 
+def test_epochs_under_a_batch_size_ramp(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_command.main([config])
+    capsys.readouterr()
+    data_command.main([config, "--training.batch_ramp=[[16, 2]]"])  # 2 steps of 16 rows, 2 of 4
+    assert [line.split()[7] for line in capsys.readouterr().out.splitlines()[1:]] == ["10.00", "10.00"]
+
+
 def test_a_row_shows_boundaries_and_what_is_masked(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     prepare_command.main([config])
     capsys.readouterr()
