@@ -71,7 +71,7 @@ def make_run(root: Path, shape: Shape, vocab_size: int = 320, **sections: dict[s
 def train_state(config: Config, tokenizer: Path) -> dict[str, Any]:
     """What a checkpoint of step 7 holds beside its tensors."""
     history = History(config, tokenizer)
-    history.stages = [{"g": 0, "step": 0, "global_batch": 2}]
+    history.stages = [{"g": 0, "step": 0, "global_batch": 2}, {"g": 18, "step": 9, "global_batch": 4}]
     return history.to_json(7)
 
 

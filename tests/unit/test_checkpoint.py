@@ -397,6 +397,16 @@ def test_the_best_are_kept(tmp_path: Path) -> None:
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [20, 30, 60]
 
 
+def test_a_damaged_manifest_is_not_among_the_best(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, Checkpoint(mode="sync", keep_last=2, keep_best=1))
+    state = flat_state(*toy())
+    for step, loss in [(10, 1.0), (20, 2.0), (30, 3.0)]:
+        checkpointer.save(step, state, {"step": step}, validation_loss=loss)
+    flip(tmp_path / "step-00000010" / MANIFEST)
+    checkpointer.save(40, state, {"step": 40}, validation_loss=4.0)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [20, 30, 40]
+
+
 def test_a_run_does_not_go_on_from_the_model_alone(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, KEEP_ALL)
     model, optimizer = toy()

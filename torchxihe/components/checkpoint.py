@@ -268,9 +268,8 @@ class Checkpointer:
         if config.keep_every:
             keep |= {directory for directory in committed if step_of(directory.name) % config.keep_every == 0}
         if config.keep_best:
-            losses = {directory: read_manifest(directory).validation_loss for directory in committed}
-            scored = [(loss, i, directory) for i, (directory, loss) in enumerate(losses.items()) if loss is not None]
-            keep |= {directory for _, _, directory in sorted(scored, key=lambda s: s[:2])[: config.keep_best]}
+            losses = {directory: loss for directory in committed if (loss := _validation_loss(directory)) is not None}
+            keep |= set(sorted(losses, key=losses.__getitem__)[: config.keep_best])
         for directory in committed:
             if directory not in keep and directory not in self.in_use:
                 remove_step(directory)
@@ -286,6 +285,14 @@ class Checkpointer:
         for directory, committed, marked in older:
             if not committed and not marked:
                 directory.remove()
+
+
+def _validation_loss(directory: Location) -> float | None:
+    """The loss that a committed step was saved with, if any. A damaged manifest has none, and ends no run."""
+    try:
+        return read_manifest(directory).validation_loss
+    except CorruptError:
+        return None
 
 
 def resolve(path: str | PathLike[str]) -> Location:

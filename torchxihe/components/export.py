@@ -195,7 +195,8 @@ def model_card(saved: SavedRun) -> str:
     }
     stages = saved.train_state["stages"]
     if stages:
-        last = stages[-1]
+        # Those of a batch ramp are all there from the start.
+        last = next(stage for stage in reversed(stages) if stage["step"] <= saved.step)
         samples = last["g"] + (saved.step - last["step"]) * last["global_batch"]
         weights = sum(source["weight"] for source in config["data"]["sources"])
         facts["Tokens"] = f"{samples * saved.seq_len:,}"
