@@ -17,6 +17,7 @@ from torchxihe.config import UserError
 from torchxihe.utils.distributed import rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+END = b"\0"  # no signal's number
 PATIENCE_SECONDS = 20.0  # torchrun, and most schedulers, kill 30 s after their signal
 
 
@@ -47,7 +48,8 @@ class Stop:
         os.set_blocking(self._mouth, False)
         self._wakeup_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, _noted_elsewhere) for number in SIGNALS}
-        threading.Thread(target=self._listen, name="stop", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="stop", daemon=True)
+        self._listener.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -57,7 +59,10 @@ class Stop:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-        os.close(self._mouth)  # the thread reads the end of the pipe, and ends
+        # Waited for: were it the last to hold this object, it might free a tensor while Python ends, which aborts.
+        os.write(self._mouth, END)
+        self._listener.join()
+        os.close(self._mouth)
 
     def agreed(self) -> bool:
         """Whether to stop now: the same answer on all ranks, a step after the first of them wanted to.
@@ -100,7 +105,7 @@ class Stop:
 
     def _listen(self) -> None:
         """Wait for signals, from now to the end."""
-        while number := os.read(self._ear, 1):
+        while (number := os.read(self._ear, 1)) != END:
             if self.reason or number[0] not in SIGNALS:
                 continue  # a second signal changes nothing
             self.reason = signal.Signals(number[0]).name
