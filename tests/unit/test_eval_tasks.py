@@ -55,7 +55,7 @@ def likeliest(model: Decoder, folder: Path, question: str) -> int:
 def test_accuracy_is_that_of_the_model_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'torchxihe[eval]')")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'lm-eval[hf]')")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     config, model = make_run(tmp_path, QWEN3)
@@ -76,7 +76,7 @@ def test_accuracy_is_that_of_the_model_itself(
 def test_without_lm_eval_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     config, _ = make_run(tmp_path, QWEN3)
-    with pytest.raises(UserError, match=r"lm_eval is not installed; pip install 'torchxihe\[eval\]'"):
+    with pytest.raises(UserError, match=r"lm_eval is not installed; pip install 'lm-eval\[hf\]'"):
         run(["eval", str(config.run_dir), "--tasks", "hellaswag"])
 
 

@@ -6,7 +6,7 @@ usage: torchxihe eval RUN_OR_STEP [--on CONFIG [--section.key=value ...]] [--max
   --on CONFIG       measure on the held-out documents of this config instead of the run's own, prepared with the run's
                     tokenizer (`torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer`); repeat the overrides here
   --max-tokens N    of all sources together and of each validation set, default 0: everything that is held out
-  --tasks NAME,...  tasks of lm-eval (pip install 'torchxihe[eval]'; lm_eval ls tasks lists them), through a temporary
+  --tasks NAME,...  tasks of lm-eval (pip install 'lm-eval[hf]'; lm_eval ls tasks lists them), through a temporary
                     export, which takes the room of the model in $TMPDIR
   --include DIR     where tasks of your own lie, as YAML files
   --limit N         of every task at most N documents
@@ -132,7 +132,7 @@ def run_tasks(saved: SavedRun, names: list[str], include: str, limit: int) -> tu
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ModuleNotFoundError as error:
-        raise UserError(f"--tasks: {error.name} is not installed; pip install 'torchxihe[eval]'") from None
+        raise UserError(f"--tasks: {error.name} is not installed; pip install 'lm-eval[hf]'") from None
     if include and not Path(include).is_dir():
         raise UserError(f"--include: {include}: no such directory; name the one that holds the tasks' YAML files")
     tasks = TaskManager(include_path=include or None)

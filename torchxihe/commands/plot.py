@@ -3,7 +3,7 @@
 usage: torchxihe plot RUN [RUN ...] [--out FILE] [--by step|tokens]
 
 RUN is a run directory. One panel each for loss, bits per byte, learning rate, gradient norm, tokens per second and
-memory; held-out loss is dashed. Needs matplotlib: pip install 'torchxihe[plot]'. FILE defaults to plot.png in the
+memory; held-out loss is dashed. Needs matplotlib (pip install matplotlib). FILE defaults to plot.png in the
 working directory.
 
 example: torchxihe plot runs/xihe_debug --out runs/xihe_debug/plot.png
@@ -51,7 +51,7 @@ def main(args: list[str]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        raise UserError("plot: matplotlib is not installed; pip install 'torchxihe[plot]'") from None
+        raise UserError("plot: matplotlib is not installed; pip install matplotlib") from None
     except (OSError, ValueError) as error:  # no such directory, or no such format
         raise UserError(f"--out: {options.out}: {error}") from None
     print(options.out)

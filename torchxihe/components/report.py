@@ -1,6 +1,9 @@
 """What a run says before its first step (the model, the data, the layout, the plan), and after its last."""
 
 import logging
+import os
+import shutil
+import sys
 import time
 
 import torch
@@ -93,11 +96,13 @@ def report_end(config: Config) -> None:
         loss, bpb = valid[-1]["validation/loss"], valid[-1]["validation/bpb"]
         at = f"best {best['validation/loss']:.4f} at step {best['step']:,}"
         rows.append(("held out", f"loss {loss:.4f}, {bpb:.4f} bits a byte ({at})"))
+    # As it can be typed here: in a fresh clone the program is in .venv, which is not on the path.
+    program = "torchxihe" if shutil.which("torchxihe") else f"{os.path.relpath(sys.executable)} -m torchxihe"
     rows += [
         ("files", f"{config.run_dir}/ holds config.toml, {METRICS}, logs/, tokenizer/ and checkpoints/"),
-        ("next", f'torchxihe generate {config.run_dir}{" --chat" * (config.data.format == "chat")} --prompt "..."'),
-        ("", f"torchxihe export {config.run_dir} --out DIR"),
-        ("", f"torchxihe plot {config.run_dir}"),
+        ("next", f'{program} generate {config.run_dir}{" --chat" * (config.data.format == "chat")} --prompt "..."'),
+        ("", f"{program} export {config.run_dir} --out DIR"),
+        ("", f"{program} plot {config.run_dir}"),
     ]
     for name, value in rows:
         log.info("%-8s %s", name, value)
