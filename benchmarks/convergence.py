@@ -63,7 +63,7 @@ def train(config: Config, device: torch.device, every: int) -> dict[str, Any]:
     prepared = open_prepared(config)
     trainer = Trainer(config, device, prepared.bytes_per_token)
     order = Order(plan_stages(config, prepared), {source.key: source.train_rows for source in prepared.sources})
-    loader = Loader(prepared, order, step=0, **trainer.batch_layout)
+    loader = Loader(prepared, order, trainer.batch_layout)
     losses, validation, seconds = [], [], 0.0
     while trainer.step < config.total_steps:
         start = time.perf_counter()

@@ -107,17 +107,14 @@ def run_loader(folder: Path) -> dict[str, float]:
     import torch
 
     started = time.perf_counter()
-    from torchxihe.data.loader import Loader
+    from torchxihe.data.loader import BatchLayout, Loader
     from torchxihe.data.order import plan_stages
     from torchxihe.data.store import open_prepared
 
     config = make_config(folder, 1024, path=str(folder / "tokenizer"))
     prepared = open_prepared(config)
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(
-        prepared, order, seq_len=1024, document_mask=True, step=10**9 // 64, rank=0, world_size=1,
-        micro_batch=64, device=torch.device("cpu"),
-    )  # fmt: skip
+    loader = Loader(prepared, order, BatchLayout(1024, 64, torch.device("cpu")), step=10**9 // 64)
     next(loader)
     first = time.perf_counter() - started
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

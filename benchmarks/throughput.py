@@ -66,7 +66,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         prepared = open_prepared(config)
         trainer = Trainer(config, device, prepared.bytes_per_token)
         order = Order(plan_stages(config, prepared), {source.key: source.train_rows for source in prepared.sources})
-        loader: Iterator[Batch] = Loader(prepared, order, step=0, **trainer.batch_layout)
+        loader: Iterator[Batch] = Loader(prepared, order, trainer.batch_layout)
     else:
         trainer = Trainer(config, device, np.full(config.model.vocab_size, 4, np.int32))
         loader = synthetic(trainer)

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from torchxihe.components.storage import Location
 from torchxihe.components.validation import sums_by_source, validate
 from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Config, UserError, dump_config
-from torchxihe.data.loader import Batch, Loader, validation_batches
+from torchxihe.data.loader import Batch, BatchLayout, Loader, validation_batches
 from torchxihe.data.order import Order, Stage, check_epochs, micro_batch_rows, micro_batches, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.model.decoder import flops_per_token
@@ -118,16 +117,10 @@ class Trainer:
         return f"FSDP2 over {shard}" if replicate == 1 else f"HSDP of {replicate} × {shard}"
 
     @property
-    def batch_layout(self) -> dict[str, Any]:
+    def batch_layout(self) -> BatchLayout:
         """What a loader needs to know of this process and the model."""
-        return {
-            "seq_len": self.config.data.seq_len,
-            "document_mask": self.config.data.document_mask,
-            "rank": rank(),
-            "world_size": world_size(),
-            "micro_batch": self.micro_batch_size,
-            "device": self.device,
-        }
+        data = self.config.data
+        return BatchLayout(data.seq_len, self.micro_batch_size, self.device, data.document_mask, rank(), world_size())
 
     def measure(self, order: Order, names: list[str], window: Window, loader: Loader, lr: float) -> dict[str, float]:
         """What a log step after this step reports; here the host waits for the device, and the ranks for each other."""
@@ -148,7 +141,7 @@ class Trainer:
 
     def validate(self, prepared: Prepared) -> dict[str, float]:
         """Loss on the held-out documents, in whole, by source and by set; all ranks must ask together."""
-        batches = validation_batches(prepared, max_tokens=self.config.validation.max_tokens, **self.batch_layout)
+        batches = validation_batches(prepared, self.batch_layout, self.config.validation.max_tokens)
         return validate(self.module, batches, self.bytes_per_token, prepared)
 
     def usage(self, tokens_per_second: float) -> dict[str, float]:
@@ -366,7 +359,7 @@ def _train(
     """The loop: steps, and between them what is due. Ends at the horizon or when the ranks agree to stop, saved."""
     config, total = trainer.config, trainer.config.total_steps
     limits = config.training
-    loader = Loader(prepared, order, step=trainer.step, **trainer.batch_layout)
+    loader = Loader(prepared, order, trainer.batch_layout, trainer.step)
     writer = MetricsWriter(config, trainer.step) if is_main() else None
     profiler = Profiler(config, trainer.device)
     window = Window(trainer.step, order.batch(trainer.step)[0] * config.data.seq_len)

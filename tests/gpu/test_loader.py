@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.unit.data_corpus import make_config, write_texts
-from torchxihe.data.loader import Loader
+from torchxihe.data.loader import BatchLayout, Loader
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.prepare import prepare
 
@@ -18,11 +18,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(tmp_path: Path) -> None:
     config = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", texts), seq_len=64)
     prepared = prepare(config)
     order = Order(plan_stages(config, prepared), prepared.rows)
-    on_gpu, on_cpu = (
-        Loader(prepared, order, seq_len=64, document_mask=True, step=0, rank=0, world_size=1,
-               micro_batch=4, device=torch.device(device))
-        for device in ("cuda:0", "cpu")
-    )  # fmt: skip
+    on_gpu, on_cpu = (Loader(prepared, order, BatchLayout(64, 4, torch.device(device))) for device in ("cuda:0", "cpu"))
     kept = []
     for i in range(300):
         if i % 20 == 0:  # the GPU falls behind: copies wait while the thread reads on into more pinned memory

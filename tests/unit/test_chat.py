@@ -17,7 +17,7 @@ from torchxihe.config import Config, Tokenizer, UserError
 from torchxihe.data import encode
 from torchxihe.data import sources as sources_module
 from torchxihe.data.chat import Chat, Message
-from torchxihe.data.loader import IGNORE, Loader
+from torchxihe.data.loader import IGNORE, BatchLayout, Loader
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.prepare import prepare, prepare_part
 from torchxihe.data.sources import Row, read_rows
@@ -72,8 +72,7 @@ def test_three_conversations_from_the_file_to_the_batch(tmp_path: Path) -> None:
     assert np.fromfile(store / "train-00000.idx", "<i8").tolist() == [0, 20, 20, 48, 68, 18]
 
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(prepared, order, seq_len=19, document_mask=True, step=0, rank=0,
-                    world_size=1, micro_batch=5, device=torch.device("cpu"))  # fmt: skip
+    loader = Loader(prepared, order, BatchLayout(19, 5, torch.device("cpu")))
     batch = next(loader)
     loader.close()
     found = {spell(x): (spell(y)) for x, y in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)}
@@ -100,7 +99,7 @@ def test_a_step_without_a_target_has_no_loss_and_no_gradient(tmp_path: Path) -> 
     prepared = prepare(config)
     trainer = Trainer(config, torch.device("cpu"), prepared.bytes_per_token)
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(prepared, order, step=0, **trainer.batch_layout)
+    loader = Loader(prepared, order, trainer.batch_layout)
     valid = []
     for _ in range(8):
         batch = next(loader)

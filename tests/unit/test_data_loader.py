@@ -13,7 +13,7 @@ from tests.unit.data_corpus import make_config, write_texts
 from torchxihe.config import Config
 from torchxihe.data import encode
 from torchxihe.data import sources as sources_module
-from torchxihe.data.loader import IGNORE, Batch, Loader, validation_batches, validation_rows
+from torchxihe.data.loader import IGNORE, Batch, BatchLayout, Loader, validation_batches, validation_rows
 from torchxihe.data.order import Order, Stage, micro_batch_rows, micro_batches, plan_stages
 from torchxihe.data.prepare import prepare
 from torchxihe.data.store import Prepared
@@ -60,10 +60,9 @@ def global_batches(prepared: Prepared, config: Config, starts: dict[int, int], m
         order = Order(stages, prepared.rows)
         micro_batch = micro_batch_rows(config.training.global_batch_size, world_size, most)
         loaders = [
-            Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=start, rank=rank, world_size=world_size,
-                   micro_batch=micro_batch, device=CPU)
+            Loader(prepared, order, BatchLayout(SEQ_LEN, micro_batch, CPU, True, rank, world_size), start)
             for rank in range(world_size)
-        ]  # fmt: skip
+        ]
         for step in range(start, end):
             rows = {}
             g, count = order.batch(step)
@@ -158,8 +157,7 @@ def check_rows(prepared: Prepared, batch: Batch, rows: dict[int, tuple[int, int]
 
 def test_batches_equal_what_lies_in_the_files(data: Data) -> None:
     prepared, order = data
-    loader = Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=5, rank=1, world_size=2,
-                    micro_batch=3, device=CPU)  # fmt: skip
+    loader = Loader(prepared, order, BatchLayout(SEQ_LEN, 3, CPU, rank=1, world_size=2), step=5)
     for _ in range(40):
         batch = next(loader)
         check_rows(prepared, batch, {g: order.sample(g) for g in batch.samples if g >= 0}, "train")
@@ -176,10 +174,9 @@ def test_validation_reads_every_held_out_row_once(
     have = [source.valid_rows for source in prepared.sources]
     seen: dict[int, tuple[int, tuple[int, ...]]] = {}
     batches = [
-        list(validation_batches(prepared, seq_len=SEQ_LEN, document_mask=True, max_tokens=max_tokens, rank=rank,
-                                world_size=world_size, micro_batch=micro_batch, device=CPU))
+        list(validation_batches(prepared, BatchLayout(SEQ_LEN, micro_batch, CPU, True, rank, world_size), max_tokens))
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
     assert len({len(of_rank) for of_rank in batches}) == 1
     for batch in (batch for of_rank in batches for batch in of_rank):
         for b, n in enumerate(batch.samples):
@@ -211,10 +208,8 @@ def test_a_short_validation_is_spread_over_all_held_out_rows(data: Data) -> None
 def test_without_document_masks_the_targets_stay_masked(data: Data) -> None:
     prepared, order = data
     masked, plain = (
-        Loader(prepared, order, seq_len=SEQ_LEN, document_mask=mask, step=0, rank=0, world_size=1,
-               micro_batch=4, device=CPU)
-        for mask in (True, False)
-    )  # fmt: skip
+        Loader(prepared, order, BatchLayout(SEQ_LEN, 4, CPU, document_mask=mask)) for mask in (True, False)
+    )
     a, b = next(masked), next(plain)
     assert b.docs is None and torch.equal(a.targets, b.targets) and torch.equal(a.tokens, b.tokens)
     masked.close(), plain.close()
@@ -225,8 +220,7 @@ def test_an_error_of_the_thread_reaches_the_training_loop(tmp_path: Path) -> Non
     prepared = prepare(config)
     [file] = tmp_path.glob("cache/stores/*/train-00000.bin")
     file.write_bytes(file.read_bytes()[:100])
-    loader = Loader(prepared, Order(plan_stages(config, prepared), prepared.rows), seq_len=SEQ_LEN, document_mask=True,
-                    step=0, rank=0, world_size=1, micro_batch=4, device=CPU)  # fmt: skip
+    loader = Loader(prepared, Order(plan_stages(config, prepared), prepared.rows), BatchLayout(SEQ_LEN, 4, CPU))
     with pytest.raises(OSError, match=r"train-00000.bin: ends at byte 100, so it is not the file that was prepared"):
         for _ in range(100):
             next(loader)
@@ -237,8 +231,7 @@ def test_an_error_of_the_thread_reaches_the_training_loop(tmp_path: Path) -> Non
 
 def test_waiting_is_counted(data: Data) -> None:
     prepared, order = data
-    loader = Loader(prepared, order, seq_len=SEQ_LEN, document_mask=True, step=0, rank=0, world_size=1,
-                    micro_batch=4, device=CPU)  # fmt: skip
+    loader = Loader(prepared, order, BatchLayout(SEQ_LEN, 4, CPU))
     next(loader)
     assert 0 < loader.wait_seconds < 5
     loader.close()

@@ -17,7 +17,7 @@ from tests.unit.data_corpus import make_config, write_lines, write_texts
 from torchxihe.config import UserError, dump_config
 from torchxihe.data import encode, sources
 from torchxihe.data import prepare as module
-from torchxihe.data.loader import IGNORE, Loader
+from torchxihe.data.loader import IGNORE, BatchLayout, Loader
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.prepare import prepare, prepare_part
 from torchxihe.data.store import Prepared, open_prepared
@@ -47,8 +47,7 @@ def test_three_lines_from_the_file_to_the_batch(tmp_path: Path) -> None:
     assert np.fromfile(store / "train-00000.idx", "<i8").tolist() == [0, 6, 6, 4, 10, 2]
 
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(prepared, order, seq_len=4, document_mask=True, step=0, rank=0,
-                    world_size=1, micro_batch=4, device=torch.device("cpu"))  # fmt: skip
+    loader = Loader(prepared, order, BatchLayout(4, 4, torch.device("cpu")))
     batch = next(loader)
     loader.close()
     expected = {

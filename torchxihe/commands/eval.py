@@ -34,7 +34,7 @@ from torchxihe.components.saved_run import SavedRun, load_decoder, open_saved
 from torchxihe.components.storage import Location, hash_file
 from torchxihe.components.validation import validate
 from torchxihe.config import Config, UserError, load_config
-from torchxihe.data.loader import validation_batches
+from torchxihe.data.loader import BatchLayout, validation_batches
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.model.attention import choose_attention
 from torchxihe.utils.device import default_device
@@ -76,16 +76,8 @@ def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: in
     device = default_device()
     dtype = getattr(torch, config.training.dtype) if device.type == "cuda" else torch.float32
     attention = choose_attention(config.model.attention, device, dtype, config.data.document_mask)
-    batches = validation_batches(
-        prepared,
-        seq_len=config.data.seq_len,
-        document_mask=config.data.document_mask,
-        max_tokens=max_tokens,
-        rank=0,
-        world_size=1,
-        micro_batch=config.training.micro_batch_size or 1,
-        device=device,
-    )
+    layout = BatchLayout(config.data.seq_len, config.training.micro_batch_size or 1, device, config.data.document_mask)
+    batches = validation_batches(prepared, layout, max_tokens)
     bytes_per_token = torch.from_numpy(prepared.bytes_per_token).to(device)
     return validate(load_decoder(saved, device, dtype, attention), batches, bytes_per_token, prepared)
 

@@ -48,29 +48,40 @@ class Batch:
     """Targets that carry a loss."""
 
 
+@dataclass(frozen=True)
+class BatchLayout:
+    """What a rank's batches look like, and which of all rows are its own."""
+
+    seq_len: int
+    rows: int
+    """Of a micro-batch."""
+    device: torch.device
+    document_mask: bool = True
+    """Whether batches say where documents begin."""
+    rank: int = 0
+    world_size: int = 1
+
+
 class _Reader:
     """Reads rows into batches in host memory, pinned where the device is a GPU."""
 
-    def __init__(
-        self, prepared: Prepared, split: Split, *, seq_len: int, document_mask: bool, rows: int, device: torch.device
-    ) -> None:
-        self.rows = rows
-        self._seq_len = seq_len
-        self._pin = device.type == "cuda"
+    def __init__(self, prepared: Prepared, split: Split, layout: BatchLayout) -> None:
+        self._rows, self._seq_len = layout.rows, layout.seq_len
+        self._pin = layout.device.type == "cuda"
         self._eos = prepared.eos_id
-        self._documents = rows * prepared.max_documents + 1 if document_mask else 0
+        self._documents = layout.rows * prepared.max_documents + 1 if layout.document_mask else 0
         # Half of the files that this process may open, so that all else has room.
         sources = prepared.sources if split == "train" else prepared.held_out
         share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(sources)
         self._sources = [source.open(split, max(16, min(share, MOST_OPEN))) for source in sources]
-        self._buffers = [np.empty(seq_len + 1, rows.dtype) for rows in self._sources]
-        self._masks = [np.zeros(seq_len + 1, np.uint8) if rows.masked else None for rows in self._sources]
+        self._buffers = [np.empty(layout.seq_len + 1, rows.dtype) for rows in self._sources]
+        self._masks = [np.zeros(layout.seq_len + 1, np.uint8) if rows.masked else None for rows in self._sources]
 
     def read(self, samples: list[int], sources: list[int], rows: list[int]) -> Batch:
         """The batch of `rows` of `sources`; what is missing to a whole micro-batch is padding."""
-        seq_len, missing = self._seq_len, self.rows - len(samples)
-        tokens_BT = torch.empty(self.rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
-        targets_BT = torch.empty(self.rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
+        seq_len, missing = self._seq_len, self._rows - len(samples)
+        tokens_BT = torch.empty(self._rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
+        targets_BT = torch.empty(self._rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
         tokens, targets = tokens_BT.numpy(), targets_BT.numpy()
         starts: list[int] = []
         valid = 0
@@ -98,12 +109,12 @@ class _Reader:
                 valid += int(np.count_nonzero(targets[b] != IGNORE))
         tokens[len(samples) :] = self._eos
         targets[len(samples) :] = IGNORE
-        starts += [b * seq_len for b in range(len(samples), self.rows)]
+        starts += [b * seq_len for b in range(len(samples), self._rows)]
         docs = None
         if self._documents:
-            docs = torch.full((self._documents,), self.rows * seq_len, dtype=torch.int32, pin_memory=self._pin)
+            docs = torch.full((self._documents,), self._rows * seq_len, dtype=torch.int32, pin_memory=self._pin)
             docs.numpy()[: len(starts)] = starts
-        sources_B = torch.zeros(self.rows, dtype=torch.int64, pin_memory=self._pin)
+        sources_B = torch.zeros(self._rows, dtype=torch.int64, pin_memory=self._pin)
         sources_B.numpy()[: len(sources)] = sources
         return Batch(tokens_BT, targets_BT, docs, (*samples, *(-1,) * missing), sources_B, valid)
 
@@ -124,32 +135,16 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
 class Loader:
     """The training batches of one rank from `step` on, without end.
 
-    Sample j of a step is row b of micro-batch i on rank r, with j = (i * world_size + r) * micro_batch + b; where j is
+    Sample j of a step is row b of micro-batch i on rank r, with j = (i * world_size + r) * rows + b; where j is
     not in the global batch, the row is padding. An error in the prefetch thread is raised by `next()`.
     """
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        order: Order,
-        *,
-        seq_len: int,
-        document_mask: bool,
-        step: int,
-        rank: int,
-        world_size: int,
-        micro_batch: int,
-        device: torch.device,
-    ) -> None:
-        """`step`: the first step to read. `micro_batch`: rows of one."""
+    def __init__(self, prepared: Prepared, order: Order, layout: BatchLayout, step: int = 0) -> None:
+        """`step`: the first step to read."""
         self.wait_seconds = 0.0
         """Time that `next()` has waited for the thread; the reader sets it back to 0."""
-        self._order = order
-        self._step, self._rank, self._world_size = step, rank, world_size
-        self._device = device
-        self._reader = _Reader(
-            prepared, "train", seq_len=seq_len, document_mask=document_mask, rows=micro_batch, device=device
-        )
+        self._order, self._layout, self._step = order, layout, step
+        self._reader = _Reader(prepared, "train", layout)
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
@@ -165,7 +160,7 @@ class Loader:
         if isinstance(batch, BaseException):
             self._ready.put(batch)  # every further call raises it too
             raise batch
-        return _to_device(batch, self._device)
+        return _to_device(batch, self._layout.device)
 
     def close(self) -> None:
         """Stop the thread."""
@@ -176,8 +171,8 @@ class Loader:
 
     def _run(self) -> None:
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # or this thread's pinned memory opens a context on GPU 0
+            if self._layout.device.type == "cuda":
+                torch.cuda.set_device(self._layout.device)  # or this thread's pinned memory opens a context on GPU 0
             for step in itertools.count(self._step):
                 for batch in self._read_step(step):
                     self._ready.put(batch)
@@ -189,10 +184,10 @@ class Loader:
     def _read_step(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches of `step`."""
         first, global_batch = self._order.batch(step)
-        rows = self._reader.rows
-        for i in range(micro_batches(global_batch, self._world_size, rows)):
-            start = (i * self._world_size + self._rank) * rows
-            g = first + np.arange(start, min(start + rows, global_batch))
+        layout = self._layout
+        for i in range(micro_batches(global_batch, layout.world_size, layout.rows)):
+            start = (i * layout.world_size + layout.rank) * layout.rows
+            g = first + np.arange(start, min(start + layout.rows, global_batch))
             if len(g):
                 sources, row, _ = self._order.samples(g)
                 yield self._reader.read(g.tolist(), sources.tolist(), row.tolist())
@@ -222,26 +217,16 @@ def _spread(have: list[int], seq_len: int, max_tokens: int) -> list[tuple[int, i
     return chosen
 
 
-def validation_batches(
-    prepared: Prepared,
-    *,
-    seq_len: int,
-    document_mask: bool,
-    max_tokens: int,
-    rank: int,
-    world_size: int,
-    micro_batch: int,
-    device: torch.device,
-) -> Iterator[Batch]:
+def validation_batches(prepared: Prepared, layout: BatchLayout, max_tokens: int) -> Iterator[Batch]:
     """This rank's batches of one validation.
 
     Over all ranks, each row of `validation_rows` comes once, at any world size and micro-batch; all ranks get equally
     many batches, filled up with padding rows. `Batch.samples` counts the rows of the validation.
     """
-    chosen = validation_rows(prepared, seq_len, max_tokens)
-    reader = _Reader(prepared, "valid", seq_len=seq_len, document_mask=document_mask, rows=micro_batch, device=device)
-    for i in range(-(-len(chosen) // (world_size * micro_batch))):
-        start = (i * world_size + rank) * micro_batch
-        mine = chosen[start : start + micro_batch]
+    chosen = validation_rows(prepared, layout.seq_len, max_tokens)
+    reader = _Reader(prepared, "valid", layout)
+    for i in range(micro_batches(len(chosen), layout.world_size, layout.rows)):
+        start = (i * layout.world_size + layout.rank) * layout.rows
+        mine = chosen[start : start + layout.rows]
         samples = list(range(start, start + len(mine)))
-        yield _to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), device)
+        yield _to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), layout.device)
