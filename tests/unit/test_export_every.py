@@ -1,5 +1,7 @@
 """`checkpoint.export_every`: Hugging Face folders while training goes on, whole or not at all."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torchxihe.components.export import Exporter, write_safetensors
 from torchxihe.components.manifest import steps_in
 from torchxihe.config import Config, UserError, load_config
 
+ROOT = Path(__file__).parents[2]
 EVERY = ("--checkpoint.every=2", "--checkpoint.keep_last=1")
 
 
@@ -58,6 +61,33 @@ def test_an_interrupted_export_is_made_at_the_next_start(exported: Path, capsys:
     assert sorted(path.name for path in (exported / "exports").iterdir()) == ["step-00000004", "step-00000006"]
     assert all(torch.equal(value, before[name]) for name, value in weights(folder).items())
     assert (folder / "config.json").is_file()
+
+
+KILLED = """
+import os, sys
+from torchxihe.__main__ import run
+from torchxihe.components import export as module
+def cut(path, shapes, dtype, tensors):
+    path.write_bytes(next(tensors).numpy().tobytes())
+    os.kill(os.getpid(), 9)
+module.write_safetensors = cut
+run(["train", *sys.argv[1:]])
+"""
+
+
+def test_killed_in_the_middle_of_an_export(exported: Path, tmp_path: Path) -> None:
+    """The run goes on, and ends with the same folders as one that nobody killed."""
+    path = write_training(tmp_path)
+    flags = [str(path), *EVERY, "--checkpoint.export_every=4"]
+    run(["prepare", *flags])
+    done = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == -9
+    exports = tmp_path / "train" / "exports"
+    assert {folder.suffix for folder in exports.iterdir()} == {".tmp"}  # of step 4, and of step 6 if it was that far
+    assert (exports / "step-00000004.tmp" / "model.safetensors").is_file()
+    run(["train", *flags])
+    assert sorted(folder.name for folder in exports.iterdir()) == ["step-00000004", "step-00000006"]
+    assert all(same(exports / name, exported / "exports" / name) for name in ("step-00000004", "step-00000006"))
 
 
 @pytest.mark.parametrize(("every", "export_every"), [(0, 2), (4, 2), (4, 6)])
