@@ -23,12 +23,13 @@ from typing import Any  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from torchxihe.components.micro_batch import fit_micro_batch  # noqa: E402
 from torchxihe.config import Config, UserError, load_config  # noqa: E402
-from torchxihe.data.loader import Batch, Loader  # noqa: E402
+from torchxihe.data.loader import Batch, Loader, random_batch  # noqa: E402
 from torchxihe.data.order import Order, plan_stages  # noqa: E402
 from torchxihe.data.store import open_prepared  # noqa: E402
 from torchxihe.model.decoder import flops_per_token, parameter_counts  # noqa: E402
-from torchxihe.trainer import Trainer, fit_micro_batch, random_batch  # noqa: E402
+from torchxihe.trainer import Trainer, trial_step  # noqa: E402
 from torchxihe.utils.device import device_name, memory_gib, peak_flops  # noqa: E402
 from torchxihe.utils.distributed import all_gather_object, barrier, is_main, process_group, world_size  # noqa: E402
 
@@ -48,7 +49,7 @@ def main() -> None:
     try:
         config = load_config(options.config, [*overrides, "--training.batch_ramp=[]"])
         with process_group() as device:
-            config = fit_micro_batch(config, device)
+            config = fit_micro_batch(config, device, trial_step)
             result = measure(config, device, steps=options.steps, warmup=options.warmup, data=options.data)
     except UserError as error:
         sys.exit(str(error))
@@ -130,8 +131,7 @@ def step_seconds(trainer: Trainer, loader: Iterator[Batch], steps: int) -> list[
 
 def synthetic(trainer: Trainer) -> Iterator[Batch]:
     """Random tokens, the same batch over and over, on the device already."""
-    batch = random_batch(trainer.config, trainer.device, trainer.micro_batch_size, DOCUMENTS_A_ROW)
-    return itertools.repeat(batch)
+    return itertools.repeat(random_batch(trainer.batch_layout, trainer.config.model.vocab_size, DOCUMENTS_A_ROW))
 
 
 def print_table(result: dict[str, Any]) -> None:

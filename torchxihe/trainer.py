@@ -6,10 +6,7 @@ import logging
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,40 +17,30 @@ from torchxihe.components.export import Exporter
 from torchxihe.components.history import History
 from torchxihe.components.lr_scheduler import learning_rate
 from torchxihe.components.manifest import step_of
-from torchxihe.components.metrics import MetricsWriter, StepSums, Window, memory_of_ranks
+from torchxihe.components.metrics import MetricsWriter, StepSums, Window, usage
+from torchxihe.components.micro_batch import fit_micro_batch
 from torchxihe.components.optimizer import build_optimizer, clip_gradients, optimizer_step
 from torchxihe.components.profiler import Profiler, memory_explained
-from torchxihe.components.ranks import Ranks, explained
+from torchxihe.components.ranks import explained
 from torchxihe.components.report import report_end, report_start
-from torchxihe.components.run_lock import run_lock
+from torchxihe.components.run_lock import run_locks, share_run_directory
 from torchxihe.components.stop import Stop
 from torchxihe.components.storage import Location
 from torchxihe.components.validation import sums_by_source, validate
 from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Config, UserError, dump_config
-from torchxihe.data.loader import Batch, BatchLayout, Loader, validation_batches
+from torchxihe.data.loader import Batch, BatchLayout, Loader, random_batch, validation_batches
 from torchxihe.data.order import Order, Stage, check_epochs, micro_batch_rows, micro_batches, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
-from torchxihe.model.decoder import flops_per_token
 from torchxihe.model.generate import generate
 from torchxihe.parallelisms.data_parallel import gradient_sync
-from torchxihe.parallelisms.mesh import build_mesh
+from torchxihe.parallelisms.mesh import build_mesh, describe_mesh
 from torchxihe.parallelisms.parallelize import parallelize
-from torchxihe.utils.device import compile_obstacle, memory_gib, peak_flops
-from torchxihe.utils.distributed import (
-    all_gather_object,
-    all_reduce_sum,
-    broadcast_object,
-    is_main,
-    process_group,
-    rank,
-    world_size,
-)
+from torchxihe.utils.device import compile_obstacle
+from torchxihe.utils.distributed import all_reduce_sum, is_main, process_group, rank, world_size
 from torchxihe.utils.log import rank_log
 
 log = logging.getLogger(__name__)
-
-MEMORY_SHARE = 0.92  # of the free memory that a micro-batch may fill: the rest is for fragments and workspaces
 
 
 class Trainer:
@@ -65,10 +52,11 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.config, self.device = config, device
-        self.mesh = build_mesh(config.parallelism, world_size(), device.type)
-        self.model, self.module = parallelize(config, device, self.mesh)
+        mesh = build_mesh(config.parallelism, world_size(), device.type)
+        self.layout = describe_mesh(mesh)
+        self.model, self.module = parallelize(config, device, mesh)
         compiled = config.training.compile and not compile_obstacle()
-        self.optimizer = build_optimizer(self.model, config.optimizer, self.mesh, compile=compiled)
+        self.optimizer = build_optimizer(self.model, config.optimizer, mesh, compile=compiled)
         training = config.training
         self.micro_batch_size = micro_batch_rows(training.global_batch_size, world_size(), training.micro_batch_size)
         self.bytes_per_token = torch.from_numpy(bytes_per_token).to(device)
@@ -107,16 +95,6 @@ class Trainer:
         return learning_rate(self.step, self.config.total_steps, self.config.optimizer.lr, self.config.lr_scheduler)
 
     @property
-    def layout(self) -> str:
-        """The parallelism in use, for people."""
-        if self.mesh is None:
-            return "one process"
-        replicate, shard = self.mesh["dp_replicate"].size(), self.mesh["dp_shard"].size()
-        if shard == 1:
-            return f"DDP over {replicate}"
-        return f"FSDP2 over {shard}" if replicate == 1 else f"HSDP of {replicate} × {shard}"
-
-    @property
     def batch_layout(self) -> BatchLayout:
         """What a loader needs to know of this process and the model."""
         data = self.config.data
@@ -130,7 +108,7 @@ class Trainer:
             metrics |= {f"epoch/{name}": n for name, n in zip(names, order.epochs(self.step), strict=True)}
         metrics |= window.close(self.step, tokens, loader.wait_seconds)
         loader.wait_seconds = 0.0
-        metrics |= self.usage(metrics["tokens_per_second_per_gpu"]) | memory_of_ranks(self.device)
+        metrics |= usage(self.config, self.device, metrics["tokens_per_second_per_gpu"])
         log.debug(
             "%.3f s a step, %.1f %% of it waiting for data, %.2f GiB of the host's memory",
             metrics["step_seconds"],
@@ -143,15 +121,6 @@ class Trainer:
         """Loss on the held-out documents, in whole, by source and by set; all ranks must ask together."""
         batches = validation_batches(prepared, self.batch_layout, self.config.validation.max_tokens)
         return validate(self.module, batches, self.bytes_per_token, prepared)
-
-    def usage(self, tokens_per_second: float) -> dict[str, float]:
-        """Model FLOP/s utilisation at this rank's speed, where the device's peak is known, and its peak memory."""
-        allocated, reserved = memory_gib(self.device)
-        usage = {"memory_allocated_gib": allocated, "memory_reserved_gib": reserved}
-        if peak := peak_flops(self.device):
-            flops = flops_per_token(self.config.model, self.config.data.seq_len)
-            usage["mfu"] = flops * tokens_per_second / peak
-        return usage
 
     def load(self, checkpointer: Checkpointer, path: Location, only: tuple[str, ...] = ()) -> None:
         """Continue from a step directory; with parts in `only`, start at step 0 with nothing but these."""
@@ -198,66 +167,11 @@ class Trainer:
         log.info("a sample of its writing after step %d:\n%s", self.step, text)
 
 
-def fit_micro_batch(config: Config, device: torch.device) -> Config:
-    """`config` with the largest micro-batch that fits in `training.micro_batch_size`'s place if that is 0.
-
-    Up to three trial steps on random tokens: of one row, of two, and of as many as these two promise, which is few,
-    because the loss's chunks stop growing. Memory is a line in the rows; all ranks take the smallest answer.
-    """
-    if config.training.micro_batch_size:
-        return config
-    if device.type != "cuda":
-        raise UserError("training.micro_batch_size: 0 looks for what fits on a GPU; on a CPU give a number")
-    most = -(-config.training.global_batch_size // world_size())
-    peaks = {rows: max(all_gather_object(_peak_memory(config, device, rows))) for rows in range(1, min(most, 2) + 1)}
-    limit = MEMORY_SHARE * min(all_gather_object(torch.cuda.mem_get_info(device)[0]))
-    promised = rows_that_fit(peaks, limit, most)
-    if promised > 2:
-        peaks[promised] = max(all_gather_object(_peak_memory(config, device, promised)))
-    rows = rows_that_fit(peaks, limit, most)
-    if peaks[1] > limit:
-        needed = f"a step of one row takes {peaks[1] / 2**30:.1f} GiB of the {limit / 2**30:.1f} that are to be had"
-        raise UserError(f"training.micro_batch_size: {needed}; see parallelism.activation_checkpointing, or more GPUs")
-    log.info("micro-batch: %d rows fit in %.1f GiB (training.micro_batch_size)", rows, limit / 2**30)
-    return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": rows})})
-
-
-def rows_that_fit(peaks: dict[int, int], limit: float, most: int) -> int:
-    """The largest micro-batch, 1 to `most`, under `limit` bytes on the line through the two largest of `peaks` (bytes
-    by rows)."""
-    if most == 1:
-        return 1
-    a, b = sorted(peaks)[-2:]
-    slope = max((peaks[b] - peaks[a]) / (b - a), 1.0)
-    return int(min(max(b + (limit - peaks[b]) // slope, 1), most))
-
-
-def _peak_memory(config: Config, device: torch.device, rows: int) -> int:
-    """Bytes allocated at most in a step of two micro-batches of `rows` rows, model and optimizer included."""
-    rank_rows = {"micro_batch_size": rows, "global_batch_size": 2 * rows * world_size(), "batch_ramp": ()}
-    trial = config.model_copy(update={"training": config.training.model_copy(update=rank_rows)})
-    torch.cuda.reset_peak_memory_stats(device)
-    trainer = Trainer(trial, device, np.ones(config.model.vocab_size, np.int32))
-    trainer.train_step(itertools.repeat(random_batch(config, device, rows, documents=1)))
-    peak = torch.cuda.max_memory_allocated(device)
-    del trainer
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    return peak
-
-
-def random_batch(config: Config, device: torch.device, rows: int, documents: int) -> Batch:
-    """A micro-batch of random tokens, with as many documents in each row where documents are masked."""
-    seq_len = config.data.seq_len
-    generator = torch.Generator().manual_seed(rank())
-    tokens = torch.randint(0, config.model.vocab_size, (rows, seq_len + 1), generator=generator).to(device)
-    docs = None
-    if config.data.document_mask:
-        starts = [b * seq_len + d * seq_len // documents for b in range(rows) for d in range(documents)]
-        docs = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=device)
-    sources = torch.zeros(rows, dtype=torch.int64, device=device)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), docs, (-1,) * rows, sources, rows * seq_len)
+def trial_step(config: Config, device: torch.device) -> None:
+    """Build a trainer and take a step of random tokens; nothing is kept."""
+    trainer = Trainer(config, device, np.ones(config.model.vocab_size, np.int32))
+    batch = random_batch(trainer.batch_layout, config.model.vocab_size, documents=1)
+    trainer.train_step(itertools.repeat(batch))
 
 
 def run(config: Config) -> None:
@@ -267,9 +181,9 @@ def run(config: Config) -> None:
     patience = max(limits) + 60 if all(limits) else 7 * 86_400
     try:
         with Watchdog(config.run_dir, "start", limits[0]) as watchdog, process_group(patience) as device:
-            _share_run_directory(config)
+            share_run_directory(config.run_dir)
             files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
-            with files, Stop(config.training.time_limit) as stop, run_lock(config.run_dir), _checkpoints_lock(config):
+            with files, Stop(config.training.time_limit) as stop, run_locks(config):
                 _run(config, device, stop, watchdog)
     except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
         raise explained(error) from error
@@ -297,10 +211,11 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     elif config.checkpoint.load:
         start, only = resolve(config.checkpoint.load), config.checkpoint.load_only
         history.start_from(checkpointer.train_state(start), start, whole=not only)
-    config = fit_micro_batch(config, device)
-    trainer = Trainer(config, device, prepared.bytes_per_token)
-    if start is not None:
-        trainer.load(checkpointer, start, only)
+    with memory_explained(config):
+        config = fit_micro_batch(config, device, trial_step)
+        trainer = Trainer(config, device, prepared.bytes_per_token)
+        if start is not None:
+            trainer.load(checkpointer, start, only)
     stages = plan_stages(config, prepared, [Stage.from_json(stage) for stage in history.stages], trainer.step)
     history.stages = [stage.to_json() for stage in stages]
     order = Order(stages, prepared.rows)
@@ -323,28 +238,6 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     trainer.log_sample(prepared)
     if is_main():
         report_end(config)
-
-
-def _checkpoints_lock(config: Config) -> AbstractContextManager[None]:
-    """Hold the checkpoints too, where they are not in the run directory. Nothing locks an object store."""
-    place = checkpoints_of(config)
-    return run_lock(Path(place)) if config.checkpoint.dir and place.local else nullcontext()
-
-
-def _share_run_directory(config: Config) -> None:
-    """Make the run directory; a node that does not see what rank 0 wrote there does not share it."""
-    mark = config.run_dir / f".shared-{broadcast_object(uuid.uuid4().hex)}"
-
-    def touch() -> None:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-
-    Ranks().on_main(touch)
-    blind = [r for r, sees in enumerate(all_gather_object(mark.exists())) if not sees]
-    if is_main():
-        mark.unlink()
-    if blind:
-        raise UserError(f"run.dir: ranks {blind} do not see rank 0's {config.run_dir}; put it where all nodes share it")
 
 
 def _train(
@@ -388,7 +281,7 @@ def _train(
                 metrics = trainer.measure(order, prepared.names, window, loader, lr)
                 if writer:
                     writer.train(metrics)
-                trainer.bad_steps.check(_describe_batch(order, prepared, trainer.step - 1))
+                trainer.bad_steps.check(order.describe(trainer.step - 1, prepared.names))
                 gc.collect(1)
             with window.pause(), stop.unhurried():
                 validation_loss = None
@@ -416,11 +309,3 @@ def _train(
             writer.close()
         gc.enable()
         gc.unfreeze()
-
-
-def _describe_batch(order: Order, prepared: Prepared, step: int) -> str:
-    """The global batch that `step` took, in words: its samples' numbers and the sources they come from."""
-    first, size = order.batch(step)
-    sources = sorted(set(order.samples(np.arange(first, first + size))[0].tolist()))
-    names = ", ".join(prepared.sources[i].name for i in sources)
-    return f"the last of them with samples g = {first} to {first + size - 1} from {names}"

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from torchxihe import trainer
+from torchxihe.components import micro_batch
+from torchxihe.components.micro_batch import fit_micro_batch, peak_memory
 from torchxihe.config import Config
 from torchxihe.data.loader import Batch
 from torchxihe.model import linear_cross_entropy as lce
-from torchxihe.trainer import Trainer, fit_micro_batch
+from torchxihe.trainer import Trainer, trial_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SEQ_LEN, VOCAB, ROWS = 256, 1000, 8
@@ -92,12 +93,13 @@ def test_the_host_never_waits_and_nothing_recompiles() -> None:
 def test_the_micro_batch_that_fits_does(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda", 0)
     free = torch.cuda.mem_get_info(device)[0]
-    monkeypatch.setattr(trainer, "MEMORY_SHARE", 3 * 2**30 / free)
-    fitted = fit_micro_batch(config(training={"global_batch_size": 4096, "micro_batch_size": 0}), device)
+    monkeypatch.setattr(micro_batch, "MEMORY_SHARE", 3 * 2**30 / free)
+    fitted = fit_micro_batch(config(training={"global_batch_size": 4096, "micro_batch_size": 0}), device, trial_step)
     rows = fitted.training.micro_batch_size
     assert 2 < rows < 4096
     limit = 3 * 2**30 * 1.02  # the compiler's choices are not quite a line
-    assert trainer._peak_memory(fitted, device, rows) < limit < trainer._peak_memory(fitted, device, rows * 5 // 4)
+    below, above = (peak_memory(fitted, device, trial_step, n) for n in (rows, rows * 5 // 4))
+    assert below < limit < above
 
 
 def test_deterministic_runs_are_bitwise_equal() -> None:

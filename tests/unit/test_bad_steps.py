@@ -72,5 +72,5 @@ def test_too_many_in_a_row_end_the_run() -> None:
         judge(bad_steps, loss)
     bad_steps.check("batch 7")
     judge(bad_steps, math.nan)
-    with pytest.raises(UserError, match="training.max_skipped: 3 steps in a row were skipped, batch 7"):
+    with pytest.raises(UserError, match="max_skipped: 3 steps in a row were skipped, the last of them with batch 7"):
         bad_steps.check("batch 7")

@@ -47,13 +47,12 @@ class BadSteps:
         self._in_a_row.copy_(torch.where(skip, self._in_a_row + 1, 0))
         return skip
 
-    def check(self, where: str) -> None:
+    def check(self, last: str) -> None:
         """Raise UserError if the last `training.max_skipped` steps were all skipped; waits for the device.
 
-        `where` says which batch and sources that is about.
+        `last` says what the last step was taken on.
         """
         if self._most and int(self._in_a_row) >= self._most:
+            what = f"{int(self._in_a_row)} steps in a row were skipped, the last of them with {last}"
             remedy = "lower optimizer.lr, look at that data, or raise training.max_skipped"
-            raise UserError(
-                f"training.max_skipped: {int(self._in_a_row)} steps in a row were skipped, {where}; {remedy}"
-            )
+            raise UserError(f"training.max_skipped: {what}; {remedy}")

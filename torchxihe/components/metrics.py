@@ -17,7 +17,8 @@ from torch import Tensor
 
 from torchxihe.components.trackers import Trackers
 from torchxihe.config import Config
-from torchxihe.utils.device import host_memory_gib, memory_gib
+from torchxihe.model.decoder import flops_per_token
+from torchxihe.utils.device import host_memory_gib, memory_gib, peak_flops
 from torchxihe.utils.distributed import all_reduce_sum, rank, world_size
 
 METRICS = "metrics.jsonl"
@@ -127,18 +128,23 @@ class MetricsWriter:
         self.trackers.close()
 
 
-def memory_of_ranks(device: torch.device) -> dict[str, float]:
-    """GiB on every rank: "memory_reserved_gib/<rank>", its GPU's peak, and "host_memory_gib/<rank>", resident now.
+def usage(config: Config, device: torch.device, tokens_per_second: float) -> dict[str, float]:
+    """What this rank makes of its device: model FLOP/s utilisation, where the device's peak is known, and peak memory.
 
-    Called on all ranks together.
+    And GiB on every rank: "memory_reserved_gib/<rank>", its GPU's peak, and "host_memory_gib/<rank>", resident now. All
+    ranks must ask together.
     """
+    allocated, reserved = memory_gib(device)
+    result = {"memory_allocated_gib": allocated, "memory_reserved_gib": reserved}
+    if peak := peak_flops(device):
+        result["mfu"] = flops_per_token(config.model, config.data.seq_len) * tokens_per_second / peak
     table = torch.zeros(world_size(), 2, dtype=torch.float64)
-    table[rank()] = torch.tensor([memory_gib(device)[1], host_memory_gib()])
-    reserved, host = all_reduce_sum(table.to(device)).T.tolist()
-    by_rank = {f"host_memory_gib/{r}": value for r, value in enumerate(host)}
-    if device.type == "cuda":
-        by_rank |= {f"memory_reserved_gib/{r}": value for r, value in enumerate(reserved)}
-    return by_rank
+    table[rank()] = torch.tensor([reserved, host_memory_gib()])
+    for r, (gpu, host) in enumerate(all_reduce_sum(table.to(device)).tolist()):
+        result[f"host_memory_gib/{r}"] = host
+        if device.type == "cuda":
+            result[f"memory_reserved_gib/{r}"] = gpu
+    return result
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:

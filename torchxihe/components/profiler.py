@@ -75,8 +75,9 @@ def memory_explained(config: Config) -> Iterator[None]:
         _write_memory(config.run_dir / "profile", "out-of-memory")
         size, layout = config.training.micro_batch_size, config.parallelism
         remedies = []
-        if size > 1:
-            remedies.append(f"--training.micro_batch_size={size // 2} (the global batch and the loss stay the same)")
+        if size != 1:  # 0: it ran out while looking for what fits
+            smaller = max(size // 2, 1)
+            remedies.append(f"--training.micro_batch_size={smaller} (the global batch and the loss stay the same)")
         if layout.activation_checkpointing != "full":
             stronger = "selective" if layout.activation_checkpointing == "none" else "full"
             remedies.append(f"--parallelism.activation_checkpointing={stronger}")

@@ -5,14 +5,42 @@ import fcntl
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from torchxihe.config import UserError
-from torchxihe.utils.distributed import all_gather_object, is_main
+from torchxihe.components.checkpoint import checkpoints_of
+from torchxihe.components.ranks import Ranks
+from torchxihe.config import Config, UserError
+from torchxihe.utils.distributed import all_gather_object, broadcast_object, is_main
 
 log = logging.getLogger(__name__)
+
+
+def share_run_directory(run_dir: Path) -> None:
+    """Make it, on all ranks together. Raises UserError if a node does not see what rank 0 wrote there."""
+    mark = run_dir / f".shared-{broadcast_object(uuid.uuid4().hex)}"
+
+    def touch() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+    Ranks().on_main(touch)
+    blind = [r for r, sees in enumerate(all_gather_object(mark.exists())) if not sees]
+    if is_main():
+        mark.unlink()
+    if blind:
+        raise UserError(f"run.dir: ranks {blind} do not see rank 0's {run_dir}; put it where all nodes share it")
+
+
+@contextmanager
+def run_locks(config: Config) -> Iterator[None]:
+    """Hold the run directory, and the checkpoints if they are elsewhere; see `run_lock`. None locks an object store."""
+    checkpoints = checkpoints_of(config)
+    elsewhere = config.checkpoint.dir and checkpoints.local
+    with run_lock(config.run_dir), run_lock(Path(checkpoints)) if elsewhere else nullcontext():
+        yield
 
 
 @contextmanager

@@ -132,6 +132,19 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **moved)
 
 
+def random_batch(layout: BatchLayout, vocab_size: int, documents: int) -> Batch:
+    """A batch of random tokens, with as many documents in each row where documents are masked: for trials of a step."""
+    rows, seq_len, device = layout.rows, layout.seq_len, layout.device
+    generator = torch.Generator().manual_seed(layout.rank)
+    tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=generator).to(device)
+    docs = None
+    if layout.document_mask:
+        starts = [b * seq_len + d * seq_len // documents for b in range(rows) for d in range(documents)]
+        docs = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=device)
+    sources = torch.zeros(rows, dtype=torch.int64, device=device)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), docs, (-1,) * rows, sources, rows * seq_len)
+
+
 class Loader:
     """The training batches of one rank from `step` on, without end.
 

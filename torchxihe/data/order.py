@@ -162,6 +162,12 @@ class Order:
         consumed = dict(zip(stage.sources, stage.consumed(g), strict=True))
         return [consumed.get(key, 0) / rows for key, rows in zip(self._keys, self._rows.tolist(), strict=True)]
 
+    def describe(self, step: int, names: list[str]) -> str:
+        """The global batch of `step` in words: its samples' numbers and the sources, called `names`, they come from."""
+        first, size = self.batch(step)
+        sources = sorted(set(self.samples(np.arange(first, first + size))[0].tolist()))
+        return f"samples g = {first} to {first + size - 1} from {', '.join(names[i] for i in sources)}"
+
     def sample(self, g: int) -> tuple[int, int]:
         """Source and row of sample `g`."""
         source, row, _ = self.samples(np.array([g]))

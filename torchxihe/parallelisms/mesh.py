@@ -11,3 +11,13 @@ def build_mesh(parallelism: Parallelism, world_size: int, device_type: str) -> D
     if world_size == 1:
         return None
     return init_device_mesh(device_type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def describe_mesh(mesh: DeviceMesh | None) -> str:
+    """The data parallelism on a mesh, for people."""
+    if mesh is None:
+        return "one process"
+    replicate, shard = mesh["dp_replicate"].size(), mesh["dp_shard"].size()
+    if shard == 1:
+        return f"DDP over {replicate}"
+    return f"FSDP2 over {shard}" if replicate == 1 else f"HSDP of {replicate} × {shard}"
