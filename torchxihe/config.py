@@ -29,6 +29,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, perhaps a URL or a hub id; "~" is the home directory, which a shell leaves alone in --section.key=~/here."""
 
@@ -246,13 +247,13 @@ class Optimizer(Section):
     matrices, AdamW for everything else."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so that one rate serves both."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    momentum: BelowOne = 0.95
     """Muon's decay rate of the momentum (Nesterov's)."""
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8
     """AdamW's denominator offset."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which moments and momentum are kept between steps. "bfloat16" saves 4 bytes a parameter (of AdamW; 2 of
@@ -473,7 +474,8 @@ def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, s
         raise UserError(f"{where}: extends: must be the path of one TOML file, relative to this one")
     merged, origins = {}, {}
     if parent:
-        merged, origins = _read_toml(os.path.normpath(Path(file).parent / parent), (*extended_by, file))
+        parent = os.path.normpath(Path(file).parent / os.path.expanduser(parent))
+        merged, origins = _read_toml(parent, (*extended_by, file))
     _merge(merged, values, origins, file, ())
     return merged, origins
 
@@ -579,7 +581,8 @@ MEANINGS = {
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_too_short": "must not be empty",
     "value_error": "{error}",
-    "string_pattern_mismatch": "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-'",
+    "string_pattern_mismatch": "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-' "
+    "(unless it is set, it is the file's stem)",
 }
 
 
@@ -629,6 +632,12 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
         bool(training.steps) != bool(training.tokens),
         "training.steps",
         "give training.steps or training.tokens, one of the two (0: not given)",
+    )
+    check(
+        model.qk_norm or model.hidden_size % model.num_attention_heads == 0,
+        "model.hidden_size",
+        f"{model.hidden_size} is no multiple of model.num_attention_heads = {model.num_attention_heads}, which "
+        "transformers demands of a Llama; change one of them, or take model.qk_norm = true (Qwen3)",
     )
     untils = [until for _, until in training.batch_ramp]
     check(

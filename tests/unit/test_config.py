@@ -83,6 +83,9 @@ def test_a_tilde_is_the_home_directory(small: str, monkeypatch: pytest.MonkeyPat
     dumped = dump_config(config)
     assert all(f'"/home/x/{place}"' in dumped for place in places) and "~" not in dumped
     assert config.run_dir == Path("/home/x/run.dir/small")
+    monkeypatch.setenv("HOME", str(Path(small).resolve().parent))
+    Path("child.toml").write_text('extends = "~/small.toml"')
+    assert load_config("child.toml").model == config.model
 
 
 def test_the_horizon_in_steps_or_tokens(small: str) -> None:
@@ -154,7 +157,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
 @settings(max_examples=50, deadline=None)
-@given(path=texts, prompt=texts, lr=st.floats(1e-300, 1e300), betas=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+@given(path=texts, prompt=texts, lr=st.floats(1e-300, 1e300), betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)))
 def test_any_values_survive_the_round_trip(
     path: str, prompt: str, lr: float, betas: tuple[float, float], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -191,6 +194,13 @@ def test_any_values_survive_the_round_trip(
         ("--optimizer.lr=0", "must be greater than 0, got 0"),
         ("--optimizer.lr=inf", "must be a finite number, got inf"),
         ("--optimizer.betas=0.9", "must be a list, got 0.9"),
+        ("--optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: must be less than 1, got 1.0"),
+        ("--optimizer.weight_decay=inf", "must be a finite number, got inf"),
+        (
+            "--model.hidden_size=250",
+            "250 is no multiple of model.num_attention_heads = 4, which transformers demands of a Llama; change one of "
+            "them, or take model.qk_norm = true (Qwen3)",
+        ),
         ("--model=3", "must be a table, got 3"),
         ("--model.head_dim=5", "must be a multiple of 2, got 5"),
         ("--model.num_key_value_heads=3", "3 does not divide model.num_attention_heads = 4"),
@@ -198,7 +208,8 @@ def test_any_values_survive_the_round_trip(
         ("--parallelism.dp_shard=0", "must be -1 or at least 1, got 0"),
         (
             "--run.name=a/b",
-            "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-', got 'a/b'",
+            "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-' "
+            "(unless it is set, it is the file's stem), got 'a/b'",
         ),
         ("--data.sources=[]", "needs at least one entry"),
         ("--data.sources=[{path='x', pth='y'}]", "data.sources.0.pth: unknown key; did you mean data.sources.0.path?"),

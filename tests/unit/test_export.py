@@ -1,8 +1,10 @@
 """Out to Hugging Face and back: what `transformers` loads is the model, and what it writes comes back bit for bit."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
 from torchxihe.components.export import export
 from torchxihe.components.saved_run import load_decoder, open_saved
-from torchxihe.config import Model, UserError, load_config
-from torchxihe.data.tokenizer import load_tokenizer
+from torchxihe.config import Model, Tokenizer, UserError, load_config
+from torchxihe.data.tokenizer import load_tokenizer, obtain
 from torchxihe.model.hf import hf_config, model_from_hf
 
 transformers: Any = pytest.importorskip("transformers")
@@ -46,6 +48,34 @@ def test_transformers_gives_the_same_logits_and_ids(tmp_path: Path, shape: Shape
         assert theirs.decode(ours.encode(text)) == text
     assert theirs.eos_token_id == ours.eos_id
     assert not (tmp_path / "out.tmp").exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("around", [(1, 0), (1, 1), (0, 0)])
+def test_a_text_has_around_it_what_it_had_in_training(tmp_path: Path, around: tuple[int, int], named: bool) -> None:
+    """A BOS token that the tokenizer's files name (or not) and that it puts before a text (or not); an EOS after it."""
+    tokenizers: Any = pytest.importorskip("tokenizers")
+    config, _ = make_run(tmp_path, LLAMA)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    tokenizer = tokenizers.Tokenizer.from_file(str(config.run_dir / "tokenizer" / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    single = ["<s>"] * around[0] + ["$A"] + ["<|endoftext|>"] * around[1]
+    special = [("<s>", TOKENS), ("<|endoftext|>", 0)]
+    if sum(around):
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "add_bos_token": bool(around[0]), "eos_token": None}
+    if named:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.rmtree(config.run_dir / "tokenizer")
+    obtain(Tokenizer(path=str(folder)), tmp_path, (), "").rename(config.run_dir / "tokenizer")
+    run(["export", str(config.run_dir), "--out", str(tmp_path / "out")])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = load_tokenizer(config.run_dir / "tokenizer")
+    assert ours.bos_id == (TOKENS if named or around[0] else -1)
+    assert theirs("import os")["input_ids"] == ours.encode("import os")
+    assert (theirs.eos_token_id, theirs.bos_token) == (0, "<s>" if ours.bos_id >= 0 else None)
 
 
 def test_rope_theta_is_where_transformers_4_and_5_look(tmp_path: Path) -> None:
@@ -221,6 +251,8 @@ def test_rope_theta_is_read_from_either_place() -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config = "),
         ({"head_dim": 15}, "head_dim"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+        ({"num_attention_heads": 0, "head_dim": None}, "not the config of a model"),
+        ({"rope_scaling": "llama3", "rope_parameters": None}, "not the config of a model"),
     ],
 )
 def test_what_the_model_cannot_carry_is_refused_by_name(tmp_path: Path, change: dict[str, Any], why: str) -> None:
@@ -243,6 +275,51 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(UserError, match="q_proj.bias has no place in the model; model.norm.weight is missing"):
         run(["import", str(out), "--out", str(tmp_path / "back")])
+    assert not list(tmp_path.glob("back*"))
     (out / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="must be safetensors"):
+    (out / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match="must be safetensors .save_pretrained in transformers makes them"):
+        run(["import", str(out), "--out", str(tmp_path / "back")])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t | {"model.norm.weight": torch.full((64,), torch.nan)}, "model.norm.weight has values that are"),
+        (lambda t: t | {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, "norm.weight is int8, as of quan"),
+        (lambda t: t | {"lm_head.weight": torch.zeros(TOKENS, 64)}, "config.json must say tie_word_embeddings = false"),
+    ],
+)
+def test_weights_that_are_not_what_they_seem_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], why: str
+) -> None:
+    """transformers 5 unties a head of other values than the embedding's, 4 drops it."""
+    from safetensors.torch import load_file, save_file
+
+    config, _ = make_run(tmp_path, Shape(64, 4, 2, 16, False, True))
+    out = tmp_path / "out"
+    run(["export", str(config.run_dir), "--out", str(out)])
+    tensors = load_file(out / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, out / "model.safetensors")
+    run(["import", str(out), "--out", str(tmp_path / "same")])
+    save_file(change(tensors), out / "model.safetensors")
+    with pytest.raises(UserError, match=why):
+        run(["import", str(out), "--out", str(tmp_path / "back")])
+    assert not list(tmp_path.glob("back*"))
+
+
+def test_downloads_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    config, _ = make_run(tmp_path, LLAMA)
+    out = tmp_path / "out"
+    run(["export", str(config.run_dir), "--out", str(out)])
+    weights = out / "model.safetensors"
+    for content in (weights.read_bytes()[:-9], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match=r"model.safetensors: not whole: .*; download it again \(git lfs pull\)"):
+            run(["import", str(out), "--out", str(tmp_path / "back")])
+    (out / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="index.json: not the index of safetensors files"):
+        run(["import", str(out), "--out", str(tmp_path / "back")])
+    (out / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="config.json: not the config of a model"):
         run(["import", str(out), "--out", str(tmp_path / "back")])

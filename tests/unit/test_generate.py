@@ -101,6 +101,15 @@ def test_sampling_cuts() -> None:
     assert {sample(logits, generator, 5.0, 2, 1.0) for _ in range(200)} == {1, 2}
     assert {sample(logits, generator, 1.0, 0, 0.7) for _ in range(200)} == {1, 2}
     assert {sample(logits, generator, 9.0, 0, 1.0) for _ in range(400)} == {0, 1, 2, 3, 4}
+    assert {sample(logits, generator, 1e-44, 0, 1.0) for _ in range(20)} == {1}
+
+
+def test_a_model_that_has_diverged_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A sample during training must not end the run."""
+    model = make_decoder(make_config(tmp_path, LLAMA))
+    torch.nn.init.constant_(model.norm.weight, torch.nan)
+    assert list(generate(model, [5], max_tokens=9, **ALL)) == []
+    assert "not finite" in caplog.text
 
 
 # The command
@@ -131,6 +140,6 @@ def test_the_end_of_the_document_ends_it(tmp_path: Path) -> None:
 
 
 def test_wrong_numbers_are_refused(tmp_path: Path) -> None:
-    for flag in ("--temperature=-1", "--top-p=0", "--top-k=-1", "--max-tokens=-1"):
+    for flag in ("--temperature=-1", "--temperature=nan", "--top-p=0", "--top-k=-1", "--max-tokens=-1"):
         with pytest.raises(UserError, match="generate: --temperature"):
             run(["generate", str(tmp_path), flag])

@@ -47,7 +47,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(args)
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 0:
+    if not options.temperature >= 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 0:
         raise UserError("generate: --temperature, --top-k and --max-tokens are 0 or more, --top-p is in (0, 1]")
     saved = open_saved(options.run)
     tokenizer = load_tokenizer(saved.tokenizer_dir)

@@ -61,15 +61,26 @@ def main(args: list[str]) -> None:
 
 
 def import_model(folder: Path, out: Path, origin: str) -> None:
-    """Make the directory `out` of the Hugging Face `folder`. Raises UserError or OSError."""
+    """Make the directory `out` of the Hugging Face `folder`, whole or not at all. Raises UserError or OSError."""
     model, seq_len = _read_config(folder / "config.json")
-    state = _read_weights(folder, model)
-    with tempfile.TemporaryDirectory() as cache:
-        tokenizer = obtain(Tokenizer(path=str(folder)), Path(cache), (), "")
-        vocab_size = json.loads((tokenizer / "torchxihe.json").read_bytes())["vocab_size"]
-        if vocab_size > model.vocab_size:
-            raise UserError(f"{folder}: its tokenizer has {vocab_size} tokens, its embedding {model.vocab_size} rows")
-        shutil.copytree(tokenizer, out / "tokenizer")
+    draft = out.with_name(f"{out.name}.tmp")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as cache:
+            tokenizer = obtain(Tokenizer(path=str(folder)), Path(cache), (), "")
+            vocab_size = json.loads((tokenizer / "torchxihe.json").read_bytes())["vocab_size"]
+            if vocab_size > model.vocab_size:
+                sizes = f"its tokenizer has {vocab_size} tokens, its embedding {model.vocab_size} rows"
+                raise UserError(f"{folder}: {sizes}; give it rows (resize_token_embeddings in transformers)")
+            shutil.copytree(tokenizer, draft / "tokenizer")
+        _write(draft, out, model, seq_len, _read_weights(folder, model), origin)
+        draft.replace(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(draft: Path, out: Path, model: Model, seq_len: int, state: dict[str, Tensor], origin: str) -> None:
+    """Write the checkpoint and `model.toml` to `draft`, which is to become `out`."""
     config = {
         "run": {"dir": str(out.parent), "name": out.name},
         "model": model.model_dump(mode="json"),
@@ -80,10 +91,10 @@ def import_model(folder: Path, out: Path, origin: str) -> None:
         "stages": [],
         "config": config,
         "changes": [],
-        "tokenizer": hash_file(Location(out / "tokenizer" / "tokenizer.json"))[1],
+        "tokenizer": hash_file(Location(draft / "tokenizer" / "tokenizer.json"))[1],
         "origin": origin,
     }
-    checkpointer = Checkpointer(out / "checkpoints", Checkpoint(mode="sync"))
+    checkpointer = Checkpointer(draft / "checkpoints", Checkpoint(mode="sync"))
     checkpointer.save(0, state, train_state)
     checkpointer.close()
     start = {
@@ -91,7 +102,7 @@ def import_model(folder: Path, out: Path, origin: str) -> None:
         "tokenizer": {"path": str(out / "tokenizer")},
         "checkpoint": {"load": str(out), "load_only": ["model"]},
     }
-    (out / "model.toml").write_text(tomli_w.dumps(start), encoding="utf-8")
+    (draft / "model.toml").write_text(tomli_w.dumps(start), encoding="utf-8")
 
 
 def _download(hub_id: str, revision: str) -> Path:
@@ -119,30 +130,46 @@ def _read_config(path: Path) -> tuple[Model, int]:
         raise UserError(f"{path}: {found}") from None
     except ValueError as error:  # not JSON, or a model of another kind
         raise UserError(f"{path}: {error}") from None
+    except (AttributeError, TypeError, ZeroDivisionError) as error:  # JSON, with something else in a value's place
+        raise UserError(f"{path}: not the config of a model: {error}") from None
 
 
 def _read_weights(folder: Path, model: Model) -> dict[str, Tensor]:
     """The checkpoint's state, in float32. Raises UserError unless the files hold exactly the model's parameters."""
-    from safetensors import safe_open  # only for imports
+    from safetensors import SafetensorError, safe_open  # only for imports
 
     with torch.device("meta"):
         decoder = Decoder(model, seq_len=2, dtype=torch.float32, attention=sdpa)
     wanted = {hf_name(key.removeprefix("model.")): (key, value) for key, value in flat_state(decoder, None).items()}
     state: dict[str, Tensor] = {}
     flaws: list[str] = []
+    head: Tensor | None = None
     for file in tqdm(_weight_files(folder), desc="import", unit="file", disable=None):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it has no iterator)
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted):
-                    continue  # computed from the config; a copy of the tied table
-                if name not in wanted:
-                    flaws.append(f"{name} has no place in the model")
-                    continue
-                key, like = wanted.pop(name)
-                tensor: Any = tensors.get_tensor(name)
-                if tensor.shape != like.shape:
-                    flaws.append(f"{name} is {list(tensor.shape)}, config.json says {list(like.shape)}")
-                state[key] = tensor.float()
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (it has no iterator)
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # computed from the config
+                    if name == "lm_head.weight" and model.tie_word_embeddings:
+                        head = tensors.get_tensor(name).float()
+                        continue
+                    if name not in wanted:
+                        flaws.append(f"{name} has no place in the model")
+                        continue
+                    key, like = wanted.pop(name)
+                    tensor: Any = tensors.get_tensor(name)
+                    state[key] = tensor.float()
+                    if tensor.shape != like.shape:
+                        flaws.append(f"{name} is {list(tensor.shape)}, config.json says {list(like.shape)}")
+                    elif tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                        flaws.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, as of quantised weights")
+                    elif not state[key].isfinite().all():
+                        flaws.append(f"{name} has values that are not finite")
+        except SafetensorError as error:
+            raise UserError(f"{file}: not whole: {error}; download it again (git lfs pull)") from None
+    table = state.get("model.embed_tokens.weight")
+    if head is not None and table is not None and not torch.equal(head, table):
+        flaws.append("lm_head.weight is not the embedding, so config.json must say tie_word_embeddings = false")
     flaws += [f"{name} is missing" for name in wanted]
     if flaws:
         more = f" and {len(flaws) - 6} more" if len(flaws) > 6 else ""
@@ -154,11 +181,15 @@ def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files, as the index lists them if there is one. Raises UserError if there are none."""
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: not the index of safetensors files; download it again") from None
     else:
         names = ["model.safetensors"]
     files = [folder / name for name in names]
     gone = next((file for file in files if not file.is_file()), None)
     if gone is not None:
-        raise UserError(f"{gone}: no such file; the weights must be safetensors")
+        other = " (save_pretrained in transformers makes them of others)" if any(folder.glob("*.bin")) else ""
+        raise UserError(f"{gone}: no such file; the weights must be safetensors{other}")
     return files

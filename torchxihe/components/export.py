@@ -157,13 +157,29 @@ def _write_configs(saved: SavedRun, folder: Path, tokenizer: dict[str, int], dty
 def _write_tokenizer(source: Path, folder: Path, tokenizer: dict[str, int]) -> None:
     """The tokenizer's files; its settings name the end of a document, and a class that reads `tokenizer.json`.
 
-    The chat template has a file of its own, where newer versions of `transformers` keep it.
+    Around a text it puts what training had there: the BOS token, if documents begin with one, and nothing else. The
+    chat template has a file of its own, where newer versions of `transformers` keep it.
     """
-    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    import tokenizers  # slow, and never needed in training
+    from tokenizers.processors import TemplateProcessing
+
     settings = json.loads((source / "tokenizer_config.json").read_bytes())
     content = json.loads((source / "tokenizer.json").read_bytes())
     names = {index: token for token, index in _vocabulary(content)}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[tokenizer["eos_id"]]} | settings
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {"eos_token": names[tokenizer["eos_id"]]}
+    bos = [names[tokenizer["bos_id"]]] if tokenizer["bos_id"] >= 0 else []
+    if bos:
+        settings["bos_token"] = bos[0]
+    flags = {"add_bos_token": bool(bos), "add_eos_token": False}  # overrule tokenizer.json where they are
+    settings |= {flag: value for flag, value in flags.items() if flag in settings}
+    whole = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    if whole.encode("").tokens == bos:
+        shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    else:
+        special = [(token, tokenizer["bos_id"]) for token in bos]
+        around = TemplateProcessing(single=[*bos, "$A"], pair=[*bos, "$A", *bos, "$B"], special_tokens=special)
+        whole.post_processor = around  # type: ignore[assignment]
+        whole.save(str(folder / "tokenizer.json"))
     if (source / CHAT_TEMPLATE_FILE).exists():
         shutil.copyfile(source / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
         settings.pop("chat_template", None)

@@ -260,8 +260,14 @@ def _chat_template(options: Tokenizer, files: dict[str, bytes]) -> str:
     except ValueError:  # `_finish` tells
         return ""
     within = settings.get("chat_template") if isinstance(settings, dict) else ""
-    if isinstance(within, list):  # several, by name
-        within = next((entry["template"] for entry in within if entry["name"] == "default"), "")
+    try:
+        if isinstance(within, list):  # several, by name
+            within = next((entry["template"] for entry in within if entry["name"] == "default"), "")
+    except (KeyError, TypeError):
+        within = {}
+    if not isinstance(within or "", str):
+        where = f"tokenizer.path: {options.path}: tokenizer_config.json: chat_template"
+        raise UserError(f"{where} is neither text nor a list of named texts; name a file as tokenizer.chat_template")
     return within or ""
 
 
@@ -332,6 +338,8 @@ def _finish(folder: Path, where: str) -> None:
             f"{where}: it has no end-of-text token; name one as eos_token in a tokenizer_config.json beside it"
         )
     bos = special("bos_token", ())
+    if "bos_token" not in settings:  # perhaps there are no settings at all; it is what stands before a text
+        bos = next(iter(tokenizer.encode("").ids), -1)
     np.save(folder / "bytes_per_token.npy", _bytes_per_token(folder, vocab, size))
     write_json(folder / "torchxihe.json", {"eos_id": eos, "bos_id": -1 if bos == eos else bos, "vocab_size": size})
 

@@ -3,6 +3,7 @@
 A cache is an attention: while text is generated each layer attends through one, and no other line of the model knows.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchxihe.model.decoder import SelfAttention
+
+log = logging.getLogger(__name__)
 
 
 class CachedAttention:
@@ -69,7 +72,7 @@ def sample(logits_V: Tensor, generator: torch.Generator, temperature: float, top
     """Draw a token from one position's logits. temperature 0: the most likely; top_k 0 and top_p 1: no cut."""
     if temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V.float() / temperature
+    logits_V = (logits_V.float() - logits_V.max()) / temperature  # at most 0, however small the temperature
     if top_k:
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(min(top_k, len(logits_V))).values[-1], -torch.inf)
     p, index = logits_V.softmax(-1).sort(descending=True)
@@ -93,8 +96,9 @@ def generate(
     """Yield up to `max_tokens` token ids that continue `prompt` (not empty), without the `stop_id` that ends it.
 
     `model` is a Decoder, wrapped or not, that sees at most the last `context` tokens (`window_start`); ids from
-    `vocab_size` on are padding and never drawn. Under FSDP2 all ranks must call this together; the same seed draws the
-    same tokens. Until the iterator is exhausted or closed the model is good for nothing else.
+    `vocab_size` on are padding and never drawn. Logits that are not finite end it with a warning. Under FSDP2 all ranks
+    must call this together; the same seed draws the same tokens. Until the iterator is exhausted or closed the model is
+    good for nothing else.
     """
     tokens = list(prompt)
     device = next(model.parameters()).device
@@ -110,7 +114,11 @@ def generate(
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 logits_BTV = model(torch.tensor([tokens[seen:]], device=device), start=seen - first)
             seen = len(tokens)
-            token = sample(logits_BTV[0, -1, :vocab_size].cpu(), generator, temperature, top_k, top_p)
+            logits_V = logits_BTV[0, -1, :vocab_size].cpu()
+            if not logits_V.isfinite().all():
+                log.warning("the model's logits are not finite: it has diverged, and there is nothing to draw from")
+                return
+            token = sample(logits_V, generator, temperature, top_k, top_p)
             if token == stop_id:
                 return
             tokens.append(token)
