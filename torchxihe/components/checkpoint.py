@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torchxihe.components.manifest import (
@@ -46,7 +45,7 @@ from torchxihe.components.staging import Staging, share_of_this_rank
 from torchxihe.components.storage import Location, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
 from torchxihe.config import Checkpoint, Config, UserError
-from torchxihe.utils.distributed import is_main, rank, world_size
+from torchxihe.utils.distributed import is_main, local_part, rank, world_size
 
 TRAIN_STATE = "train_state.json"
 
@@ -85,9 +84,9 @@ def _create_adamw_state(optimizer: torch.optim.Optimizer) -> None:
             if optimizer.state[parameter]:
                 continue
             assert "betas" in group, f"{type(optimizer).__name__} must create its state before it is saved or loaded"
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            device = local_part(parameter).device if on_device else "cpu"
             optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=local.device if on_device else "cpu"),
+                "step": torch.zeros((), dtype=torch.float32, device=device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
             }

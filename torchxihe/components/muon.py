@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from torchxihe.utils.distributed import local_part
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
@@ -176,8 +178,3 @@ def _parts(n: int, parts: int) -> list[int]:
     """How Shard divides n rows: equal parts, rounded up, while they last."""
     most = -(-n // parts)
     return [max(0, min(most, n - part * most)) for part in range(parts)]
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

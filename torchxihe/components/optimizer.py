@@ -10,9 +10,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.adamw import adamw
 
-from torchxihe.components.muon import Muon, local_part
+from torchxihe.components.muon import Muon
 from torchxihe.config import Optimizer
 from torchxihe.model.decoder import Decoder
+from torchxihe.utils.distributed import local_part
 
 
 def build_optimizer(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchxihe.utils.distributed import rank, world_size
+from torchxihe.utils.distributed import local_part, rank, world_size
 
 
 def share_of_this_rank(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,21 +55,17 @@ class Staging:
             self._copies = {key: _host_like(tensor) for key, tensor in state.items()}
         on_gpu = False
         for key, tensor in state.items():
-            source = _local(tensor)
-            _local(self._copies[key]).copy_(source, non_blocking=True)
+            source = local_part(tensor)
+            local_part(self._copies[key]).copy_(source, non_blocking=True)
             on_gpu |= source.is_cuda
         if on_gpu:
             torch.cuda.current_stream().synchronize()
         return dict(self._copies)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _host_like(tensor: Tensor) -> Tensor:
     """Memory for a copy on the host; a DTensor's knows its place in the whole, as the original does."""
-    local = _local(tensor)
+    local = local_part(tensor)
     copy = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
     if not isinstance(tensor, DTensor):
         return copy
