@@ -35,9 +35,9 @@ def build(layout: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]
         size = LAYOUTS[layout]
         shape = (2, size // 2) if layout.startswith("hsdp") else (size,)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        for child in model.children():
+        for child in list(model.children())[1:]:
             fully_shard(child, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the root has the table, as the decoder's
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     return model, optimizer
 
@@ -64,7 +64,10 @@ def _save(layouts: list[str], root: Path) -> dict[str, str]:
     for layout in layouts:
         model, optimizer = build(layout)
         step(model, optimizer)
+        with torch.no_grad():
+            model(torch.arange(11))  # a validation leaves the root gathered
         state = flat_state(model, optimizer)
+        assert len(state) == 4 * len(list(model.parameters()))
         Checkpointer(root / layout, Checkpoint(mode="sync")).save(2, state, {"step": 2, "layout": layout})
         prints[layout] = fingerprint(state)
     return prints

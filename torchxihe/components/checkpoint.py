@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from torchxihe.components.manifest import (
@@ -64,6 +65,9 @@ def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
     would: DCP loads in place, into what is there.
     """
     module = model.module if isinstance(model, DistributedDataParallel) else model
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # after a validation the root is still gathered: not what the optimizer knows
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         assert "_orig_mod" not in name and "_checkpoint_wrapped_module" not in name, f"a wrapper renamed {name}"
@@ -71,6 +75,7 @@ def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
     if optimizer is not None:
         _create_adamw_state(optimizer)
         for name, parameter in module.named_parameters():
+            assert optimizer.state[parameter], f"the optimizer does not know {name}"
             for key, value in optimizer.state[parameter].items():
                 state[f"optim.{name}.{key}"] = value
     return state

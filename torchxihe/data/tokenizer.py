@@ -265,10 +265,11 @@ def _chat_template(options: Tokenizer, files: dict[str, bytes]) -> str:
             within = next((entry["template"] for entry in within if entry["name"] == "default"), "")
     except (KeyError, TypeError):
         within = {}
-    if not isinstance(within or "", str):
+    within = within or ""
+    if not isinstance(within, str):
         where = f"tokenizer.path: {options.path}: tokenizer_config.json: chat_template"
         raise UserError(f"{where} is neither text nor a list of named texts; name a file as tokenizer.chat_template")
-    return within or ""
+    return within
 
 
 def _download(options: Tokenizer, name: str) -> Path | None:
