@@ -21,7 +21,7 @@ def _sample(root: Path, dp_shard: int) -> list[int]:
     shake_norms(model)
     sampled = list(generate(module, [5, 6, 7], **OPTIONS))  # type: ignore[arg-type]
     tokens = torch.arange(20)[None]
-    loss = module(tokens, tokens)  # and the model trains on
+    loss, _ = module(tokens, tokens)  # and the model trains on
     loss.backward()
     return sampled
 
