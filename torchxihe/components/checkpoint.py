@@ -42,11 +42,11 @@ from torchxihe.components.manifest import (
     write_manifest,
 )
 from torchxihe.components.ranks import Ranks, explained
-from torchxihe.components.staging import Staging, share_of_this_rank
+from torchxihe.components.staging import Staging, local_part, share_of_this_rank
 from torchxihe.components.storage import Location, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
 from torchxihe.config import Checkpoint, Config, UserError
-from torchxihe.utils.distributed import is_main, local_part, rank, world_size
+from torchxihe.utils.distributed import is_main, rank, world_size
 
 TRAIN_STATE = "train_state.json"
 

@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchxihe.utils.device import default_device
 
@@ -64,11 +63,6 @@ def process_group(timeout_seconds: float = 600) -> Iterator[torch.device]:
             barrier()
             gc.collect()
             dist.destroy_process_group()
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def barrier() -> None:
