@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchxihe.config import Model
+from torchxihe.config import Model, UserError
+from torchxihe.model import attention
 from torchxihe.model import linear_cross_entropy as lce
-from torchxihe.model.attention import sdpa
+from torchxihe.model.attention import choose_attention, sdpa
 from torchxihe.model.decoder import Decoder, flops_per_token, parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
 
@@ -209,3 +210,34 @@ def test_counts_of_xihe_120m() -> None:
 def test_parameter_count_equals_the_model(shape: Shape) -> None:
     config = model_config(shape)
     assert parameter_counts(config)[0] == sum(p.numel() for p in build(config).parameters())
+
+
+@pytest.mark.parametrize(
+    ("capability", "extra", "head_dim", "documents", "chosen"),
+    [
+        ((9, 0), True, 128, True, "fa4"),
+        ((9, 0), True, 20, True, "sdpa"),  # 40 bytes: not what its copies start at
+        ((9, 0), True, 192, True, "varlen"),
+        ((9, 0), False, 64, True, "varlen"),
+        ((8, 6), False, 64, False, "sdpa"),
+        ((7, 5), False, 64, True, "sdpa"),
+        ((8, 6), False, 512, True, "sdpa"),
+    ],
+)
+def test_auto_attention_is_one_that_works(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    extra: bool,
+    head_dim: int,
+    documents: bool,
+    chosen: str,
+) -> None:
+    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "has_flash_attention_4", lambda device: extra)
+    model = Model.model_validate(XIHE | {"head_dim": head_dim})
+    device = torch.device("cuda")
+    assert choose_attention(model, device, torch.bfloat16, documents).__name__ == chosen
+    assert choose_attention(model, device, torch.float32, documents).__name__ == "sdpa"
+    if chosen != "fa4":
+        with pytest.raises(UserError, match='model.attention: "fa4" needs a Hopper'):
+            choose_attention(model.model_copy(update={"attention": "fa4"}), device, torch.bfloat16, documents)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchxihe.config import UserError
+from torchxihe.config import Model, UserError
 from torchxihe.model.kernels import flash_attention_4, has_flash_attention_4
+from torchxihe.utils.device import compute_capability
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -82,22 +83,27 @@ def fa4(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) -> 
     return flash_attention_4(q, k, v, docs, q_BTHD.shape[1])[0].view_as(q_BTHD)
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype, document_masking: bool) -> Attention:
-    """The kernel for `model.attention`; "auto" takes the fastest that works here.
+def choose_attention(model: Model, device: torch.device, dtype: torch.dtype, document_masking: bool) -> Attention:
+    """What computes attention, by `model.attention`; "auto" takes the fastest that works here.
 
     Raises UserError if a named one does not work here.
     """
+    aligned = dtype != torch.float32 and model.head_dim % 8 == 0  # 16-bit elements in 16 bytes
     usable = {
-        "fa4": dtype != torch.float32 and has_flash_attention_4(device),
-        "varlen": dtype != torch.float32 and device.type == "cuda",
+        "fa4": aligned and model.head_dim <= 128 and has_flash_attention_4(device),
+        "varlen": aligned and model.head_dim <= 256 and compute_capability(device) >= (8, 0),
         "sdpa": True,
     }
+    name = model.attention
     if name == "auto":
         name = next(kernel for kernel, works in usable.items() if works and (kernel != "varlen" or document_masking))
     if not usable[name]:
+        needs = {
+            "fa4": "a Hopper or newer, the extra torchxihe[kernels] and a head_dim of at most 128",
+            "varlen": "an Ampere or newer and a head_dim of at most 256",
+        }
         raise UserError(
-            f'model.attention: "{name}" needs a GPU and training.dtype = "bfloat16"'
-            + (", a Hopper or newer, and the extra torchxihe[kernels]" if name == "fa4" else "")
-            + '; take "auto"'
+            f'model.attention: "{name}" needs {needs[name]} that 8 divides, and training.dtype = "bfloat16"; '
+            'take "auto"'
         )
     return {"fa4": fa4, "varlen": varlen, "sdpa": sdpa}[name]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from torchxihe.utils.device import compute_capability
+
 # FlashAttention 4 keeps what it compiles on disk if told so before it is imported; quack does by itself.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
@@ -26,16 +28,12 @@ TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "pingpong": True, "cluste
 
 def has_flash_attention_4(device: torch.device) -> bool:
     """Whether `flash-attn-4` is installed and `device` is one that it is made for (Hopper or newer)."""
-    return _capability(device) >= (9, 0) and _installed("flash_attn.cute")
+    return compute_capability(device) >= (9, 0) and _installed("flash_attn.cute")
 
 
 def has_quack(device: torch.device) -> bool:
     """Whether `quack-kernels` is installed and `device` is a Hopper, for which its tiles were chosen."""
-    return _capability(device)[0] == 9 and _installed("quack")
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return compute_capability(device)[0] == 9 and _installed("quack")
 
 
 def _installed(module: str) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from torchxihe.config import UserError
 from torchxihe.model.decoder import Decoder, Linear
+from torchxihe.utils.device import compute_capability
 
 ALIGNED = 16  # what a scaled product asks of both sides of a matrix
 
@@ -24,7 +25,7 @@ def apply_float8(model: Decoder, recipe: str, device: torch.device) -> None:
         return
     if importlib.util.find_spec("torchao") is None:
         raise UserError(f'float8.recipe: "{recipe}" needs torchao (pip install torchxihe[float8])')
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if device.type == "cuda" and compute_capability(device) < (8, 9):
         raise UserError(f'float8.recipe: "{recipe}" needs a GPU with float8 units (Ada, Hopper or newer); take ""')
     # Slow, and optional.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -40,6 +40,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """CUDA's number of the GPU's generation: (8, 0) Ampere, (9, 0) Hopper; (0, 0) for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def peak_flops(device: torch.device) -> float:
     """Peak dense bf16 FLOP/s of `device`; 0.0 where the table has no such device."""
     return PEAK_BF16_TFLOPS.get(device_name(device), 0.0) * 1e12
