@@ -19,7 +19,7 @@ from torchxihe.components.lr_scheduler import learning_rate
 from torchxihe.components.manifest import step_of
 from torchxihe.components.metrics import MetricsWriter, StepSums, Window, usage
 from torchxihe.components.micro_batch import fit_micro_batch
-from torchxihe.components.optimizer import build_optimizer, clip_gradients, optimizer_step
+from torchxihe.components.optimizer import build_optimizer, gradient_norm, optimizer_step
 from torchxihe.components.profiler import Profiler, memory_explained
 from torchxihe.components.ranks import explained
 from torchxihe.components.report import report_end, report_start
@@ -78,9 +78,9 @@ class Trainer:
             by_source_S3 = sums_by_source(losses_B, batch, self.bytes_per_token, sources)
             sums += torch.cat([loss.detach().double().view(1), by_source_S3.flatten()])
         sums = all_reduce_sum(sums)
-        grad_norm = clip_gradients(self.model.parameters(), self.config.training.max_grad_norm)
+        grad_norm = gradient_norm(self.model.parameters())
         skip = self.bad_steps.judge(sums[0] / tokens, grad_norm)  # the same on all ranks; data and step are consumed
-        optimizer_step(self.optimizer, self.lr, skip)
+        optimizer_step(self.optimizer, self.lr, grad_norm, self.config.training.max_grad_norm, skip)
         self.sums.add(sums, grad_norm, skip)
         self.step += 1
 

@@ -44,7 +44,7 @@ def steps(mesh: DeviceMesh | None, dtype: torch.dtype) -> list[Tensor]:
     for step in range(STEPS):
         for parameter in [*parameters, vector]:
             parameter.grad = laid_out(torch.randn(parameter.shape, generator=generator))
-        optimizer.found_inf = torch.tensor(float(step == 1))
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.tensor(float(step == 1))
         optimizer.step()
     tensors = [*parameters, vector, *(optimizer.state[p]["momentum_buffer"] for p in parameters)]
     return [(t.full_tensor() if isinstance(t, DTensor) else t).detach() for t in tensors]

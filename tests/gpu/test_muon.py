@@ -56,7 +56,7 @@ def test_batched_steps_are_pytorchs(compile: bool) -> None:
     parameters, optimizer = made(compile)
     others, _ = made(False)
     theirs = torch.optim.Muon(others[:-1], LR, DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    optimizer.found_inf = torch.zeros((), device="cuda")
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
     for number in range(5):
         before = [p.detach().clone() for p in parameters[:-1]]
         with torch.no_grad():
@@ -76,6 +76,8 @@ def test_batched_steps_are_pytorchs(compile: bool) -> None:
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_a_skipped_step_changes_nothing(compile: bool, state_dtype: torch.dtype) -> None:
     parameters, optimizer = made(compile, state_dtype)
+
+    optimizer.grad_scale = torch.ones((), device="cuda")
 
     def bits() -> list[Tensor]:
         states = [value for p in parameters for value in optimizer.state[p].values() if value.ndim]

@@ -31,6 +31,7 @@ def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, numbe
         parameter.grad = torch.randn(parameter.shape, generator=generator)
         if skip:
             parameter.grad[0] = float("nan")
+    optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]
     optimizer.found_inf = torch.tensor(float(skip))  # type: ignore[attr-defined]
     optimizer.step()
 

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from torchxihe.components.checkpoint import Checkpointer
-from torchxihe.components.optimizer import BFloat16AdamW, build_optimizer, describe, state_bytes
+from torchxihe.components.optimizer import (
+    BFloat16AdamW,
+    build_optimizer,
+    describe,
+    gradient_norm,
+    optimizer_step,
+    state_bytes,
+)
 from torchxihe.config import Checkpoint, Config, UserError, load_config
-from torchxihe.model.attention import choose_attention
+from torchxihe.model.attention import sdpa
 from torchxihe.model.decoder import Decoder
 from torchxihe.trainer import Trainer
 
@@ -32,8 +39,7 @@ def made(*flags: str) -> Trainer:
 def test_every_parameter_has_one_place(name: str, tied: bool) -> None:
     """The blocks' matrices and a head decay, the table and norms do not. Seen to fail with the head among Muon's."""
     config = tiny(f"--optimizer.name={name}", f"--model.tie_word_embeddings={str(tied).lower()}")
-    attention = choose_attention("sdpa", torch.device("cpu"), torch.float32, True)
-    model = Decoder(config.model, seq_len=8, dtype=torch.float32, attention=attention)
+    model = Decoder(config.model, seq_len=8, dtype=torch.float32, attention=sdpa)
     names = {parameter: name for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(model, config.optimizer, None, compile=False)
     places = [
@@ -67,6 +73,25 @@ def test_what_the_start_up_table_says(name: str, matrix: int, other: int, dtype:
     assert describe(trainer.optimizer).startswith(said[name])
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("max_norm", [0.5, 1e4, 0.0])
+def test_clipping_is_pytorchs(name: str, dtype: str, max_norm: float) -> None:
+    """Seen to fail with the norm for the scale, and with a scale below one."""
+    ours, theirs = [made(f"--optimizer.name={name}", f"--optimizer.state_dtype={dtype}") for _ in range(2)]
+    skip = torch.tensor(False)
+    for step in range(3):
+        for trainer in (ours, theirs):
+            gradients(list(trainer.model.parameters()), step)
+        norm = gradient_norm(ours.model.parameters())
+        reference = torch.nn.utils.clip_grad_norm_(theirs.model.parameters(), max_norm or torch.inf)
+        assert torch.allclose(norm, reference) and 10 < norm < 1e4
+        optimizer_step(ours.optimizer, LR, norm, max_norm, skip)
+        optimizer_step(theirs.optimizer, LR, norm, 0.0, skip)
+        for (key, a), b in zip(ours.state().items(), theirs.state().values(), strict=True):
+            assert torch.allclose(a.float(), b.float(), rtol=1e-2 if dtype == "bfloat16" else 1e-4, atol=1e-6), key
+
+
 def bfloat16_adamw() -> tuple[list[nn.Parameter], BFloat16AdamW]:
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(16, 24), (7,), (5, 3), (1,)]]
@@ -97,7 +122,7 @@ def test_moments_in_bfloat16(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
     parameters, optimizer = bfloat16_adamw()
     weights = [p.detach().clone() for p in parameters]
     moments = [(torch.zeros_like(w).bfloat16(), torch.zeros_like(w).bfloat16()) for w in weights]
-    optimizer.found_inf = torch.zeros(())
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
     for step in range(20):
         gradients(parameters, step)
         optimizer.step()
@@ -115,6 +140,8 @@ def test_moments_in_bfloat16(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_skipped_step_changes_nothing() -> None:
     parameters, optimizer = bfloat16_adamw()
+
+    optimizer.grad_scale = torch.ones(())
 
     def bits() -> list[Tensor]:
         states = [value for p in parameters for value in optimizer.state[p].values()]

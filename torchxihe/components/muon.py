@@ -40,8 +40,11 @@ def orthogonalize(x_KRC: Tensor) -> Tensor:
     return x
 
 
-def advance_momentum(buffer: Tensor, grad: Tensor, momentum: float, skip: Tensor, dtype: torch.dtype) -> Tensor:
-    """Move the momentum towards the gradient, in place unless `skip`; returns Nesterov's look ahead, in `dtype`."""
+def advance_momentum(
+    buffer: Tensor, grad: Tensor, grad_scale: Tensor, momentum: float, skip: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Move the momentum towards grad / grad_scale, in place unless `skip`; Nesterov's look ahead, in `dtype`."""
+    grad = grad / grad_scale
     moved = buffer.to(grad.dtype).lerp(grad, 1 - momentum)
     buffer.copy_(torch.where(skip, buffer, moved))
     return grad.lerp(moved, momentum).to(dtype)
@@ -51,10 +54,12 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices, the optimizer given with them for everything else; one step of the two together.
 
     The update of a matrix is scaled by 0.2 · sqrt(max(rows, columns)), which gives it the root mean square of AdamW's
-    (arXiv:2502.16982): one learning rate and one weight decay serve both. `found_inf`, a float32 scalar on the device
-    that must be set before each step, makes it leave all parameters and all state as they are, bit for bit.
+    (arXiv:2502.16982): one learning rate and one weight decay serve both. Two float32 scalars on the device must be set
+    before each step: `grad_scale`, by which gradients are divided, and `found_inf`; above 0 it makes the step leave all
+    parameters and all state as they are, bit for bit.
     """
 
+    grad_scale: Tensor
     found_inf: Tensor
 
     def __init__(
@@ -104,7 +109,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients, which every parameter must have."""
-        self._rest.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self._rest.grad_scale, self._rest.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
         self._rest.step()
         skip, group = self.found_inf > 0, self.param_groups[0]
         lr: float = group["lr"]
@@ -112,7 +117,7 @@ class Muon(torch.optim.Optimizer):
         for parameters, momentum_KRC in self._stacks:
             rows, columns = parameters[0].shape
             grad_KRC = torch.stack([local_part(cast("Tensor", parameter.grad)) for parameter in parameters])
-            update_KRC = self._advance(momentum_KRC, grad_KRC, group["momentum"], skip, self._dtype)
+            update_KRC = self._advance(momentum_KRC, grad_KRC, self.grad_scale, group["momentum"], skip, self._dtype)
             update_KRC = self._exchange(orthogonalize, update_KRC, rows)
             # Times 1 and plus -0.0 (the rate below is negative) change nothing, not even a sign or a NaN.
             update_KRC = torch.where(skip, 0.0, update_KRC.float())

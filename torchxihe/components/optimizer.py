@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, the gradient norm, and a step that can be skipped without the host knowing."""
+"""The optimizer, the gradient norm, and a step that clips, and that can be skipped without the host knowing."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from torchxihe.components.muon import Muon
@@ -75,6 +75,7 @@ class BFloat16AdamW(torch.optim.AdamW):
     """
 
     AT_ONCE = 2**26  # parameters, whose float32 moments take 512 MiB
+    grad_scale: Tensor
     found_inf: Tensor
 
     def __init__(self, params: list[dict[str, Any]], **options: Any) -> None:
@@ -88,7 +89,7 @@ class BFloat16AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients, which every parameter must have; `found_inf` must be set."""
+        """One update from the gradients, which every parameter must have; `grad_scale` and `found_inf` must be set."""
         for group in self.param_groups:
             for some in self._some_at_a_time(group["params"]):
                 moments = [local_part(self.state[p][key]) for key in ("exp_avg", "exp_avg_sq") for p in some]
@@ -102,6 +103,7 @@ class BFloat16AdamW(torch.optim.AdamW):
                     [],
                     [self.state[p]["step"] for p in some],
                     fused=True,
+                    grad_scale=self.grad_scale,
                     found_inf=self.found_inf,
                     amsgrad=False,
                     beta1=group["betas"][0],
@@ -125,25 +127,28 @@ class BFloat16AdamW(torch.optim.AdamW):
             yield some
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """The global L2 norm of all gradients, before they are clipped to `max_norm` (0: not clipped).
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The global L2 norm of all gradients: a float32 scalar on the device, the same on all ranks.
 
-    A float32 scalar on the device, the same on all ranks; not finite if any gradient is not.
+    Not finite if any gradient is not.
     """
-    parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None], 2.0, foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm > 0:
-        clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, skip: Tensor) -> None:
-    """One update at rate `lr`; where `skip` (bool scalar on the device) is set no parameter and no state changes."""
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, lr: float, grad_norm: Tensor, max_grad_norm: float, skip: Tensor
+) -> None:
+    """One update at rate `lr` from gradients of norm `grad_norm`, clipped to `max_grad_norm` (0: as they are).
+
+    Where `skip` (bool scalar on the device) is set no parameter and no state changes.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # Fused optimizers look for this attribute, which gradient scaling uses: 0-dim float32, and it persists.
+    # Fused optimizers look for these two, which mixed precision with scaled losses uses: 0-dim float32, and they
+    # persist. They divide by the one as they read the gradients: clipping takes no pass of its own.
+    scale = (grad_norm / max_grad_norm).clamp(min=1) if max_grad_norm else torch.ones_like(grad_norm)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
