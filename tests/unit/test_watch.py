@@ -15,6 +15,7 @@ from torchxihe.__main__ import run
 from torchxihe.commands.plot import draw
 from torchxihe.components import trackers
 from torchxihe.components.metrics import METRICS, StepSums, Window, read_metrics
+from torchxihe.components.profiler import describe_overlap
 from torchxihe.config import UserError, load_config
 from torchxihe.data.store import open_prepared
 from torchxihe.trainer import Trainer
@@ -272,6 +273,13 @@ def test_profile_of_a_range_of_steps(tmp_path: Path) -> None:
 def test_a_profile_that_the_run_ends_in_is_written(tmp_path: Path) -> None:
     run_dir = train(write_training(tmp_path, steps=2), "--profiler.first_step=2")
     assert list((run_dir / "profile").glob("*.trace.json.gz"))
+
+
+def test_the_share_of_exposed_communication() -> None:
+    kernels = [("gemm", 0, 10), ("copy", 5, 30), ("ncclAllGather", 20, 60), ("gemm", 40, 50), ("gemm", 80, 100)]
+    assert describe_overlap([(name, 1e3 * start, 1e3 * end) for name, start, end in kernels]) == (
+        "100.0 ms on the GPU: computing 60.0 %, communicating 40.0 %, of it alone 20.0 %, idle 20.0 %"
+    )
 
 
 def test_out_of_memory_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

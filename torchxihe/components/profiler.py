@@ -1,11 +1,12 @@
 """Looking inside: traces of a range of steps, what the memory holds, and what to do when it is full."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from torchxihe.config import Config, UserError
@@ -49,12 +50,44 @@ class Profiler:
         traced.export_chrome_trace(str(self._folder / f"{name}.trace.json.gz"))
         order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         table = traced.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+        if kernels := [
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in traced.events() or ()
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        ]:
+            table = f"{describe_overlap(kernels)}\n\n{table}"
+            log.info("profile: %s", describe_overlap(kernels))
         (self._folder / f"{name}.kernels.txt").write_text(table, encoding="utf-8")
         log.info(
             "profile: %s/%s.trace.json.gz (chrome://tracing, ui.perfetto.dev) and .kernels.txt", self._folder, name
         )
         if self._options.memory:
             _write_memory(self._folder, name)
+
+
+def describe_overlap(kernels: Iterable[tuple[str, float, float]]) -> str:
+    """How much of a traced time the GPU computed, communicated, and communicated with nothing else to do.
+
+    kernels: (name, start, end) of everything that ran on one GPU, in microseconds.
+    """
+    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for name, start, end in kernels:
+        spans["nccl" in name.lower()].append((start, end))
+    both = [*spans[False], *spans[True]]
+    whole = max(end for _, end in both) - min(start for start, _ in both)
+    computing, busy = covered(spans[False]), covered(both)
+    parts = {"computing": computing, "communicating": covered(spans[True]), "of it alone": busy - computing}
+    shares = ", ".join(f"{name} {100 * part / whole:.1f} %" for name, part in parts.items())
+    return f"{whole / 1e3:.1f} ms on the GPU: {shares}, idle {100 - 100 * busy / whole:.1f} %"
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The time during which at least one of the (start, end) spans lasts."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
 
 
 def _write_memory(folder: Path, name: str) -> None:
