@@ -5,18 +5,21 @@ import torch
 
 from torchxihe.model.decoder import Linear
 from torchxihe.model.norm import RMSNorm
-from torchxihe.model.queries_keys import fused, plain
+from torchxihe.model.queries_keys import QueriesKeys, fused, fused_float8, plain
 from torchxihe.model.rope import rope_tables
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.parametrize("way", [fused, fused_float8])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "seq_len"), [(6, 6, 128, 200), (12, 12, 64, 77), (8, 2, 64, 33), (3, 1, 16, 5)]
 )
-def test_equals_plain(heads: int, kv_heads: int, head_dim: int, seq_len: int, normed: bool, compiled: bool) -> None:
+def test_equals_plain(
+    heads: int, kv_heads: int, head_dim: int, seq_len: int, normed: bool, compiled: bool, way: QueriesKeys
+) -> None:
     batch, hidden = 3, 96
     generator = torch.Generator("cuda").manual_seed(0)
     layers = [Linear(hidden, n * head_dim).cuda() for n in (heads, kv_heads)]
@@ -32,7 +35,7 @@ def test_equals_plain(heads: int, kv_heads: int, head_dim: int, seq_len: int, no
     x = torch.randn(batch, seq_len, hidden, device="cuda", generator=generator).bfloat16().requires_grad_()
     exact = x.detach().float().requires_grad_()
     tables = rope_tables(seq_len, head_dim, 10_000.0, torch.device("cuda"))
-    function = torch.compile(fused, fullgraph=True, dynamic=False) if compiled else fused
+    function = torch.compile(way, fullgraph=True, dynamic=False) if compiled else way
     outs = function(x, *layers, *norms, *tables), plain(exact, *layers, *norms, *tables)
     ups = [torch.randn(out.shape, device="cuda", generator=generator) for out in outs[0]]
     results = []

@@ -1,7 +1,7 @@
 """Queries and keys: projected, normalised head by head where the model has QK-norm, turned to their positions.
 
-Two ways, one signature: `plain` leaves everything to the compiler, `fused` projects both with one product and does the
-rest in one Triton kernel, forward and backward (docs/performance.md).
+One signature: `plain` leaves everything to the compiler, `fused` projects both with one product and does the rest in
+one Triton kernel, forward and backward (docs/performance.md); `fused_float8` leaves the products to their modules.
 
 Axes: B batch, T position in the row, N = B·T tokens, C hidden size, H query heads, K key heads, D head dimension,
 E = (H + K)·D.
@@ -49,21 +49,43 @@ def fused(
 ) -> tuple[Tensor, Tensor]:
     """The same on a GPU, in 16-bit; norms and angles are computed in float32 without rounding between them."""
     assert isinstance(q_proj.weight, Tensor) and isinstance(k_proj.weight, Tensor)
-    batch, seq_len, _ = x_BTC.shape
     weight_EC = torch.cat((q_proj.weight.to(x_BTC.dtype), k_proj.weight.to(x_BTC.dtype)))
+    return _norm_and_turn(F.linear(x_BTC, weight_EC), q_proj.weight.shape[0], q_norm, k_norm, cos_TD, sin_TD)
+
+
+def fused_float8(
+    x_BTC: Tensor,
+    q_proj: nn.Module,
+    k_proj: nn.Module,
+    q_norm: RMSNorm | None,
+    k_norm: RMSNorm | None,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same behind two products, which are the modules' own: those of float8 have a scale for each matrix."""
+    q_BTE, k_BTE = q_proj(x_BTC), k_proj(x_BTC)
+    return _norm_and_turn(torch.cat((q_BTE, k_BTE), dim=-1), q_BTE.shape[-1], q_norm, k_norm, cos_TD, sin_TD)
+
+
+def _norm_and_turn(
+    qk_BTE: Tensor, split: int, q_norm: RMSNorm | None, k_norm: RMSNorm | None, cos_TD: Tensor, sin_TD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`normed_rope` of a batch of rows; queries end and keys begin at `split`."""
     weight_2D, eps = None, 0.0
     if q_norm is not None and k_norm is not None:
-        weight_2D, eps = torch.stack((q_norm.weight, k_norm.weight)).to(x_BTC.dtype), q_norm.eps
-    qk_NE = F.linear(x_BTC.flatten(0, 1), weight_EC)
-    heads = q_proj.weight.shape[0] // (2 * cos_TD.shape[1])
-    q_NHD, k_NKD = normed_rope(qk_NE, weight_2D, cos_TD, sin_TD, heads, eps)
-    return q_NHD.view(batch, seq_len, *q_NHD.shape[1:]), k_NKD.view(batch, seq_len, *k_NKD.shape[1:])
+        weight_2D, eps = torch.stack((q_norm.weight, k_norm.weight)).to(qk_BTE.dtype), q_norm.eps
+    heads = split // (2 * cos_TD.shape[1])
+    q_NHD, k_NKD = normed_rope(qk_BTE.flatten(0, 1), weight_2D, cos_TD, sin_TD, heads, eps)
+    return (
+        q_NHD.view(*qk_BTE.shape[:2], *q_NHD.shape[1:]),
+        k_NKD.view(*qk_BTE.shape[:2], *k_NKD.shape[1:]),
+    )
 
 
 def choose_queries_keys(head_dim: int, device: torch.device, dtype: torch.dtype, float8: str) -> QueriesKeys:
-    """`fused` where it works: on a GPU, in 16-bit, with a head dimension that is a power of two, without float8."""
-    works = device.type == "cuda" and dtype != torch.float32 and not float8
-    return fused if works and head_dim >= 16 and head_dim & (head_dim - 1) == 0 else plain
+    """One in a kernel where that works: on a GPU, in 16-bit, with a head dimension that is a power of two."""
+    works = device.type == "cuda" and dtype != torch.float32 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return plain if not works else fused_float8 if float8 else fused
 
 
 @torch.library.custom_op("torchxihe::normed_rope", mutates_args=())
