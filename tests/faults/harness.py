@@ -262,7 +262,7 @@ def _keep_ledger(path: Path) -> None:
         for batch in loader:
             for i, g in enumerate(batch.samples):
                 if g >= 0:
-                    row = batch.tokens[i].numpy().tobytes() + batch.targets[i].numpy().tobytes()
+                    row = batch.tokens[i].cpu().numpy().tobytes() + batch.targets[i].cpu().numpy().tobytes()
                     entry["rows"][g] = hashlib.sha256(row).hexdigest()[:16]
             yield batch
 
@@ -291,7 +291,7 @@ def _digest(state: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in state.values():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        digest.update(local.detach().contiguous().numpy().tobytes())
+        digest.update(local.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

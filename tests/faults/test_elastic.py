@@ -1,9 +1,11 @@
 """The number of processes changes from one start to the next."""
 
 import json
+import os
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from tests.faults.faults import Fault
 from tests.faults.harness import Workspace, losses, token_ledger
@@ -25,6 +27,24 @@ def test_other_numbers_of_processes(
     assert token_ledger(found) == token_ledger(reference)
     difference = max(abs(loss - losses(reference)[step]) for step, loss in losses(found).items())
     assert difference <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_other_numbers_of_gpus(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
+    """The same over NCCL, against one CPU process: 1, 2, as many as there are up to 4, 1."""
+    gpus = min(torch.cuda.device_count(), 4)
+    visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))}
+    for world_size, stop_at in ((1, 4), (2, 9), (gpus, 14)):
+        outcome = workspace.run(world_size, fault=Fault("step", stop_at, "SIGTERM"), env=visible)
+        assert outcome.succeeded, outcome.log
+        assert world_size == 1 or "FSDP2" in outcome.log
+    workspace.finish(1, env=visible)
+    found, reference = workspace.ledger(), unbroken(2).ledger()
+    assert token_ledger(found) == token_ledger(reference)
+    difference = max(abs(loss - losses(reference)[step]) for step, loss in losses(found).items())
+    print(f"largest difference of the losses: {difference:.2g}")
+    assert difference <= 1e-4
 
 
 def test_a_batch_size_ramp_on_other_numbers_of_processes(

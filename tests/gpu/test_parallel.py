@@ -1,0 +1,89 @@
+"""Several GPUs over NCCL learn what one learns, under every layout that there are GPUs for."""
+
+import functools
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.launch import run_distributed
+from tests.gpu.test_step import ROWS, VOCAB, batches, config
+from torchxihe.data.loader import Batch
+from torchxihe.parallelisms import data_parallel
+from torchxihe.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+STEPS = 20
+PLAIN = {"training": {"dtype": "float32", "compile": False}, "model": {"attention": "sdpa"}}
+
+
+def shares(rank: int, world_size: int) -> list[Batch]:
+    """This rank's rows of every global batch; the first ranks' rows have fewer targets than the last ones'."""
+    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    made = []
+    for batch in batches(ROWS):
+        targets = batch.targets.clone()
+        for row in range(ROWS):
+            targets[row, : 20 * (ROWS - row)] = -100
+        tokens, targets, length = batch.tokens[mine], targets[mine], batch.tokens.shape[1]
+        assert batch.docs is not None
+        first, last = mine.start * length, mine.stop * length
+        docs = batch.docs[(batch.docs >= first) & (batch.docs <= last)] - first
+        valid = int((targets >= 0).sum())
+        made.append(Batch(tokens, targets, docs, (), batch.sources[mine], valid))
+    return made
+
+
+def history(options: dict[str, Any], rank: int = 0, world_size: int = 1) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step."""
+    device = torch.device("cuda", rank)
+    training = options.get("training", {}) | {"micro_batch_size": ROWS // world_size}
+    trainer = Trainer(config(**(options | {"training": training})), device, np.ones(VOCAB, np.int32))
+    made = shares(rank, world_size)
+    values = []
+    for step in range(STEPS):
+        trainer.train_step(iter([made[step % len(made)]]))
+        sums = trainer.sums.read()
+        values.append((sums["loss"], sums["grad_norm"]))
+    return values
+
+
+def rank_history(options: dict[str, Any], world_size: int) -> list[tuple[float, float]]:
+    data_parallel.UNIT_PARAMETERS = 1  # every block a unit of its own: small ones would all share one
+    return history(options, torch.distributed.get_rank(), world_size)
+
+
+@functools.cache
+def alone(optimizer: str, plain: bool) -> np.ndarray:
+    """The same on one GPU."""
+    options: dict[str, Any] = {"optimizer": {"name": optimizer}} | (PLAIN if plain else {})
+    values = np.array(history(options))
+    assert values[-1, 0] < values[0, 0] - 1
+    return values
+
+
+LAYOUTS = [
+    (2, {"dp_shard": 1, "dp_replicate": 2}),
+    (2, {"dp_shard": 2}),
+    (2, {"dp_shard": 2, "reshard_after_forward": False}),
+    (4, {"dp_shard": 2, "dp_replicate": 2}),
+    (4, {"dp_shard": 4}),
+]
+
+
+@pytest.mark.parametrize(("world_size", "parallelism"), LAYOUTS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_losses_agree(world_size: int, parallelism: dict[str, Any], optimizer: str, plain: bool) -> None:
+    """Eager in float32, and compiled in bfloat16 with the fastest kernels that are there."""
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    expected = alone(optimizer, plain)
+    options = {"optimizer": {"name": optimizer}, "parallelism": parallelism} | (PLAIN if plain else {})
+    devices = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(world_size))))}
+    for values in run_distributed(rank_history, world_size, options, world_size, env=devices, timeout=200):
+        difference = np.abs(np.array(values) - expected).max(axis=0)
+        print(f"{parallelism} {optimizer} {'float32' if plain else 'bfloat16'}: {difference}")
+        assert (difference < (1e-4 if plain else 2e-2)).all()
