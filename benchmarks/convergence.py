@@ -5,7 +5,8 @@
 Trains each variant from the same seed on the same data and validates every `--every` steps. A variant is a name and
 overrides; overrides outside of variants apply to all. The loss to reach is `--target`, or what the first variant ends
 with; how many steps that took is interpolated between validations. The data must be prepared. Under torchrun it trains
-on all of its processes. `--json FILE` appends a line for each variant, with the loss of every step.
+on all of its processes. `--reference NAME` computes that variant the slow way: by the references of every fast path,
+uncompiled. `--json FILE` appends a line for each variant, with the loss of every step.
 """
 
 import argparse
@@ -15,18 +16,26 @@ import logging
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import torchxihe.model.decoder as decoder
+import torchxihe.parallelisms.parallelize as parallelize
 from torchxihe.config import Config, UserError, load_config
 from torchxihe.data.loader import Loader
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import open_prepared
+from torchxihe.model.linear_cross_entropy import linear_cross_entropy_reference
+from torchxihe.model.queries_keys import plain
 from torchxihe.trainer import Trainer
 from torchxihe.utils.device import device_name
 from torchxihe.utils.distributed import is_main, process_group, world_size
+
+SLOW = ["--training.compile=false", "--model.attention=sdpa", "--model.mlp=torch"]
 
 
 def main() -> None:
@@ -38,16 +47,21 @@ def main() -> None:
     parser.add_argument(
         "--target", type=float, default=0.0, help="validation loss to reach (default: the first's last)"
     )
+    parser.add_argument("--reference", default="", metavar="NAME", help="the variant that the slow references compute")
     parser.add_argument("--json", default="", metavar="FILE", help="append the results to FILE, a line of JSON each")
     options, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stdout)
     results: list[dict[str, Any]] = []
     try:
         variants = [variant.partition(":")[::2] for variant in options.variant]
-        configs = {name: load_config(options.config, overrides + flags.split()) for name, flags in variants}
+        configs = {
+            name: load_config(options.config, overrides + flags.split() + (SLOW if name == options.reference else []))
+            for name, flags in variants
+        }
         with process_group() as device:
             for name, config in configs.items():
-                results.append({"variant": name} | train(config, device, options.every))
+                with references() if name == options.reference else nullcontext():
+                    results.append({"variant": name} | train(config, device, options.every))
                 if not is_main():
                     continue
                 print_row(results[-1], options.target or results[0]["validation"][-1][1], header=len(results) == 1)
@@ -56,6 +70,18 @@ def main() -> None:
                         file.write(json.dumps(results[-1]) + "\n")
     except UserError as error:
         sys.exit(str(error))
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Models that are built inside have full float32 logits, and queries and keys without a kernel of their own."""
+    fast = decoder.linear_cross_entropy, parallelize.choose_queries_keys
+    decoder.linear_cross_entropy = linear_cross_entropy_reference
+    parallelize.choose_queries_keys = lambda *_: plain  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        decoder.linear_cross_entropy, parallelize.choose_queries_keys = fast
 
 
 def train(config: Config, device: torch.device, every: int) -> dict[str, Any]:
