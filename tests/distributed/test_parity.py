@@ -2,12 +2,15 @@
 
 import functools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.launch import run_distributed
@@ -245,6 +248,35 @@ def test_losses_agree_when_compiled(world_size: int, parallelism: dict[str, Any]
     ranks = run_distributed(rank_losses, 2, options, 2, timeout=240) if world_size == 2 else [losses(options)]
     for history, _ in ranks:
         assert np.abs(np.array(history) - reference()).max() < 2e-5
+
+
+def graphs_of_some_steps(parallelism: dict[str, Any]) -> list[int]:
+    """Graphs that are compiled after each of ten steps, whose micro-batches have two to nine documents."""
+    data_parallel.UNIT_PARAMETERS = 1
+    torch._dynamo.reset()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    options = {"parallelism": parallelism, "training": {"compile": True}}
+    trainer = Trainer(config(**options), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    generator = np.random.default_rng(rank)
+    before, graphs = counters["stats"]["unique_graphs"], []
+    for step in range(10):
+        batches = []
+        for i in range(trainer.accumulation):
+            cuts = generator.integers(1, 2 * SEQ_LEN, generator.integers(0, 8)).tolist()
+            docs = torch.tensor(sorted({0, SEQ_LEN, 2 * SEQ_LEN, *cuts}), dtype=torch.int32)
+            batches.append(replace(batch_of(step, i, rank, world_size, 2), docs=docs))
+        trainer.train_step(iter(batches))
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    return graphs
+
+
+@pytest.mark.skipif(bool(compile_obstacle()), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("world_size", "graphs"), [(1, 1), (2, 2)])
+def test_another_number_of_documents_compiles_nothing(world_size: int, graphs: int) -> None:
+    """One graph whole; by blocks one for all of them and one for the head. Seen to fail without `dynamic_sources`."""
+    run = functools.partial(run_distributed, graphs_of_some_steps, 2, {"dp_shard": 2}, timeout=240)
+    for counts in run() if world_size == 2 else [graphs_of_some_steps({})]:
+        assert counts == [graphs] * 10
 
 
 def kept_bytes(**parallelism: Any) -> int:

@@ -54,17 +54,17 @@ def workspace(prepared: Path, tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def unbroken(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workspace]:
-    """An unbroken run on so many ranks, with such flags: run once, never to be changed."""
+    """An unbroken run on so many ranks, with such flags (and environment): run once, never to be changed."""
     known: dict[str, Workspace] = {}
 
-    def of(world_size: int, *flags: str) -> Workspace:
-        key = json.dumps([world_size, flags])
+    def of(world_size: int, *flags: str, env: dict[str, str] | None = None) -> Workspace:
+        key = json.dumps([world_size, flags, env])
         if key not in known:
             root = tmp_path_factory.mktemp("unbroken")
             for name in ("text", "more", "tokenizer", "cache"):
                 (root / name).symlink_to(prepared / name)
             known[key] = Workspace(root)
-            known[key].finish(world_size, *flags)
+            known[key].finish(world_size, *flags, env=env)
             steps = list(known[key].ledger())
             assert steps == list(range(1, len(steps) + 1))
         return known[key]

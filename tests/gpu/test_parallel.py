@@ -77,13 +77,18 @@ LAYOUTS = [
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("plain", [True, False])
 def test_losses_agree(world_size: int, parallelism: dict[str, Any], optimizer: str, plain: bool) -> None:
-    """Eager in float32, and compiled in bfloat16 with the fastest kernels that are there."""
+    """Eager in float32, and compiled in bfloat16 with the fastest kernels that are there.
+
+    Seen on two H100s: losses 5.7e-6 apart in float32, 6.4e-3 in bfloat16.
+    """
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
     expected = alone(optimizer, plain)
     options = {"optimizer": {"name": optimizer}, "parallelism": parallelism} | (PLAIN if plain else {})
     devices = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(world_size))))}
     for values in run_distributed(rank_history, world_size, options, world_size, env=devices, timeout=200):
-        difference = np.abs(np.array(values) - expected).max(axis=0)
-        print(f"{parallelism} {optimizer} {'float32' if plain else 'bfloat16'}: {difference}")
-        assert (difference < (1e-4 if plain else 2e-2)).all()
+        losses, norms = np.abs(np.array(values) - expected).T
+        print(f"{parallelism} {optimizer} {'float32' if plain else 'bfloat16'}: {losses.max()} {norms.max()}")
+        assert losses.max() < (1e-5 if plain else 1e-2)
+        # In 16-bit the norms part with the weights; the first one is of the same weights, and shows a wrong scale.
+        assert norms.max() < 1e-4 if plain else norms[0] < 1e-2 * expected[0, 1]

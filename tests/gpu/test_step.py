@@ -42,13 +42,13 @@ def config(**sections: dict[str, Any]) -> Config:
 
 
 def batches(rows: int) -> list[Batch]:
-    """Batches whose documents lie elsewhere each time."""
+    """Batches of another number of documents each time."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(6):
         tokens = (torch.randint(0, VOCAB, (rows, 1), generator=generator) * 3 + torch.arange(SEQ_LEN + 1)) % VOCAB
-        cut = int(torch.randint(1, SEQ_LEN, (1,), generator=generator))
-        starts = [b * SEQ_LEN + at for b in range(rows) for at in (0, cut)]
+        cuts = torch.randint(1, SEQ_LEN, (1 + len(made),), generator=generator).tolist()
+        starts = [b * SEQ_LEN + at for b in range(rows) for at in sorted({0, *cuts})]
         docs = torch.tensor([*starts, rows * SEQ_LEN], dtype=torch.int32).cuda()
         inputs, targets = tokens[:, :-1].contiguous().cuda(), tokens[:, 1:].contiguous().cuda()
         made.append(Batch(inputs, targets, docs, (), torch.arange(rows, device="cuda") % 2, rows * SEQ_LEN))

@@ -148,9 +148,7 @@ def check_rows(prepared: Prepared, batch: Batch, rows: dict[int, tuple[int, int]
         valid += sum(target != IGNORE for target in targets)
         for length in lengths:
             ends.append(ends[-1] + length)
-    docs = batch.docs.tolist()
-    assert len(docs) == len(batch.samples) * prepared.max_documents + 1
-    assert docs == ends + [len(batch.samples) * SEQ_LEN] * (len(docs) - len(ends))
+    assert batch.docs.tolist() == ends
     assert batch.valid == valid == int((batch.targets != IGNORE).sum())
     assert (batch.tokens.dtype, batch.targets.dtype, batch.docs.dtype) == (torch.int64, torch.int64, torch.int32)
 

@@ -438,7 +438,7 @@ def test_token_files_are_used_where_they_lie(tmp_path: Path, kind: str, monkeypa
     source = {"path": str(tmp_path / "a.bin"), "format": "tokens"}
     by_tokens = prepare(make_config(tmp_path / "cache", source, tokenizer={"path": str(by_text.tokenizer_dir)}))
     assert not list(tmp_path.glob(f"cache/stores/{by_tokens.sources[0].key}/*.bin"))
-    for what in ("documents", "tokens", "bytes", "train_rows", "max_documents"):
+    for what in ("documents", "tokens", "bytes", "train_rows"):
         assert getattr(by_tokens.sources[0], what) == getattr(by_text.sources[0], what)
     rows = [np.empty(17, "<u2"), np.empty(17, "<u2")]
     readers = [prepared.sources[0].open("train") for prepared in (by_text, by_tokens)]

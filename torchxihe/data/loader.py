@@ -38,8 +38,8 @@ class Batch:
     targets: Tensor
     """int64 [B, T], on the device; -100: no loss there."""
     docs: Tensor | None
-    """Cumulative document lengths over the B * T tokens laid end to end, int32 [B * max_documents + 1], the end filled
-    up with B * T; padding counts as a document. None: documents are not masked."""
+    """Cumulative lengths of the documents over the B * T tokens laid end to end, int32 [documents + 1], on the device;
+    padding counts as a document. None: documents are not masked."""
     samples: tuple[int, ...]
     """Sample number of each row; -1: padding."""
     sources: Tensor
@@ -69,7 +69,7 @@ class _Reader:
         self._rows, self._seq_len = layout.rows, layout.seq_len
         self._pin = layout.device.type == "cuda"
         self._eos = prepared.eos_id
-        self._documents = layout.rows * prepared.max_documents + 1 if layout.document_mask else 0
+        self._document_mask = layout.document_mask
         # Half of the files that this process may open, so that all else has room.
         sources = prepared.sources if split == "train" else prepared.held_out
         share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(sources)
@@ -111,9 +111,8 @@ class _Reader:
         targets[len(samples) :] = IGNORE
         starts += [b * seq_len for b in range(len(samples), self._rows)]
         docs = None
-        if self._documents:
-            docs = torch.full((self._documents,), self._rows * seq_len, dtype=torch.int32, pin_memory=self._pin)
-            docs.numpy()[: len(starts)] = starts
+        if self._document_mask:
+            docs = torch.tensor([*starts, self._rows * seq_len], dtype=torch.int32, pin_memory=self._pin)
         sources_B = torch.zeros(self._rows, dtype=torch.int64, pin_memory=self._pin)
         sources_B.numpy()[: len(sources)] = sources
         return Batch(tokens_BT, targets_BT, docs, (*samples, *(-1,) * missing), sources_B, valid)

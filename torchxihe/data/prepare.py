@@ -336,20 +336,19 @@ def _index(store: Path, manifest: dict[str, Any], config: Config) -> None:
     summary = {}
     for split in SPLITS:
         documents = read_documents(store, manifest, split)
-        rows, pieces, most, used = 0, 0, 1, 0
+        rows, pieces, used = 0, 0, 0
         with (folder / f"{split}.rows").open("wb") as row_file, (folder / f"{split}.pieces").open("wb") as piece_file:
             row_file.write(np.array([0], "<i8").tobytes())
             for starts, packed in _pack(documents, config.data.packing, config.data.seq_len + 1):
                 row_file.write((starts[1:] + pieces).astype("<i8").tobytes())
                 piece_file.write(packed.astype("<i8").tobytes())
-                lengths = np.add.reduceat(packed[:, 1], starts[:-1])
-                most = max(most, int((np.diff(starts) + (lengths <= config.data.seq_len)).max()))
-                rows, pieces, used = rows + len(starts) - 1, pieces + len(packed), used + int(lengths.sum())
+                rows, pieces = rows + len(starts) - 1, pieces + len(packed)
+                used += int(packed[:, 1].sum())
             for file in (row_file, piece_file):
                 file.flush()
                 os.fsync(file.fileno())
         padding = rows * (config.data.seq_len + 1) - used
-        summary[split] = {"rows": rows, "pieces": pieces, "max_documents": most, "padding": padding}
+        summary[split] = {"rows": rows, "pieces": pieces, "padding": padding}
     write_json(folder / "index.json", summary)
 
 

@@ -145,11 +145,6 @@ class SourceRows:
         return self.summary["valid"]["rows"]
 
     @property
-    def max_documents(self) -> int:
-        """Most pieces in any row of either split, padding counted as one."""
-        return max(self.summary[split]["max_documents"] for split in SPLITS)
-
-    @property
     def documents(self) -> int:
         """Documents of both splits."""
         return sum(self.manifest[split]["documents"] for split in SPLITS)
@@ -191,11 +186,6 @@ class Prepared:
     """-1: documents do not begin with a token of their own."""
     bytes_per_token: np.ndarray
     """UTF-8 bytes that each token stands for, 0 for special tokens: int32 [vocab_size]."""
-
-    @property
-    def max_documents(self) -> int:
-        """Most pieces in any row of any source or set, padding counted as one."""
-        return max(source.max_documents for source in self.held_out)
 
     @property
     def held_out(self) -> tuple[SourceRows, ...]:

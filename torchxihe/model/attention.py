@@ -1,8 +1,8 @@
 """Causal attention, one signature over several kernels: `attention(q, k, v, docs)`.
 
 Axes: B batch, T position in the row, H query heads, K key and value heads (K divides H), D head dimension.
-`docs` holds the documents' cumulative lengths over the B·T tokens, int32, padded at the end with B·T; a document never
-crosses a row. None: one document a row.
+`docs` holds the documents' cumulative lengths over the B·T tokens, int32 [documents + 1]; a document never crosses a
+row. None: one document a row.
 """
 
 import inspect
@@ -58,7 +58,7 @@ def sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) ->
 def varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) -> Tensor:
     """PyTorch's variable-length flash attention (CUDA, 16-bit): documents cost nothing but their own scores.
 
-    Returns [B, T, H, D] in q's dtype. Documents that `docs` pads with have length zero.
+    Returns [B, T, H, D] in q's dtype.
     """
     if docs is None:
         return sdpa(q_BTHD, k_BTKD, v_BTKD, None)

@@ -1,5 +1,7 @@
 """torch.compile: the whole model in one process, block by block where FSDP2 or DDP work between the blocks."""
 
+import torch.compiler
+
 from torchxihe.model.decoder import Decoder
 
 
@@ -9,5 +11,8 @@ def apply_compile(model: Decoder, *, whole: bool) -> None:
     Per block, because FSDP2's hooks cannot be traced, and because DDP inside one graph would deliver all gradients at
     the end, with nothing left to overlap their reduction with.
     """
+    # Every batch has another number of documents. It is the one size that no code is made for: padded to the most that
+    # there might be, the empty ones would cost a tenth of the step (docs/performance.md).
+    torch.compiler.config.dynamic_sources = "L['docs']"
     for module in [model] if whole else [*model.layers, model.head]:
         module.compile(fullgraph=True, dynamic=False)
