@@ -66,6 +66,7 @@ def _names(runs: list[Path]) -> list[str]:
 def draw(runs: dict[str, tuple[Lines, Lines]], by: str) -> Any:
     """A matplotlib figure of the runs' training and validation lines, by name; `by`: "step" or "tokens"."""
     from matplotlib.figure import Figure  # slow and optional
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(14, 8), layout="constrained")
     axes = figure.subplots(2, 3).flat
@@ -76,8 +77,13 @@ def draw(runs: dict[str, tuple[Lines, Lines]], by: str) -> Any:
         axis.grid(alpha=0.3)
         if logarithmic:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+        elif key == "tokens_per_second":
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+        elif key == "lr":
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
         for i, (name, (train, valid)) in enumerate(runs.items()):
             tokens_of = {line["step"]: line["tokens"] / 1e6 for line in train}
             for lines, wanted, look, label in (
@@ -106,7 +112,8 @@ def _value(line: dict[str, float], key: str) -> float:
 def _fit(axis: Any, key: str) -> None:
     """Begin at zero what is read as an amount, and keep the first steps' loss from squashing the rest."""
     if key in ("lr", "tokens_per_second", "memory"):
-        axis.set_ylim(bottom=0)
+        values = [y for line in axis.lines for y in line.get_ydata() if math.isfinite(y)]
+        axis.set_ylim(0, 1.08 * max(values, default=0) or 1)
     elif key in ("loss", "bpb"):
         values = sorted(y for line in axis.lines for y in line.get_ydata() if math.isfinite(y))
         if len(values) >= 20:
