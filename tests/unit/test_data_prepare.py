@@ -61,7 +61,7 @@ def test_three_lines_from_the_file_to_the_batch(tmp_path: Path) -> None:
     assert [tuple(row) for row in batch.targets.tolist()] == [*(expected[row][0] for row in tokens[:3]), (IGNORE,) * 4]
     assert tokens[3] == (end,) * 4 and batch.valid == 4 + 3 + 1
     starts = [4 * b + s for b in range(3) for s in expected[tokens[b]][1]] + [12]
-    assert batch.docs is not None and batch.docs.tolist() == starts + [16] * (4 * 2 + 1 - len(starts))
+    assert batch.docs is not None and batch.docs.tolist() == [*starts, 16]
     assert prepared.bytes_per_token[[a, end]].tolist() == [1, 0]
     [source_rows] = prepared.sources
     assert (source_rows.documents, source_rows.tokens, source_rows.bytes) == (3, 12, 9)

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import torchxihe
 from torchxihe.components.checkpoint import Checkpointer, corrupt, flat_state, load_tensors, open_fitting
 from torchxihe.components.manifest import CorruptError, is_committed, read_manifest, step_flaws, step_of
 from torchxihe.components.ranks import explained
@@ -231,7 +231,7 @@ def model_card(saved: SavedRun) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     name = config["run"]["name"]
     kind = "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
-    made = f"with torchxihe {version('torchxihe')}"
+    made = f"with torchxihe {torchxihe.__version__}"
     what = f"A base language model (`{kind}`), pre-trained {made}. It continues text; it has\nnot been tuned to follow"
     what, inputs = f"{what} instructions.", 'tokenizer("Once", return_tensors="pt")'
     if is_chat(saved):
