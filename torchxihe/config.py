@@ -283,7 +283,9 @@ class Parallelism(Section):
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     """Processes that share one copy of the parameters (FSDP2). -1: all that `dp_replicate` leaves. 1: DDP."""
     reshard_after_forward: bool = True
-    """FSDP2: free a block's gathered parameters between forward and backward. false: more memory, less traffic."""
+    """FSDP2: free a block's gathered parameters between forward and backward, and shard each micro-batch's gradients at
+    once. false: less traffic, for which every process holds all parameters and, with several micro-batches a step, all
+    gradients."""
     activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     """Recompute in the backward pass: nothing, all but matrix products and attention, whole blocks, or what the
     compiler finds cheapest within `activation_budget`."""

@@ -61,6 +61,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_rows(training.global_batch_size, world_size(), training.micro_batch_size)
         self.bytes_per_token = torch.from_numpy(bytes_per_token).to(device)
         self.sums = StepSums(device, len(config.data.sources))
+        self.keep_shards = config.parallelism.reshard_after_forward  # what is wanted is memory, not less traffic
         self.bad_steps = BadSteps(training, device)
         self.step = 0
 
@@ -72,7 +73,7 @@ class Trainer:
         sources = len(self.config.data.sources)
         sums = torch.zeros(1 + 3 * sources, dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
-            with gradient_sync(self.module, last=i == len(batches) - 1):
+            with gradient_sync(self.module, last=i == len(batches) - 1, keep_shards=self.keep_shards):
                 loss, losses_B = self.module(batch.tokens, batch.targets, batch.docs)
                 (loss / tokens).backward()  # summed over ranks and micro-batches: the global mean over valid targets
             by_source_S3 = sums_by_source(losses_B, batch, self.bytes_per_token, sources)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.launch import run_distributed
@@ -148,14 +150,22 @@ def test_losses_agree_under_every_parallelism(
         assert np.abs(np.array(history) - reference(optimizer)).max() < 1e-5
 
 
-def reductions(parallelism: dict[str, Any], micro_batch: int) -> tuple[int, Counter[str]]:
-    """Micro-batches of a step on each of two ranks, and how often the step sums something over the ranks."""
+def reductions(parallelism: dict[str, Any], micro_batch: int) -> tuple[int, Counter[str], int]:
+    """Micro-batches of a step on each rank, how often the step sums something over the ranks, and of how many elements
+    gradients are kept between two micro-batches (0 where there is only one)."""
     data_parallel.UNIT_PARAMETERS = 1
     options = {"parallelism": parallelism, "training": {"micro_batch_size": micro_batch}}
     trainer = Trainer(config(**options), torch.device("cpu"), np.ones(VOCAB, np.int32))
-    rank, calls = torch.distributed.get_rank(), Counter[str]()
-    batches = [batch_of(0, i, rank, 2, micro_batch) for i in range(trainer.accumulation)]
+    rank, world_size, calls, kept = dist.get_rank(), dist.get_world_size(), Counter[str](), 0
+    batches = [batch_of(0, i, rank, world_size, micro_batch) for i in range(trainer.accumulation)]
     trainer.train_step(iter(batches))
+
+    def between(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Before each micro-batch: FSDP2 keeps whole gradients in places of its own."""
+        nonlocal kept
+        kept = sum(whole_gradients(m) for m in module.modules() if isinstance(m, FSDPModule))
+
+    trainer.module.register_forward_pre_hook(between)
 
     class Counted(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,21 +175,45 @@ def reductions(parallelism: dict[str, Any], micro_batch: int) -> tuple[int, Coun
 
     with Counted():
         trainer.train_step(iter(batches))
-    return trainer.accumulation, calls
+    return trainer.accumulation, calls, kept
+
+
+def whole_gradients(module: FSDPModule) -> int:
+    """Elements of the gradients that one of FSDP2's units keeps unsharded."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    return sum(
+        gradient.numel()
+        for p in (group.fsdp_params if group else [])
+        for gradient in (p.unsharded_accumulated_grad, getattr(p, "_unsharded_param", p.sharded_param).grad)
+        if gradient is not None and not isinstance(gradient, DTensor)
+    )
 
 
 @pytest.mark.parametrize(
-    ("parallelism", "scattered"), [({"dp_shard": 2}, 3), ({"dp_shard": 1, "dp_replicate": 2}, 0)], ids=["FSDP2", "DDP"]
+    ("world_size", "parallelism", "scattered", "shards"),
+    [
+        (2, {"dp_shard": 1, "dp_replicate": 2}, 0, False),
+        (2, {"dp_shard": 2, "reshard_after_forward": False}, 3, False),
+        (2, {"dp_shard": 2}, 3, True),
+        (4, {"dp_shard": 2, "dp_replicate": 2}, 3, True),
+    ],
+    ids=["DDP", "FSDP2", "FSDP2 with shards", "HSDP with shards"],
 )
-def test_gradients_travel_once_a_step(parallelism: dict[str, Any], scattered: int) -> None:
-    """Whatever the accumulation; with FSDP2 a reduction for each block and one for the root.
+def test_gradients_travel_once_a_step(
+    world_size: int, parallelism: dict[str, Any], scattered: int, shards: bool
+) -> None:
+    """Whatever the accumulation; with FSDP2 a reduction for each block and one for the root. Where only shards are kept
+    they are scattered after each micro-batch, but HSDP's replicas still sum once.
 
-    Seen to fail with `set_requires_gradient_sync(True)`, whose losses are the same, and without `no_sync`.
+    Seen to fail with `set_requires_gradient_sync(True)` and without `set_requires_all_reduce`, whose losses are the
+    same, and without `no_sync`.
     """
-    [(four, calls), _] = run_distributed(reductions, 2, parallelism, 1)
-    [(one, expected), _] = run_distributed(reductions, 2, parallelism, 4)
-    assert (four, one) == (4, 1)
-    assert calls == expected and calls["scattered"] == scattered and calls["summed"] >= 2
+    [(many, calls, kept), *_] = run_distributed(reductions, world_size, parallelism, 1)
+    [(one, expected, _), *_] = run_distributed(reductions, world_size, parallelism, BATCH // world_size)
+    assert (many, one) == (BATCH // world_size, 1)
+    assert calls["scattered"] == scattered * (many if shards else 1) and expected["scattered"] == scattered
+    assert calls["summed"] == expected["summed"] >= 2
+    assert (kept > 0) == (scattered > 0 and not shards)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -54,7 +54,10 @@ def report_start(
         ),
     ]
     # Weights and gradients are float32.
-    held = (8 * total + state_bytes(optimizer)) / config.parallelism.degrees(world_size())[1]
+    shards = config.parallelism.degrees(world_size())[1]
+    held = (8 * total + state_bytes(optimizer)) / shards
+    if accumulation > 1 and not config.parallelism.reshard_after_forward:
+        held += 4 * total * (1 - 1 / shards)  # gradients are whole until the last micro-batch
     rows.insert(3, ("memory", f"{held / 2**30:,.2f} GiB a process for the model and optimizer, before activations"))
     weights = sum(source.weight for source in prepared.sources)
     for source, epochs in zip(prepared.sources, order.epochs(config.total_steps), strict=True):

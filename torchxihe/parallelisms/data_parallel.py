@@ -65,10 +65,15 @@ def _units(blocks: list[nn.Module], least: int) -> list[list[nn.Module]]:
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Forward and backward of one micro-batch inside this; gradients travel only when it is the step's last."""
+def gradient_sync(model: nn.Module, *, last: bool, keep_shards: bool) -> Iterator[None]:
+    """Forward and backward of one micro-batch inside this; gradients travel only when it is the step's last.
+
+    But for FSDP2's with `keep_shards`: each micro-batch's are scattered at once, so that no process ever holds more of
+    them than its shard, and HSDP's replicas sum their shards at the last.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or keep_shards)
+        model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
