@@ -113,7 +113,9 @@ def train(config: Config, device: torch.device, every: int) -> dict[str, Any]:
 
 
 def steps_to(validation: list[list[float]], target: float) -> float:
-    """The first step, interpolated, at which the validation loss is `target`; infinity if it never is."""
+    """The first step, interpolated between validations, at which the loss is `target`; infinity if it never is."""
+    if validation[0][1] <= target:
+        return validation[0][0]
     for (step, loss), (next_step, next_loss) in itertools.pairwise(validation):
         if next_loss <= target < loss:
             return step + (next_step - step) * (loss - target) / (loss - next_loss)

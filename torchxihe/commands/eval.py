@@ -75,7 +75,8 @@ def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: in
     """What `validate` measures, on `prepared`'s held-out documents; 0: all of them."""
     device = default_device()
     dtype = getattr(torch, config.training.dtype) if device.type == "cuda" else torch.float32
-    attention = choose_attention(config.model, device, dtype, config.data.document_mask)
+    model = saved.model.model_copy(update={"attention": "auto"})  # what it was trained with may not be here
+    attention = choose_attention(model, device, dtype, config.data.document_mask)
     layout = BatchLayout(config.data.seq_len, config.training.micro_batch_size or 1, device, config.data.document_mask)
     batches = validation_batches(prepared, layout, max_tokens)
     bytes_per_token = torch.from_numpy(prepared.bytes_per_token).to(device)

@@ -28,7 +28,9 @@ TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "pingpong": True, "cluste
 
 def has_flash_attention_4(device: torch.device) -> bool:
     """Whether `flash-attn-4` is installed and `device` is one that it is made for (Hopper or newer)."""
-    return compute_capability(device) >= (9, 0) and _installed("flash_attn.cute")
+    repeats = compute_capability(device) < (12, 0)  # it has no deterministic backward pass there
+    wanted = torch.are_deterministic_algorithms_enabled()
+    return compute_capability(device) >= (9, 0) and (repeats or not wanted) and _installed("flash_attn.cute")
 
 
 def has_quack(device: torch.device) -> bool:
@@ -73,8 +75,9 @@ def _flash_attention_4_backward(
 
     lengths = {} if docs is None else {"max_seqlen_q": seq_len, "max_seqlen_k": seq_len}
     dq, dk, dv = _flash_attn_bwd(
-        q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=docs, cu_seqlens_k=docs, **lengths
-    )[:3]
+        q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=docs, cu_seqlens_k=docs, **lengths,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )[:3]  # fmt: skip
     return dq, dk, dv
 
 

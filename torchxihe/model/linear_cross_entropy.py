@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from torchxihe.utils.device import compile_obstacle
+
 IGNORE_INDEX = -100
 CHUNK_LOGITS = 2**29  # logits of one chunk, about: 1 GiB in bfloat16
 ROWS_MULTIPLE = 128  # what the matrix units like
@@ -40,7 +42,7 @@ def linear_cross_entropy_reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor
 
 def _cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, gradients: bool) -> None:
     """Write a chunk's losses (float32 [n]); with `gradients`, the gradient of their sum takes the logits' place."""
-    if logits_nV.is_cuda:
+    if logits_nV.is_cuda and not compile_obstacle():
         # Triton comes with PyTorch's CUDA builds alone.
         from torchxihe.model.softmax_kernel import cross_entropy_
 

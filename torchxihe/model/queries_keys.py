@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchxihe.model.norm import RMSNorm
 from torchxihe.model.rope import apply_rope
+from torchxihe.utils.device import compile_obstacle
 
 QueriesKeys = Callable[
     [Tensor, nn.Module, nn.Module, RMSNorm | None, RMSNorm | None, Tensor, Tensor], tuple[Tensor, Tensor]
@@ -85,7 +86,9 @@ def _norm_and_turn(
 def choose_queries_keys(head_dim: int, device: torch.device, dtype: torch.dtype, float8: str) -> QueriesKeys:
     """One in a kernel where that works: on a GPU, in 16-bit, with a head dimension that is a power of two."""
     works = device.type == "cuda" and dtype != torch.float32 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    return plain if not works else fused_float8 if float8 else fused
+    if not works or compile_obstacle():
+        return plain
+    return fused_float8 if float8 else fused
 
 
 @torch.library.custom_op("torchxihe::normed_rope", mutates_args=())

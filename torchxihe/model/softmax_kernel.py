@@ -20,6 +20,8 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
     target = tl.load(targets + row)
     columns = tl.arange(0, block)
     base = logits + row * stride
+    valid = target != ignore
+    hit = tl.load(base + tl.where(valid, target, 0)).to(tl.float32)  # before any thread may have overwritten it
     log2e = 1.4426950408889634  # powers of two are what the device computes
     whole = vocab // block * block
     rest = whole + columns < vocab
@@ -32,8 +34,6 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
         sums = sums * tl.exp2(highest - higher) + tl.exp2(x - higher)
         highest = higher
     lse = highest + tl.log2(tl.sum(sums))
-    valid = target != ignore
-    hit = tl.load(base + tl.where(valid, target, 0)).to(tl.float32)
     tl.store(losses + row, tl.where(valid, lse / log2e - hit, 0.0))
     if gradients:
         shift = tl.where(valid, lse, float("inf"))  # 2 to the minus infinity: a row that does not count has no gradient

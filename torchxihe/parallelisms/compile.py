@@ -12,7 +12,7 @@ def apply_compile(model: Decoder, *, whole: bool) -> None:
     the end, with nothing left to overlap their reduction with.
     """
     # Every batch has another number of documents. It is the one size that no code is made for: padded to the most that
-    # there might be, the empty ones would cost a tenth of the step (docs/performance.md).
+    # there might be, the empty ones would cost 6 % of a step (docs/performance.md).
     torch.compiler.config.dynamic_sources = "L['docs']"
     for module in [model] if whole else [*model.layers, model.head]:
         module.compile(fullgraph=True, dynamic=False)

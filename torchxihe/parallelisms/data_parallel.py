@@ -17,11 +17,13 @@ UNIT_PARAMETERS = 25_000_000  # FSDP2 takes about 1 ms of host time a unit: smal
 
 def apply_ddp(model: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
     """A copy of the model on every process; returns the wrapper to call (the model itself keeps its names)."""
+    # The tables are constants that every process has made for itself.
+    tables = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
     ddp = DistributedDataParallel(
         model,
         device_ids=[torch.cuda.current_device()] if mesh.device_type == "cuda" else None,
         process_group=mesh.get_group("dp_replicate"),
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 

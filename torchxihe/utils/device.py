@@ -65,8 +65,8 @@ def host_memory_gib() -> float:
 
 @functools.cache
 def compile_obstacle() -> str:
-    """Why torch.compile cannot work on this machine ("" if it can): its backends build C++ at run time."""
-    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+    """Why torch.compile and Triton cannot work on this machine ("" if they can): they build C++ or C at run time."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++")):
         return "there is no C++ compiler (g++ or clang++)"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "Python's headers are missing (Debian: python3-dev)"
