@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from torchxihe.components.bad_steps import BadSteps
-from torchxihe.components.checkpoint import Checkpointer, checkpoints_of, flat_state, resolve
+from torchxihe.components.checkpoint import Checkpointer, flat_state, resolve
 from torchxihe.components.export import Exporter
 from torchxihe.components.history import History
 from torchxihe.components.lr_scheduler import learning_rate
-from torchxihe.components.manifest import step_of
+from torchxihe.components.manifest import check_fresh_start, checkpoints_of, step_of
 from torchxihe.components.metrics import MetricsWriter, StepSums, Window, usage
 from torchxihe.components.micro_batch import fit_micro_batch
 from torchxihe.components.optimizer import build_optimizer, gradient_norm, optimizer_step
@@ -209,7 +209,9 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     start, only = newest, ()
     if newest is not None:
         history.go_on(checkpointer.train_state(newest))
-    elif config.checkpoint.load:
+    elif not config.checkpoint.load:
+        check_fresh_start(checkpointer.directory, config.run_dir)
+    else:
         start, only = resolve(config.checkpoint.load), config.checkpoint.load_only
         history.start_from(checkpointer.train_state(start), start, whole=not only)
     with memory_explained(config):

@@ -18,7 +18,16 @@ import time
 
 from tqdm import tqdm
 
-from torchxihe.components.manifest import CORRUPT, MANIFEST, CorruptError, read_manifest, step_flaws, step_of, steps_in
+from torchxihe.components.manifest import (
+    CORRUPT,
+    MANIFEST,
+    CorruptError,
+    homes_of,
+    read_manifest,
+    step_flaws,
+    step_of,
+    steps_in,
+)
 from torchxihe.components.ranks import explained
 from torchxihe.components.storage import Location
 from torchxihe.config import UserError
@@ -49,11 +58,9 @@ def _steps_at(place: Location) -> list[Location]:
     """Step directories, half-written ones too, newest first."""
     if step_of(place.name) >= 0:
         return [place] if place.is_dir() else []
-    for directory in (place, place / "checkpoints"):
-        drafts = [
-            directory / n for n in directory.names() if n.endswith(".tmp") and step_of(n.removesuffix(".tmp")) >= 0
-        ]
-        if steps := steps_in(directory) + drafts:
+    for home in homes_of(place):
+        drafts = [home / n for n in home.names() if n.endswith(".tmp") and step_of(n.removesuffix(".tmp")) >= 0]
+        if steps := steps_in(home) + drafts:
             return sorted(steps, key=lambda step: step_of(step.name.removesuffix(".tmp")), reverse=True)
     return []
 

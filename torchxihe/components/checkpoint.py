@@ -7,6 +7,7 @@ hashes (manifest.py) and the strict comparison of keys, shapes and dtypes are ou
 import json
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from torchxihe.components.manifest import (
     CorruptError,
     Files,
     Manifest,
+    homes_of,
     is_committed,
     mark_corrupt,
     read_manifest,
@@ -45,7 +47,7 @@ from torchxihe.components.ranks import Ranks, explained
 from torchxihe.components.staging import Staging, local_part, share_of_this_rank
 from torchxihe.components.storage import Location, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
-from torchxihe.config import Checkpoint, Config, UserError
+from torchxihe.config import Checkpoint, UserError
 from torchxihe.utils.distributed import is_main, rank, world_size
 
 TRAIN_STATE = "train_state.json"
@@ -95,12 +97,6 @@ def _create_adamw_state(optimizer: torch.optim.Optimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
             }
-
-
-def checkpoints_of(config: Config) -> Location:
-    """Where a run keeps its checkpoints."""
-    elsewhere = config.checkpoint.dir
-    return Location(elsewhere) / config.run.name if elsewhere else Location(config.run_dir / "checkpoints")
 
 
 class Checkpointer:
@@ -305,13 +301,15 @@ def resolve(path: str | PathLike[str]) -> Location:
     Raises UserError if there is none. Nothing is read but names: loading verifies.
     """
     place = Location(path)
+    if place.is_link():
+        place = Location(os.path.realpath(place))
     if step_of(place.name) >= 0 and place.is_dir():
         if not is_committed(place):
             reason = f"is marked {CORRUPT}" if CORRUPT in place.names() else f"has no {MANIFEST}"
             raise UserError(f"{place}: {reason}, so it is not a valid checkpoint; name another step")
         return place
-    for directory in (place, place / "checkpoints"):
-        for step in steps_in(directory):
+    for home in homes_of(place):
+        for step in steps_in(home):
             if is_committed(step):
                 return step
     what = "holds no committed checkpoint" if place.is_dir() else "no such directory"

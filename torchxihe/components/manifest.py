@@ -13,13 +13,16 @@ checkpoints/step-00001000/       committed, if MANIFEST.json is there and CORRUP
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from torchxihe.components.storage import Location, hash_file, with_retries
-from torchxihe.config import UserError
+from torchxihe.config import Config, UserError, load_config
 
 MANIFEST = "MANIFEST.json"
 CORRUPT = "CORRUPT"
@@ -54,6 +57,34 @@ def is_committed(directory: Location) -> bool:
     """Whether the directory was written to its end and nobody has marked it; says nothing of its files' content."""
     names = directory.names()
     return MANIFEST in names and CORRUPT not in names
+
+
+def checkpoints_of(config: Config) -> Location:
+    """Where a run keeps its checkpoints."""
+    elsewhere = config.checkpoint.dir
+    return Location(elsewhere) / config.run.name if elsewhere else Location(config.run_dir / "checkpoints")
+
+
+def homes_of(path: str | PathLike[str]) -> list[Location]:
+    """Where steps may lie of what `path` names: in it, or in its checkpoints/, or where the run there keeps them."""
+    place = Location(path)
+    homes = [place, place / "checkpoints"]
+    if place.local and (place / "config.toml").exists():
+        with suppress(UserError):  # another version's
+            config = load_config(str(place / "config.toml"))
+            # Not without `checkpoint.dir`: the run may be a copy, and its name and directory the original's.
+            homes[1:1] = [checkpoints_of(config)] if config.checkpoint.dir else []
+    return homes
+
+
+def check_fresh_start(directory: Location, run_dir: Path) -> None:
+    """Raise UserError if the run has committed steps elsewhere: they are not to be forgotten for an empty directory."""
+    for home in homes_of(run_dir):
+        if home != directory and any(is_committed(step) for step in steps_in(home)):
+            raise UserError(
+                f"checkpoint.dir: there is no checkpoint in {directory}, but there are in {home}; move them, or start "
+                f"another run from them with --run.name=NAME --checkpoint.load={run_dir}"
+            )
 
 
 @dataclass(frozen=True)

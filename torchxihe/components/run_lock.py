@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from torchxihe.components.checkpoint import checkpoints_of
+from torchxihe.components.manifest import checkpoints_of
 from torchxihe.components.ranks import Ranks
 from torchxihe.config import Config, UserError
 from torchxihe.utils.distributed import all_gather_object, broadcast_object, is_main

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from torchxihe.components.checkpoint import TRAIN_STATE, checkpoints_of, load_model_only, resolve
+from torchxihe.components.checkpoint import TRAIN_STATE, load_model_only, resolve
 from torchxihe.components.manifest import step_of
 from torchxihe.components.ranks import explained
 from torchxihe.components.storage import Location, with_retries
-from torchxihe.config import Model, UserError, load_config
+from torchxihe.config import Model, UserError
 from torchxihe.model.attention import Attention, sdpa
 from torchxihe.model.decoder import Decoder
 
@@ -39,11 +39,7 @@ def open_saved(path: str | PathLike[str]) -> SavedRun:
 
     Raises UserError if there is none. Weights are not read, nor is anything verified.
     """
-    place: str | PathLike[str] = path
-    if (Path(path) / "config.toml").is_file():  # a run may keep its checkpoints elsewhere
-        place = checkpoints_of(load_config(Path(path) / "config.toml"))
-        place = place if place.is_dir() else path
-    step_dir = resolve(place)
+    step_dir = resolve(path)
     try:
         train_state = json.loads(with_retries((step_dir / TRAIN_STATE).read))
     except OSError as error:

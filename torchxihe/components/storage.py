@@ -64,12 +64,13 @@ class Location(os.PathLike[str]):
     @property
     def name(self) -> str:
         """The last part."""
-        return self._text.rpartition("/")[2]
+        return (self._path if self.local else self._text).rpartition("/")[2]  # of "." too
 
     @property
     def parent(self) -> "Location":
         """What holds it."""
-        return Location(self._text.rpartition("/")[0] or ".")
+        head, _, last = self._text.rpartition("/")
+        return Location(os.path.dirname(self._path) if self.local and last in (".", "..") else head or ".")
 
     def with_name(self, name: str) -> "Location":
         """The neighbour of that name."""
@@ -160,6 +161,8 @@ class HashedFile:
     """Counts and hashes what passes on the way to a file, so that a fault between here and the disk is seen later."""
 
     def __init__(self, raw: IO[bytes]) -> None:
+        self.error: OSError | None = None
+        """What writing has met: those who write through others may see an error of the others' instead."""
         self._raw = raw
         self._hash = xxhash.xxh3_128()
         self._bytes = 0
@@ -167,7 +170,11 @@ class HashedFile:
     def write(self, data: Any) -> int:
         """Append the whole of `data`, any buffer."""
         self._hash.update(data)
-        self._raw.write(data)
+        try:
+            self._raw.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         written = memoryview(data).nbytes
         self._bytes += written
         return written

@@ -29,7 +29,10 @@ class _Files:
                 yield stream
             return
         with path.create() as stream:
-            yield stream
+            try:
+                yield stream
+            except RuntimeError as error:  # torch.save's, which found its file shorter than it should be
+                raise stream.error or error from None
         self.written[path.name] = stream.digest()
 
     def concat_path(self, path: Location, suffix: str) -> Location:
