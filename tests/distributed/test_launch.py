@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_distributed
-from torchxihe.utils.distributed import all_reduce_sum, rank
+from torchxihe.components.stop import Stop
+from torchxihe.config import Parallelism
+from torchxihe.parallelisms.mesh import build_mesh
+from torchxihe.utils.distributed import all_reduce_sum, rank, world_size
 
 
 def _sum_of_ranks() -> float:
@@ -49,3 +52,18 @@ def test_a_dead_rank_is_noticed() -> None:
 def test_a_hang_ends_with_stacks() -> None:
     with pytest.raises(AssertionError, match=r"(?s)rank 1 ---.*_rank_one_sleeps"):
         run_distributed(_rank_one_sleeps, 2, timeout=2)
+
+
+def _timeouts(degrees: tuple[int, int]) -> set[float]:
+    mesh = build_mesh(Parallelism(dp_replicate=degrees[0], dp_shard=degrees[1]), world_size(), "cpu")
+    assert mesh is not None
+    with Stop() as stop:
+        groups = [*mesh.get_all_groups(), stop._group]
+        return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2), (2, 2)])
+def test_every_group_waits_as_long_as_all(degrees: tuple[int, int]) -> None:
+    """Seen to fail with the groups as they are made: HSDP's and the stop's end after the backend's 30 minutes."""
+    for timeouts in run_distributed(_timeouts, degrees[0] * degrees[1], degrees, timeout=45):
+        assert timeouts == {90.0}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from torchxihe.config import UserError
-from torchxihe.utils.distributed import rank
+from torchxihe.utils.distributed import as_patient, rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 END = b"\0"  # no signal's number
@@ -41,7 +41,7 @@ class Stop:
         self._before: dict[signal.Signals, object] = {}
         self._flag = torch.zeros(1)
         self._work: dist.Work | None = None
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = as_patient(dist.new_group(backend="gloo")) if dist.is_initialized() else None
 
     def __enter__(self) -> "Stop":
         self._ear, self._mouth = os.pipe()

@@ -3,6 +3,7 @@
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchxihe.config import Parallelism
+from torchxihe.utils.distributed import as_patient
 
 
 def build_mesh(parallelism: Parallelism, world_size: int, device_type: str) -> DeviceMesh | None:
@@ -10,7 +11,10 @@ def build_mesh(parallelism: Parallelism, world_size: int, device_type: str) -> D
     degrees = parallelism.degrees(world_size)
     if world_size == 1:
         return None
-    return init_device_mesh(device_type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
+    mesh = init_device_mesh(device_type, degrees, mesh_dim_names=("dp_replicate", "dp_shard"))
+    for group in mesh.get_all_groups():
+        as_patient(group)
+    return mesh
 
 
 def describe_mesh(mesh: DeviceMesh | None) -> str:

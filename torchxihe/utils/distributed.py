@@ -65,6 +65,14 @@ def process_group(timeout_seconds: float = 600) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
+def as_patient(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """`group`, with the timeout of `process_group`: a group that is made later begins with its backend's own."""
+    for device in group._device_types:
+        everybody = dist.distributed_c10d._get_default_group()._get_backend(device)
+        group._get_backend(device)._set_default_timeout(everybody.options._timeout)
+    return group
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
