@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -389,6 +389,14 @@ class Config(Section):
     metrics: Metrics = Metrics()
     profiler: Profiler = Profiler()
 
+    _behind: tuple[int, int] = PrivateAttr((0, 0))
+
+    def gone_on(self, step: int, samples: int) -> "Config":
+        """The same for a run that has taken `samples` in `step` steps, with whatever batches: `total_steps` knows."""
+        config = self.model_copy()
+        config._behind = step, samples
+        return config
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one global batch, padding included; after the ramp, if there is one."""
@@ -399,11 +407,13 @@ class Config(Section):
         """The horizon in optimizer steps."""
         if self.training.steps:
             return self.training.steps
-        step, left = 0, -(-self.training.tokens // self.data.seq_len)
+        step, samples = self._behind
+        left = max(-(-self.training.tokens // self.data.seq_len) - samples, 0)
         for sequences, until in self.training.batch_ramp:
-            if (until - step) * sequences >= left:
+            steps = max(until - step, 0)
+            if steps * sequences >= left:
                 return step + -(-left // sequences)
-            step, left = until, left - (until - step) * sequences
+            step, left = step + steps, left - steps * sequences
         return step + -(-left // self.training.global_batch_size)
 
     def batch_size(self, step: int) -> int:

@@ -16,7 +16,7 @@ from torchxihe.components.checkpoint import Checkpointer, flat_state, resolve
 from torchxihe.components.export import Exporter
 from torchxihe.components.history import History
 from torchxihe.components.lr_scheduler import learning_rate
-from torchxihe.components.manifest import check_fresh_start, checkpoints_of, step_of
+from torchxihe.components.manifest import check_fresh_start, checkpoints_of
 from torchxihe.components.metrics import MetricsWriter, StepSums, Window, usage
 from torchxihe.components.micro_batch import fit_micro_batch
 from torchxihe.components.optimizer import build_optimizer, gradient_norm, optimizer_step
@@ -198,22 +198,34 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     """Find out where the run stands, build it, and train."""
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
     newest = checkpointer.newest(config.total_steps)
-    if newest is not None and step_of(newest.name) >= config.total_steps:
+    start, only = newest, ()
+    if newest is None and config.checkpoint.load:
+        start, only = resolve(config.checkpoint.load), config.checkpoint.load_only
+    elif newest is None:
+        check_fresh_start(checkpointer.directory, config.run_dir)
+    saved = checkpointer.train_state(start) if start is not None else {}
+    if saved and not only:
+        samples = Stage.from_json(saved["stages"][-1]).first_sample(saved["step"]) if saved["stages"] else 0
+        config = config.gone_on(saved["step"], samples)
+    longer = f"a larger --training.{'tokens' if config.training.tokens else 'steps'}=N"
+    if newest is not None and saved["step"] >= config.total_steps:
         with Exporter(config, checkpointer):  # the last export may have been interrupted
             watchdog.begin("exports", config.training.init_timeout)
-        log.info("%s is finished: it has done %d steps.", config.run_dir, step_of(newest.name))
-        log.info("Go on with a larger --training.steps=N, or start another run with --run.name=NAME.")
+        log.info("%s is finished: it has done %d steps.", config.run_dir, saved["step"])
+        log.info("Go on with %s, or start another run with --run.name=NAME.", longer)
         return
+    if saved and not only and saved["step"] >= config.total_steps:
+        weights = """--checkpoint.load_only='["model"]'"""
+        raise UserError(
+            f"checkpoint.load: {start} has done {saved['step']} steps, which is all of this run; give {longer}, or "
+            f"{weights} to begin at step 0 with its weights"
+        )
     prepared = open_prepared(config)
     history = History(config, prepared.tokenizer_dir)
-    start, only = newest, ()
     if newest is not None:
-        history.go_on(checkpointer.train_state(newest))
-    elif not config.checkpoint.load:
-        check_fresh_start(checkpointer.directory, config.run_dir)
-    else:
-        start, only = resolve(config.checkpoint.load), config.checkpoint.load_only
-        history.start_from(checkpointer.train_state(start), start, whole=not only)
+        history.go_on(saved)
+    elif start is not None:
+        history.start_from(saved, start, whole=not only)
     with memory_explained(config):
         config = fit_micro_batch(config, device, trial_step)
         trainer = Trainer(config, device, prepared.bytes_per_token)

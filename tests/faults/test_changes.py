@@ -42,6 +42,28 @@ def test_batch_and_learning_rate_are_recorded(workspace: Workspace, unbroken: Ca
     assert all(rows[g] == row for entry in found.values() for g, row in entry["rows"].items())
 
 
+def test_a_horizon_in_tokens_counts_those_of_other_batches(workspace: Workspace) -> None:
+    """Twice the batch from the middle on: all 120 samples are taken, and no more. Seen to fail, with the run finished
+    where it was resumed, when the horizon is that of the new batch from step 0."""
+    flags = ("--training.steps=0", "--training.tokens=7_680")
+    assert workspace.run(2, *flags, fault=Fault("step", 10, "SIGTERM")).succeeded
+    step = max(workspace.steps())
+    assert 10 <= step < 20
+    bigger = (*flags, "--training.global_batch_size=12")
+    workspace.finish(1, *bigger)
+    found = workspace.ledger()
+    assert len(found) == step + (20 - step + 1) // 2
+    assert sum(len(entry["rows"]) for entry in found.values()) in (120, 126)
+    assert "is finished" in (log := workspace.finish(1, *bigger)) and "larger --training.tokens=N" in log
+
+
+def test_a_checkpoint_with_nothing_left_to_do_is_no_start(workspace: Workspace) -> None:
+    workspace.finish(1)
+    flags = ("--run.name=b", "--checkpoint.load=runs/config")
+    workspace.run(1, *flags).check_mistake("checkpoint.load: ", "has done 20 steps", "a larger --training.steps=N")
+    assert "finished 22 steps" in workspace.finish(1, *flags, "--training.steps=22")
+
+
 @pytest.mark.parametrize(
     ("flag", "option"),
     [

@@ -41,7 +41,8 @@ class Stop:
         self._before: dict[signal.Signals, object] = {}
         self._flag = torch.zeros(1)
         self._work: dist.Work | None = None
-        self._group = as_patient(dist.new_group(backend="gloo")) if dist.is_initialized() else None
+        new = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = as_patient(new) if isinstance(new, dist.ProcessGroup) else None
 
     def __enter__(self) -> "Stop":
         self._ear, self._mouth = os.pipe()
