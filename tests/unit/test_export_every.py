@@ -63,6 +63,15 @@ def test_an_interrupted_export_is_made_at_the_next_start(exported: Path, capsys:
     assert (folder / "config.json").is_file()
 
 
+def test_an_export_that_was_never_begun_is_made_at_the_next_start(tmp_path: Path) -> None:
+    """As `kill -9` right after a checkpoint's commit leaves it. Seen to fail where drafts alone are made again."""
+    config, checkpointer, save = saver(tmp_path)
+    save(10)
+    with Exporter(config, checkpointer):
+        pass
+    assert [folder.name for folder in (config.run_dir / "exports").iterdir()] == ["step-00000010"]
+
+
 KILLED = """
 import os, sys
 from torchxihe.__main__ import run
@@ -128,7 +137,8 @@ def saver(root: Path) -> tuple[Config, Checkpointer, Any]:
     """A run that has a checkpoint of step 7, and a function that saves another step."""
     config, model = make_run(root, LLAMA)
     options = config.checkpoint.model_copy(update={"export_every": 10, "every": 10, "keep_last": 1})
-    config = config.model_copy(update={"checkpoint": options})
+    training = config.training.model_copy(update={"steps": 100})
+    config = config.model_copy(update={"checkpoint": options, "training": training})
     checkpointer = Checkpointer(config.run_dir / "checkpoints", options)
     state = checkpointer.train_state(config.run_dir / "checkpoints" / "step-00000007")
 
@@ -162,8 +172,7 @@ def test_stopping_does_not_wait_and_the_next_start_makes_it(tmp_path: Path, slow
         assert slow.started.wait(30)
         exporter.cancel()
         slow.may_go_on.set()
-    [left] = (config.run_dir / "exports").iterdir()
-    assert left.name == "step-00000010.tmp" and not list(left.iterdir())
+    assert not list((config.run_dir / "exports").iterdir())
     with Exporter(config, checkpointer):
         pass
     [whole] = (config.run_dir / "exports").iterdir()
@@ -177,7 +186,7 @@ def test_an_error_does_not_wait_either(tmp_path: Path, slow: Slow) -> None:
         assert slow.started.wait(30)
         threading.Timer(0.5, slow.may_go_on.set).start()
         raise ZeroDivisionError
-    assert [path.name for path in (config.run_dir / "exports").iterdir()] == ["step-00000010.tmp"]
+    assert not list((config.run_dir / "exports").iterdir())
 
 
 def test_an_export_that_fails_is_a_warning(

@@ -138,7 +138,8 @@ def test_steps_taken_again_count_once(tmp_path: Path) -> None:
 def test_a_torn_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     run_dir = train(write_training(tmp_path), "--training.steps=3")
     file = run_dir / METRICS
-    file.write_text(file.read_text() + '{"step": 4, "lo')
+    with file.open("ab") as out:  # lines that a disk has spoilt, and the last one torn
+        out.write(b'{"loss": \xff}\n[1]\n{"loss": 1.0}\n{"step": 4, "lo')
     train(tmp_path / "train.toml", "--training.steps=5")
     assert [line["step"] for line in read_metrics(file)[0]] == [1, 2, 3, 4, 5]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import torchxihe
 from torchxihe.components.checkpoint import Checkpointer, corrupt, flat_state, load_tensors, open_fitting
-from torchxihe.components.manifest import CorruptError, is_committed, read_manifest, step_flaws, step_of
+from torchxihe.components.manifest import CorruptError, is_committed, read_manifest, step_flaws, step_of, steps_in
 from torchxihe.components.ranks import explained
 from torchxihe.components.saved_run import SavedRun, open_saved
 from torchxihe.components.storage import Location
@@ -273,8 +273,8 @@ class Exporter:
     """Exports the checkpoints that `checkpoint.export_every` asks for: rank 0, in a thread, while training goes on.
 
     To `exports/` in the run directory. A checkpoint is not deleted before its export is done. An export that fails is
-    a warning. One that is interrupted leaves a `.tmp` folder, by which the next start knows to make it again. Used in
-    a `with`, on all ranks, which waits for what is under way, unless it is left by an error or after `cancel`.
+    a warning. Each start makes those of its checkpoints that are missing, for whatever reason. Used in a `with`, on all
+    ranks, which waits for what is under way, unless it is left by an error or after `cancel`.
     """
 
     def __init__(self, config: Config, checkpointer: Checkpointer) -> None:
@@ -288,9 +288,9 @@ class Exporter:
 
     def __enter__(self) -> "Exporter":
         if is_main():
-            for draft in sorted(self._folder.glob("step-*.tmp")):
+            for draft in self._folder.glob("step-*.tmp"):
                 shutil.rmtree(draft)
-                step_dir = self._checkpointer.directory / draft.stem
+            for step_dir in reversed(steps_in(self._checkpointer.directory)):
                 if is_committed(step_dir):
                     self._offer(step_dir)
         return self
@@ -314,7 +314,6 @@ class Exporter:
         step, out = step_of(step_dir.name), self._folder / step_dir.name
         if not self._every or (step % self._every and step != self._last) or out.exists():
             return
-        out.with_name(f"{out.name}.tmp").mkdir(parents=True, exist_ok=True)
         self._checkpointer.in_use.add(step_dir)
         self._exports.append(self._thread.submit(self._export, step_dir, out))
 
@@ -325,7 +324,6 @@ class Exporter:
             export(open_saved(step_dir), out, progress=self._go_on)
             log.info("exported %s in %.1f s", out, time.perf_counter() - start)
         except _CancelledError:
-            out.with_name(f"{out.name}.tmp").mkdir(exist_ok=True)
             log.info("the export of %s is left to the next start", step_dir.name)
         except UserError as error:
             log.warning("%s: not exported: %s; for another try: torchxihe export %s --out DIR", out, error, step_dir)

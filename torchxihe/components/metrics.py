@@ -150,16 +150,16 @@ def usage(config: Config, device: torch.device, tokens_per_second: float) -> dic
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Training's and validation's lines of a `metrics.jsonl` by step, NaN for null.
 
-    A step that was taken again, after an interruption, counts as it was the last time. A torn line is left out.
+    A step that was taken again, after an interruption, counts as it was the last time. A damaged line is left out.
     """
     train: dict[int, dict[str, float]] = {}
     valid: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             metrics = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
-        except ValueError:
+            (train if "loss" in metrics else valid)[int(metrics["step"])] = metrics
+        except (ValueError, AttributeError, KeyError):
             continue
-        (train if "loss" in metrics else valid)[int(metrics["step"])] = metrics
     return [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)]
 
 
