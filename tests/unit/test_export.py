@@ -15,7 +15,7 @@ from tests.unit.saved_runs import LLAMA, QWEN3, TEXT, TOKENS, make_run
 from tests.unit.test_model import Shape, model_config
 from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
-from torchxihe.components.export import export
+from torchxihe.components.export import draft_of, export
 from torchxihe.components.saved_run import load_decoder, open_saved
 from torchxihe.config import Model, Tokenizer, UserError, load_config
 from torchxihe.data.tokenizer import load_tokenizer, obtain
@@ -47,7 +47,7 @@ def test_transformers_gives_the_same_logits_and_ids(tmp_path: Path, shape: Shape
         assert theirs(text)["input_ids"] == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text
     assert theirs.eos_token_id == ours.eos_id
-    assert not (tmp_path / "out.tmp").exists()
+    assert not draft_of(tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -242,6 +242,8 @@ def test_rope_theta_is_read_from_either_place() -> None:
         ({"model_type": "mistral"}, "model_type = 'mistral'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None}, "rope_type = 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "rope_type = 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),  # beside "rope_parameters"
+        ({"max_position_embeddings": "long"}, "max_position_embeddings = 'long'; must be a whole number"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type = 'yarn'"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),

@@ -15,7 +15,7 @@ from tests.unit.test_watch import losses, train
 from torchxihe.__main__ import run
 from torchxihe.components import export as module
 from torchxihe.components.checkpoint import Checkpointer, flat_state
-from torchxihe.components.export import Exporter, write_safetensors
+from torchxihe.components.export import Exporter, draft_of, write_safetensors
 from torchxihe.components.manifest import steps_in
 from torchxihe.config import Config, UserError, load_config
 
@@ -55,7 +55,7 @@ def test_an_interrupted_export_is_made_at_the_next_start(exported: Path, capsys:
     folder = exported / "exports" / "step-00000006"
     before = weights(folder)
     (folder / "config.json").unlink()
-    folder.rename(folder.with_name("step-00000006.tmp"))
+    folder.rename(draft_of(folder))
     run(["train", str(exported / "config.toml")])
     assert "is finished" in capsys.readouterr().out
     assert sorted(path.name for path in (exported / "exports").iterdir()) == ["step-00000004", "step-00000006"]
@@ -92,8 +92,8 @@ def test_killed_in_the_middle_of_an_export(exported: Path, tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", KILLED, *flags], cwd=ROOT, capture_output=True, timeout=120)
     assert done.returncode == -9
     exports = tmp_path / "train" / "exports"
-    assert {folder.suffix for folder in exports.iterdir()} == {".tmp"}  # of step 4, and of step 6 if it was that far
-    assert (exports / "step-00000004.tmp" / "model.safetensors").is_file()
+    assert {folder.suffix for folder in exports.iterdir()} == {".torchxihe"}  # of step 4, perhaps of step 6
+    assert (draft_of(exports / "step-00000004") / "model.safetensors").is_file()
     run(["train", *flags])
     assert sorted(folder.name for folder in exports.iterdir()) == ["step-00000004", "step-00000006"]
     assert all(same(exports / name, exported / "exports" / name) for name in ("step-00000004", "step-00000006"))

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchxihe.components.checkpoint import Checkpointer, flat_state
+from torchxihe.components.export import draft_of
 from torchxihe.components.ranks import explained
 from torchxihe.components.storage import Location, hash_file
 from torchxihe.config import Checkpoint, Model, Tokenizer, UserError
@@ -63,7 +64,7 @@ def main(args: list[str]) -> None:
 def import_model(folder: Path, out: Path, origin: str) -> None:
     """Make the directory `out` of the Hugging Face `folder`, whole or not at all. Raises UserError or OSError."""
     model, seq_len = _read_config(folder / "config.json")
-    draft = out.with_name(f"{out.name}.tmp")
+    draft = draft_of(out)
     try:
         shutil.rmtree(draft, ignore_errors=True)
         with tempfile.TemporaryDirectory() as cache:
@@ -182,7 +183,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            names = sorted({Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index}: not the index of safetensors files; download it again") from None
     else:

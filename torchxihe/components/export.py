@@ -50,9 +50,9 @@ def export(
     the tokenizer does not have are left out. `out` is there whole or not at all. Raises UserError if it exists, if the
     checkpoint is corrupt, or if the disk fails.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} is there already and not empty; name a new folder")
-    draft = out.with_name(f"{out.name}.tmp")
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(".")):
+        raise UserError(f"--out: {out} is there already, and not empty or in use; name a new folder")
+    draft = draft_of(out)
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -66,6 +66,12 @@ def export(
         raise explained(error) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def draft_of(out: Path) -> Path:
+    """Where a folder is made that shall be there whole or not at all: beside it, under a name that nobody else uses."""
+    whole = out.absolute()
+    return whole.with_name(f".{whole.name}.torchxihe")
 
 
 def _write_weights(
@@ -288,7 +294,7 @@ class Exporter:
 
     def __enter__(self) -> "Exporter":
         if is_main():
-            for draft in self._folder.glob("step-*.tmp"):
+            for draft in self._folder.glob(draft_of(Path("step-*")).name):
                 shutil.rmtree(draft)
             for step_dir in reversed(steps_in(self._checkpointer.directory)):
                 if is_committed(step_dir):

@@ -51,10 +51,10 @@ def model_from_hf(hf: dict[str, Any]) -> tuple[Model, int]:
         raise ValueError(f"model_type = {kind!r}; only llama and qwen3 can be imported")
     rope = hf.get("rope_parameters") or {}
     scaling = hf.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    rope_types = {rope.get("rope_type"), scaling.get("rope_type"), scaling.get("type")} - {None, "default"}
     wanted = {
         "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
-        "rope_type": (rope_type, "default"),
+        "rope_type": (", ".join(sorted(rope_types)) or "default", "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), 1.0),
         "attention_bias": (bool(hf.get("attention_bias")), False),
         "mlp_bias": (bool(hf.get("mlp_bias")), False),
@@ -81,4 +81,7 @@ def model_from_hf(hf: dict[str, Any]) -> tuple[Model, int]:
         rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
         initializer_range=float(hf.get("initializer_range", 0.02)),
     )
-    return model, hf.get("max_position_embeddings", 2048 if not qwen3 else 32768)
+    longest = hf.get("max_position_embeddings") or (32768 if qwen3 else 2048)
+    if not isinstance(longest, int):
+        raise ValueError(f"max_position_embeddings = {longest!r}; must be a whole number")
+    return model, longest
