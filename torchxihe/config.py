@@ -272,7 +272,7 @@ class LRScheduler(Section):
     decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
     """wsd: shape of the decay: linear, 1 - sqrt(progress), or half a cosine."""
     min_lr_fraction: Fraction = 0.0
-    """The decay ends at this fraction of the peak rate."""
+    """The decay leads to this fraction of the peak rate, which it would reach with the step after the last."""
 
 
 class Parallelism(Section):
