@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchxihe.model.attention import Attention, fa4, sdpa, varlen
-from torchxihe.model.kernels import has_flash_attention_4
+from torchxihe.model.attention import Attention, fa4, has_flash_attention_4, sdpa, varlen
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from torchxihe.model.decoder import Linear
-from torchxihe.model.kernels import has_quack
-from torchxihe.model.swiglu import plain, quack
+from torchxihe.model.swiglu import has_quack, plain, quack
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not has_quack(torch.device("cuda")),

@@ -51,10 +51,11 @@ def model_from_hf(hf: dict[str, Any]) -> tuple[Model, int]:
         raise ValueError(f"model_type = {kind!r}; only llama and qwen3 can be imported")
     rope = hf.get("rope_parameters") or {}
     scaling = hf.get("rope_scaling") or {}
-    rope_types = {rope.get("rope_type"), scaling.get("rope_type"), scaling.get("type")} - {None, "default"}
+    named = rope.get("rope_type"), scaling.get("rope_type"), scaling.get("type")
+    rope_types = sorted({str(name) for name in named if name not in (None, "default")})
     wanted = {
         "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
-        "rope_type": (", ".join(sorted(rope_types)) or "default", "default"),
+        "rope_type": (", ".join(rope_types) or "default", "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), 1.0),
         "attention_bias": (bool(hf.get("attention_bias")), False),
         "mlp_bias": (bool(hf.get("mlp_bias")), False),
