@@ -94,6 +94,18 @@ def test_a_shard_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_two_that_write_the_same_shard_share_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail with one name for both: the second empties what the first has written, and the hole is committed."""
+    with ShardWriter(tmp_path, "00000", "<u4") as writer:
+        writer.add("train", [np.arange(500_000)], 9)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            ShardWriter(tmp_path, "00000", "<u4").__enter__()  # and is killed
+        entry = writer.commit({})
+    assert committed_shard(tmp_path, "00000") == entry
+    assert np.fromfile(tmp_path / "train-00000.bin", "<u4").tolist() == list(range(500_000))
+
+
 def test_a_shard_with_masks(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "00000", "<u4", kinds=("bin", "idx", "msk")) as writer:
         writer.add("train", [np.arange(5)], 9, np.array([False, True, True, False, True]))

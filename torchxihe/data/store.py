@@ -10,6 +10,7 @@ Nothing here imports torch, datasets or a tokenizer library: this is the data pa
 import hashlib
 import json
 import os
+import socket
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -294,9 +295,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, value], sort_keys=True).encode()).hexdigest()[:32]
 
 
+def draft(path: Path) -> Path:
+    """Where this process writes what is to be `path`: two that make the same file must not write into one."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that it is either whole and on the disk, or not there."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = draft(path)
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
@@ -331,7 +337,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         self._store.mkdir(parents=True, exist_ok=True)
         for name in self._hashes:
-            self._files[name] = (self._store / f"{name}.tmp").open("wb", buffering=2**20)
+            self._files[name] = draft(self._store / name).open("wb", buffering=2**20)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -340,7 +346,7 @@ class ShardWriter:
                 file.close()
         if kind is not None:
             for name in self._hashes:
-                (self._store / f"{name}.tmp").unlink(missing_ok=True)
+                draft(self._store / name).unlink(missing_ok=True)
 
     def add(self, split: Split, parts: Iterable[np.ndarray], size: int, mask: np.ndarray | None = None) -> None:
         """Append a document: its tokens in `parts`, laid end to end, and how many bytes of text they stand for.
@@ -377,7 +383,7 @@ class ShardWriter:
         for name, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
-            (self._store / f"{name}.tmp").rename(self._store / name)
+            draft(self._store / name).rename(self._store / name)
         hashes = {name: hash.hexdigest() for name, hash in self._hashes.items()}
         entry = {"name": self._name, "dtype": self._dtype.str, **self.counts, "xxh3_128": hashes, **report}
         write_json(self._store / f"{self._name}.json", entry)
