@@ -452,6 +452,59 @@ def test_token_files_are_used_where_they_lie(tmp_path: Path, kind: str, monkeypa
     assert sum(manifest[s]["tokens"] for s in ("train", "valid")) == by_text.sources[0].tokens
 
 
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, Any]:
+    """The section `tokenizer` for token files: one of bytes."""
+    by_text = prepare(make_config(tmp_path / "cache", write_texts(tmp_path / "text.jsonl", ["ab"]), tokenizer=BYTES))
+    return {"path": str(by_text.tokenizer_dir)}
+
+
+def test_token_files_that_were_moved_or_changed(tmp_path: Path, given: dict[str, Any]) -> None:
+    """Seen to fail, all of it, with the path in the store: its key, which is content alone, knows no new path."""
+    write_token_file(tmp_path / "a.bin", "nanogpt", [[5, 6, 0], [7, 0]])
+    before, after = (
+        make_config(tmp_path / "cache", {"path": str(tmp_path / name), "format": "tokens"}, tokenizer=given)
+        for name in ("a.bin", "b.bin")
+    )
+    made = prepare(before)
+    (tmp_path / "a.bin").rename(tmp_path / "b.bin")
+    assert prepare(after).rows == made.rows
+    with pytest.raises(UserError, match=r"^\S*/a.bin: is gone: run `torchxihe prepare CONFIG` again$"):
+        open_prepared(before)
+    write_token_file(tmp_path / "a.bin", "nanogpt", [[8, 0], [9, 9, 0]])  # another corpus of the same size
+    with pytest.raises(UserError, match="a.bin: is not the file that was prepared: run `torchxihe prepare CONFIG`"):
+        open_prepared(before)
+    out = np.empty(17, "<u2")
+    open_prepared(after).sources[0].open("train").read(0, out)
+    assert sorted(out[:5].tolist()) == [0, 0, 5, 6, 7]
+    assert prepare(before).rows != made.rows
+
+
+def test_a_changed_megatron_index_is_another_source(tmp_path: Path, given: dict[str, Any]) -> None:
+    """Seen to fail when the tokens alone are hashed."""
+    config = make_config(tmp_path / "cache", {"path": str(tmp_path / "a.bin"), "format": "tokens"}, tokenizer=given)
+    write_token_file(tmp_path / "a.bin", "nanogpt", [[5, 6, 0], [7, 0]])
+    counts = [prepare(config).sources[0].documents]
+    for documents in ([[5, 6, 0, 7, 0]], [[5], [6], [0], [7], [0]]):
+        write_token_file(tmp_path / "a.bin", "megatron", documents)
+        counts.append(prepare(config).sources[0].documents)
+    assert counts == [2, 1, 5]
+
+
+def test_the_split_of_tokens_does_not_depend_on_their_width(tmp_path: Path, given: dict[str, Any]) -> None:
+    """Seen to fail when a file's bytes are hashed."""
+    documents = [[1 + i % 200, 1 + i // 200, 0] for i in range(100)]
+    write_token_file(tmp_path / "narrow.bin", "llm.c", documents)
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240801, 1, 300
+    (tmp_path / "wide.bin").write_bytes(header.tobytes() + np.array(documents, "<u4").tobytes())
+    sources = [{"path": str(tmp_path / f"{name}.bin"), "format": "tokens"} for name in ("narrow", "wide")]
+    split = {"fraction": 0.3}
+    prepared = prepare(make_config(tmp_path / "cache", *sources, tokenizer=given, validation=split))
+    narrow, wide = (np.fromfile(source.store / "valid-00000.idx", "<i8").tolist() for source in prepared.sources)
+    assert narrow == wide and 20 < len(narrow) < 160
+
+
 def test_token_files_that_do_not_fit(tmp_path: Path) -> None:
     by_text = prepare(make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", ["ab"]), tokenizer=BYTES))
     source = {"path": str(tmp_path / "a.bin"), "format": "tokens"}

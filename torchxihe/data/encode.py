@@ -251,14 +251,14 @@ def _index_shard(job: Job) -> dict[str, Any]:
                 stops.append((len(tokens), at + len(tokens) == layout.tokens))  # the last document may lack its end
                 begin = 0
                 for end, ended in stops:
-                    content.update(tokens[begin:end].tobytes())
+                    content.update(tokens[begin:end].astype("<u4").tobytes())  # the same whatever their width
                     size += int(table[tokens[begin:end]].sum())
                     begin, length = end, at + end - start
                     if length and ended and not 0 < job.max_tokens <= start:
                         writer.note(_split(content, job.fraction), start, length, size)
                         start, size, content = at + end, 0, _content_hash()
                 at += len(tokens)
-            file = {"path": os.path.abspath(piece.path), "start": layout.start, "tokens": layout.tokens}
+            file = {"start": layout.start, "tokens": layout.tokens}
             documents = sum(writer.counts[split]["documents"] for split in SPLITS)
             report = {"rows": documents, "dropped": {}, "bad": {}, "examples": {}, "max_tokens": job.max_tokens}
             return writer.commit({**report, "file": file})

@@ -58,6 +58,8 @@ class Plan:
     fraction: float
     """Share of the documents that is held out. 1: a validation set."""
     shards: list[list[Piece]]
+    files: list[list[Any]]
+    """Path, size and modification time (ns) of the token files that are used where they lie, one a shard."""
     identity: str
     """Changes with every byte that is read and with the template."""
     chat: bool
@@ -80,8 +82,13 @@ def prepare(config: Config) -> Prepared:
             _index(store, manifest, config)
         path = recipe_path(config)
         path.parent.mkdir(exist_ok=True)
-        names = [plan.name for plan in plans]
-        write_json(path, {"tokenizer": tokenizer.name, "names": names, "stores": [store.name for store in stores]})
+        recipe = {
+            "tokenizer": tokenizer.name,
+            "names": [plan.name for plan in plans],
+            "stores": [store.name for store in stores],
+            "files": [plan.files[: len(m["shards"])] for plan, m in zip(plans, manifests, strict=True)],
+        }
+        write_json(path, recipe)
     prepared = open_prepared(config)
     _check(config, prepared)
     for source in prepared.held_out:
@@ -113,33 +120,42 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
     chat = config.data.format == "chat"
     for key, source in documents_of(config):
         pieces = find_pieces(source, key)
-        hashes = _hash_files([piece.path for piece in pieces if piece.format != "stream"], cache)
-        content = [[piece.format, hashes.get(piece.path, [piece.path, piece.revision])] for piece in pieces]
+        known = _hash_files([path for piece in pieces for path in _files_of(piece)], cache)
+        content = [[p.format, *([known[path][2] for path in _files_of(p)] or [[p.path, p.revision]])] for p in pieces]
+        files = [[os.path.abspath(p.path), *known[p.path][:2]] for p in pieces if p.format == "tokens"]
         what = ["chat", source.messages] if chat else Template(source.template).parts
         identity = digest([content, what, source.subset, source.split])
         name = source_name(source)
         while any(plan.name == name for plan in plans):
             name += "-2"
         fraction = config.validation.fraction if key.startswith("data.") else 1.0
-        plans.append(Plan(key, name, source, fraction, cut_shards(pieces), identity, chat))
+        plans.append(Plan(key, name, source, fraction, cut_shards(pieces), files, identity, chat))
     return plans
 
 
-def _hash_files(paths: list[str], cache: Path) -> dict[str, str]:
-    """xxh3_128 of each file, remembered by path, size and modification time."""
+def _files_of(piece: Piece) -> list[str]:
+    """The files that its documents follow from: of Megatron's tokens also the index beside them."""
+    index = Path(piece.path).with_suffix(".idx")
+    if piece.format == "tokens" and index.exists():
+        return [piece.path, str(index)]
+    return [] if piece.format == "stream" else [piece.path]
+
+
+def _hash_files(paths: list[str], cache: Path) -> dict[str, list[Any]]:
+    """Size, modification time and xxh3_128 of each file; the hash is remembered by path and the other two."""
     memory = cache / "hashes.json"
     known: dict[str, list[Any]] = json.loads(memory.read_bytes()) if memory.exists() else {}
-    hashes, changed = {}, False
+    found, changed = {}, False
     for path in paths:
         stat = os.stat(path)
         entry = known.get(os.path.abspath(path))
         if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
             entry, changed = [stat.st_size, stat.st_mtime_ns, _hash_file(path)], True
             known[os.path.abspath(path)] = entry
-        hashes[path] = entry[2]
+        found[path] = entry
     if changed:
         write_json(memory, known)
-    return hashes
+    return found
 
 
 def _hash_file(path: str) -> str:

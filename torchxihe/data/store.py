@@ -24,7 +24,7 @@ import xxhash
 
 from torchxihe.config import Config, UserError
 
-FORMAT = 2
+FORMAT = 3
 """Version of everything that this package writes below `data.cache_dir`; part of every content key."""
 
 Split = Literal["train", "valid"]
@@ -125,6 +125,8 @@ class SourceRows:
     store: Path
     index: Path
     """Folder of the row index."""
+    files: list[str]
+    """The token files that are used where they lie, one a shard; none where the store has the tokens."""
     manifest: dict[str, Any]
     """Of the store."""
     summary: dict[str, Any]
@@ -133,7 +135,21 @@ class SourceRows:
     def open(self, split: Split, open_files: int = 16) -> Rows:
         """A reader of the rows of `split` that keeps at most `open_files` files open (opening one takes 10 us)."""
         dtype = np.dtype(self.manifest["dtype"])
-        return Rows(self.index, split, token_files(self.store, self.manifest, split), dtype, open_files)
+        return Rows(self.index, split, self._token_files(split), dtype, open_files)
+
+    def _token_files(self, split: Split) -> list[TokenFile]:
+        """The token files of `split` in order. Files that are used where they lie serve both splits."""
+        shards = self.manifest["shards"]
+        if self.files:
+            places = zip(self.files, (shard["file"] for shard in shards), strict=True)
+            return [TokenFile(Path(path), place["start"], place["tokens"]) for path, place in places]
+        files = []
+        for shard in shards:
+            path = self.store / f"{split}-{shard['name']}.bin"
+            mask = path.with_suffix(".msk")
+            masked = mask.name in shard["xxh3_128"]
+            files.append(TokenFile(path, 0, shard[split]["tokens"], mask if masked else None))
+        return files
 
     @property
     def train_rows(self) -> int:
@@ -219,8 +235,8 @@ def open_prepared(config: Config) -> Prepared:
     tokenizer = json.loads((folder / "torchxihe.json").read_bytes())
     check_vocab_size(config, tokenizer["vocab_size"])
     weights = [source.weight for source in config.data.sources] + [0.0] * len(config.validation.sets)
-    wanted = zip(weights, recipe["names"], recipe["stores"], strict=True)
-    opened = tuple(open_source(cache / "stores" / key, config, name, weight) for weight, name, key in wanted)
+    wanted = zip(recipe["stores"], recipe["names"], weights, recipe["files"], strict=True)
+    opened = tuple(open_source(cache / "stores" / key, config, *rest) for key, *rest in wanted)
     count = len(config.data.sources)
     return Prepared(
         sources=opened[:count],
@@ -233,38 +249,31 @@ def open_prepared(config: Config) -> Prepared:
     )
 
 
-def open_source(store: Path, config: Config, name: str, weight: float) -> SourceRows:
-    """One source's store with the row index that `config` asks for."""
+def open_source(store: Path, config: Config, name: str, weight: float, files: list[list[Any]]) -> SourceRows:
+    """One source's store with the row index that `config` asks for.
+
+    `files`: path, size and modification time (ns) of the token files that are used where they lie.
+    """
+    for path, *known in files:
+        stat = os.stat(path) if os.path.exists(path) else None
+        if stat is None or known != [stat.st_size, stat.st_mtime_ns]:
+            what = "is not the file that was prepared" if stat else "is gone"
+            raise UserError(f"{path}: {what}: run `torchxihe prepare CONFIG` again")
     index = index_path(store, config)
     try:
         manifest = json.loads((store / "manifest.json").read_bytes())
         summary = json.loads((index / "index.json").read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: is gone: run `torchxihe prepare CONFIG` again") from None
-    return SourceRows(name, manifest["key"], weight, store, index, manifest, summary)
-
-
-def token_files(store: Path, manifest: dict[str, Any], split: Split) -> list[TokenFile]:
-    """The token files of `split` in order. Files that were opened in place serve both splits."""
-    files = []
-    for shard in manifest["shards"]:
-        place = shard.get("file")
-        if place:
-            files.append(TokenFile(Path(place["path"]), place["start"], place["tokens"]))
-        else:
-            path = store / f"{split}-{shard['name']}.bin"
-            mask = path.with_suffix(".msk")
-            masked = mask.name in shard["xxh3_128"]
-            files.append(TokenFile(path, 0, shard[split]["tokens"], mask if masked else None))
-    return files
+    return SourceRows(name, manifest["key"], weight, store, index, [file[0] for file in files], manifest, summary)
 
 
 def read_documents(store: Path, manifest: dict[str, Any], split: Split) -> Iterator[np.ndarray]:
     """Where the documents of `split` lie in its token files laid end to end: (start, length), int64 [n, 2] a shard."""
     base = 0
-    for shard, file in zip(manifest["shards"], token_files(store, manifest, split), strict=True):
+    for shard in manifest["shards"]:
         yield np.fromfile(store / f"{split}-{shard['name']}.idx", "<i8").reshape(-1, 2) + np.array([base, 0])
-        base += file.tokens
+        base += shard.get("file", shard[split])["tokens"]
 
 
 def check_vocab_size(config: Config, size: int) -> None:
