@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,6 +157,44 @@ def test_what_changes_the_recipe(tmp_path: Path) -> None:
         make_config(tmp_path, source, validation={"fraction": 0.1}),
     ]
     assert len({module.recipe_path(config) for config in [base, *others]}) == 6
+
+
+def test_equal_relative_paths_of_two_projects_are_two_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one cache, directly or by a link. Seen to fail with paths taken as written: the second project's documents
+    were trained on in the first."""
+    counts = {"a": 3, "b": 5}
+    (tmp_path / "cache").mkdir()
+    for name, count in counts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "link").symlink_to(tmp_path / "cache")
+        monkeypatch.chdir(tmp_path / name)
+        write_texts(Path("x.jsonl"), ["abc"] * count)
+        for cache in ("../cache", "link"):
+            prepare(make_config(Path(cache), {"path": "x.jsonl"}, tokenizer={"vocab_size": 257}))
+    for name in counts:
+        monkeypatch.chdir(tmp_path / name)
+        for cache in ("../cache", "link"):
+            opened = open_prepared(make_config(Path(cache), {"path": "x.jsonl"}, tokenizer={"vocab_size": 257}))
+            assert opened.sources[0].documents == counts[name]
+    paths: list[dict[str, Any]] = [
+        {"tokenizer": {"path": "t"}}, {"tokenizer": {"chat_template": "t"}}, {"validation": {"sets": [{"path": "t"}]}}
+    ]  # fmt: skip
+    recipes = set[Path]()
+    for name in counts:
+        monkeypatch.chdir(tmp_path / name)
+        recipes |= {module.recipe_path(make_config(tmp_path / "cache", {"path": "{stdlib}"}, **what)) for what in paths}
+    assert len(recipes) == 6
+
+
+def test_a_project_moves_with_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail with absolute paths."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = make_config(Path("cache"), write_texts(Path("x.jsonl"), ["abc"]))
+    made = prepare(config)
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    assert open_prepared(config).rows == made.rows
 
 
 def test_a_store_that_is_gone_says_what_to_do(tmp_path: Path) -> None:

@@ -284,13 +284,22 @@ def check_vocab_size(config: Config, size: int) -> None:
 
 
 def recipe_path(config: Config) -> Path:
-    """The file that says which stores and tokenizer belong to this config."""
+    """The file that says which stores and tokenizer belong to this config.
+
+    Paths count as they lie seen from the cache: "a.jsonl" of two projects that share one is not the same, and a project
+    that was moved together with its cache finds what it has prepared.
+    """
+    cache = os.path.realpath(config.data.cache_dir)
     what = config.model_dump(mode="json", include={"data", "tokenizer", "validation"})
     what["validation"] = {name: what["validation"][name] for name in ("fraction", "sets")}
     for name in ("cache_dir", "document_mask", "max_epochs"):
         del what["data"][name]
     for source in what["data"]["sources"]:
         del source["weight"]
+    options = [("path", documents) for documents in (*what["data"]["sources"], *what["validation"]["sets"])]
+    for name, section in [*options, ("path", what["tokenizer"]), ("chat_template", what["tokenizer"])]:
+        if section[name][:1] not in ("", "{"):  # "{stdlib}" is everybody's; a hub id looks like a path
+            section[name] = os.path.relpath(os.path.realpath(section[name]), cache)
     return Path(config.data.cache_dir) / "recipes" / f"{digest(what)}.json"
 
 
