@@ -201,5 +201,72 @@ def test_a_store_that_is_gone_says_what_to_do(tmp_path: Path) -> None:
     config = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", ["some text"] * 9))
     [source] = prepare(config).sources
     (source.index / "index.json").unlink()
-    with pytest.raises(UserError, match=r"index.json: is gone: run `torchxihe prepare CONFIG` again"):
+    with pytest.raises(UserError, match=r"index.json: is gone or damaged: run `torchxihe prepare CONFIG` again"):
         open_prepared(config)
+
+
+def spoil(file: Path, how: str) -> None:
+    data = file.read_bytes()
+    half = len(data) // 2
+    file.write_bytes({"empty": b"", "half": data[:half], "null": b"null"}.get(how) or bytes(half) + data[half:])
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "null", "zeros"])
+@pytest.mark.parametrize("name", ["hashes", "recipes/*", "manifest", "index", "torchxihe", "bytes_per_token"])
+def test_a_damaged_small_file_is_a_line_and_prepare_makes_it_anew(tmp_path: Path, name: str, how: str) -> None:
+    """Seen to fail, all of it, with a traceback and for good."""
+    config = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", ["some text"] * 9))
+    made = prepare(config)
+    [file] = tmp_path.glob(f"cache/**/{name}.*")
+    before = file.read_bytes()
+    spoil(file, how)
+    if name != "hashes":
+        with pytest.raises(UserError, match=r"^\S*/cache/\S+: (is gone or damaged|nothing is prepared).*: run `torchxihe"):
+            open_prepared(config)
+    assert prepare(config).rows == made.rows and (name == "hashes" or file.read_bytes() == before)
+
+
+@pytest.mark.parametrize("how", ["half", "zeros", "gone"])
+def test_a_damaged_index_of_documents_is_named(tmp_path: Path, how: str) -> None:
+    """Seen to fail without the comparison: the documents that it lacks were lost without a word."""
+    source = write_texts(tmp_path / "a.jsonl", ["some text"] * 9)
+    made = prepare(make_config(tmp_path / "cache", source))
+    file = made.sources[0].store / "train-00000.idx"
+    file.unlink() if how == "gone" else spoil(file, how)
+    with pytest.raises(UserError, match=rf"^{file}: is gone or damaged: delete {file.parent} and run `torchxihe prepare"):
+        prepare(make_config(tmp_path / "cache", source, seq_len=8))
+
+
+@pytest.mark.parametrize("at", [0, 8, 16])
+@pytest.mark.parametrize("name", ["rows", "pieces"])
+def test_a_flipped_bit_in_a_row_index_is_named(rows: Rows, tmp_path: Path, name: str, at: int) -> None:
+    """Seen to fail without the bounds: MemoryError, a file that is none, or another row's tokens."""
+    data = bytearray((tmp_path / f"train.{name}").read_bytes())
+    for byte in (1, 6, 7):
+        flipped = data.copy()
+        flipped[at + byte] ^= 0x80
+        (tmp_path / f"train.{name}").write_bytes(flipped)
+        rows.close()
+        with pytest.raises(OSError, match=rf"train.{name}: row [01] has .*, so it is not the file that was prepared;"):
+            rows.read(0, np.empty(6, "<u2")), rows.read(1, np.empty(6, "<u2"))
+
+
+def test_whose_folder_is_to_be_deleted(tmp_path: Path, rows: Rows) -> None:
+    """Not that of somebody's token files, which were used where they lie. Seen to fail with one remedy for both."""
+    index = tmp_path / "stores/key/rows/concat-5"
+    index.mkdir(parents=True)
+    (tmp_path / "train.rows").rename(index / "train.rows")
+    (tmp_path / "train.pieces").rename(index / "train.pieces")
+    for file, remedy in ((tmp_path / "a", "; run"), (index.parents[1] / "a", "; delete its folder and run")):
+        file.write_bytes(b"")
+        reader = Rows(index, "train", [TokenFile(file, 0, 16)], np.dtype("<u2"))
+        with pytest.raises(OSError, match=f"{file}: ends at byte 0, so it is not the file that was prepared{remedy} `"):
+            reader.read(0, np.empty(6, "<u2"))
+
+
+def test_an_error_of_reading_names_the_file(tmp_path: Path, rows: Rows) -> None:
+    """As of a folder in a file's place, which can be opened. Seen to fail: "a file: Is a directory"."""
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path}/a"):
+        rows.read(0, np.empty(6, "<u2"))

@@ -38,6 +38,7 @@ from torchxihe.data.store import (
     index_path,
     open_prepared,
     read_documents,
+    read_json,
     recipe_path,
     write_json,
 )
@@ -144,7 +145,7 @@ def _files_of(piece: Piece) -> list[str]:
 def _hash_files(paths: list[str], cache: Path) -> dict[str, list[Any]]:
     """Size, modification time and xxh3_128 of each file; the hash is remembered by path and the other two."""
     memory = cache / "hashes.json"
-    known: dict[str, list[Any]] = json.loads(memory.read_bytes()) if memory.exists() else {}
+    known = read_json(memory) or {}
     found, changed = {}, False
     for path in paths:
         stat = os.stat(path)
@@ -265,7 +266,7 @@ def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path
 
 def _encode(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path) -> list[dict[str, Any]]:
     """The sources' manifests; encodes what is missing."""
-    ready = [_read_manifest(store) for store in stores]
+    ready = [read_json(store / "manifest.json") for store in stores]
     all_jobs = _jobs(plans, stores, config, tokenizer)
     jobs = [[] if manifest else all_jobs[i] for i, manifest in enumerate(ready)]
     entries: list[list[dict[str, Any]]] = [[] for _ in plans]
@@ -285,12 +286,6 @@ def _encode(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Pa
 def _max_bad_rows(config: Config) -> float:
     """Share of bad rows that is skipped; -1: none."""
     return config.data.max_bad_rows if config.data.on_bad_rows == "skip" else -1.0
-
-
-def _read_manifest(store: Path) -> dict[str, Any] | None:
-    """The manifest of a finished store."""
-    path = store / "manifest.json"
-    return json.loads(path.read_bytes()) if path.exists() else None
 
 
 def _sum_up(store: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -346,7 +341,7 @@ def _commit(store: Path, manifest: dict[str, Any]) -> None:
 def _index(store: Path, manifest: dict[str, Any], config: Config) -> None:
     """Write the row index that `config` asks for, unless it is there."""
     folder = index_path(store, config)
-    if (folder / "index.json").exists():
+    if read_json(folder / "index.json"):
         return
     folder.mkdir(parents=True, exist_ok=True)
     summary = {}

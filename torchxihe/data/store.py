@@ -30,6 +30,9 @@ FORMAT = 3
 Split = Literal["train", "valid"]
 SPLITS: tuple[Split, Split] = ("train", "valid")
 
+NOT_THERE = FileNotFoundError, IsADirectoryError, ValueError
+"""What reading a file raises that is gone or damaged, rather than out of reach."""
+
 
 @dataclass(frozen=True)
 class TokenFile:
@@ -52,6 +55,7 @@ class Rows:
         """`index`: the folder of a row index; `files`: the split's token files in order; `open_files`: at most."""
         self.dtype = dtype
         self._most = open_files
+        self._store = index.parents[1]
         self._files = files
         self._starts = [0]
         for file in files:
@@ -66,14 +70,19 @@ class Rows:
         """Read row `row` into the front of `out` ([seq_len + 1], of `self.dtype`); the lengths of its pieces in order.
 
         Each piece is a document, or a part of one. `mask` (uint8 [seq_len + 1], only if `self.masked`) gets a 1 for
-        every token that carries a loss. Raises OSError naming the file if that is too short.
+        every token that carries a loss. Raises OSError naming the file if that is too short or damaged.
         """
         first, last = struct.unpack("<qq", self._read(-2, 8 * row, 16))
+        if not 0 <= first <= last <= first + len(out):
+            self._raise_damaged(-2, f"row {row} has pieces {first} to {last}")
         pieces = struct.unpack(f"<{2 * (last - first)}q", self._read(-1, 16 * first, 16 * (last - first)))
         view, size, at = out.view(np.uint8).data, out.itemsize, 0
         for offset, length in zip(pieces[::2], pieces[1::2], strict=True):
+            end = at + length
+            if not (0 <= offset < offset + length <= self._starts[-1] and end <= len(out)):
+                self._raise_damaged(-1, f"row {row} has {length} tokens from {offset} on")
             i = bisect_right(self._starts, offset) - 1
-            place, end = offset - self._starts[i], at + length
+            place = offset - self._starts[i]
             self._read_into(i, self._files[i].start + place * size, view[at * size : end * size])
             if mask is not None:
                 self._read_into(len(self._files) + i, place, mask.data[at:end])
@@ -81,13 +90,16 @@ class Rows:
         return pieces[1::2]
 
     def _read_into(self, i: int, at: int, view: memoryview) -> None:
-        if os.preadv(self._file(i), [view], at) < len(view):
-            self._raise_short(i)
+        try:
+            count = os.preadv(self._file(i), [view], at)
+        except OSError as error:  # of reading, not of opening: names no file
+            raise OSError(error.errno, error.strerror, str(self._paths[i])) from error
+        if count < len(view):
+            self._raise_damaged(i, f"ends at byte {os.fstat(self._file(i)).st_size}")
 
-    def _read(self, i: int, at: int, count: int) -> bytes:
-        data = os.pread(self._file(i), count, at)
-        if len(data) < count:
-            self._raise_short(i)
+    def _read(self, i: int, at: int, count: int) -> bytearray:
+        data = bytearray(count)
+        self._read_into(i, at, memoryview(data))
         return data
 
     def _file(self, i: int) -> int:
@@ -99,10 +111,11 @@ class Rows:
             descriptor = self._open[i] = os.open(self._paths[i], os.O_RDONLY | os.O_CLOEXEC)
         return descriptor
 
-    def _raise_short(self, i: int) -> NoReturn:
+    def _raise_damaged(self, i: int, what: str) -> NoReturn:
+        ours = self._paths[i].is_relative_to(self._store)
+        remedy = "delete its folder and run" if ours else "run"
         raise OSError(
-            f"{self._paths[i]}: ends at byte {os.fstat(self._file(i)).st_size}, so it is not the file that was "
-            "prepared; delete its folder and run `torchxihe prepare` again"
+            f"{self._paths[i]}: {what}, so it is not the file that was prepared; {remedy} `torchxihe prepare` again"
         )
 
     def close(self) -> None:
@@ -226,13 +239,12 @@ def open_prepared(config: Config) -> Prepared:
     Raises UserError if there is no such thing.
     """
     path = recipe_path(config)
-    try:
-        recipe = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: nothing is prepared for this config: run `torchxihe prepare CONFIG` first") from None
+    recipe = read_json(path)
+    if recipe is None:
+        raise UserError(f"{path}: nothing is prepared for this config: run `torchxihe prepare CONFIG` first")
     cache = Path(config.data.cache_dir)
     folder = cache / "tokenizers" / recipe["tokenizer"]
-    tokenizer = json.loads((folder / "torchxihe.json").read_bytes())
+    tokenizer, bytes_per_token = read_tokenizer(folder) or _raise_gone(folder)
     check_vocab_size(config, tokenizer["vocab_size"])
     weights = [source.weight for source in config.data.sources] + [0.0] * len(config.validation.sets)
     wanted = zip(recipe["stores"], recipe["names"], weights, recipe["files"], strict=True)
@@ -245,8 +257,22 @@ def open_prepared(config: Config) -> Prepared:
         vocab_size=tokenizer["vocab_size"],
         eos_id=tokenizer["eos_id"],
         bos_id=tokenizer["bos_id"],
-        bytes_per_token=np.load(folder / "bytes_per_token.npy"),
+        bytes_per_token=bytes_per_token,
     )
+
+
+def read_tokenizer(folder: Path) -> tuple[dict[str, int], np.ndarray] | None:
+    """`torchxihe.json` and `bytes_per_token.npy` of a prepared tokenizer; None if they are not there or damaged."""
+    meta = read_json(folder / "torchxihe.json")
+    try:
+        table = np.load(folder / "bytes_per_token.npy")
+    except (*NOT_THERE, EOFError):
+        return None
+    return (meta, table) if meta and table.shape == (meta.get("vocab_size"),) else None
+
+
+def _raise_gone(path: Path) -> NoReturn:
+    raise UserError(f"{path}: is gone or damaged: run `torchxihe prepare CONFIG` again")
 
 
 def open_source(store: Path, config: Config, name: str, weight: float, files: list[list[Any]]) -> SourceRows:
@@ -260,11 +286,8 @@ def open_source(store: Path, config: Config, name: str, weight: float, files: li
             what = "is not the file that was prepared" if stat else "is gone"
             raise UserError(f"{path}: {what}: run `torchxihe prepare CONFIG` again")
     index = index_path(store, config)
-    try:
-        manifest = json.loads((store / "manifest.json").read_bytes())
-        summary = json.loads((index / "index.json").read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: is gone: run `torchxihe prepare CONFIG` again") from None
+    manifest = read_json(store / "manifest.json") or _raise_gone(store / "manifest.json")
+    summary = read_json(index / "index.json") or _raise_gone(index / "index.json")
     return SourceRows(name, manifest["key"], weight, store, index, [file[0] for file in files], manifest, summary)
 
 
@@ -272,7 +295,11 @@ def read_documents(store: Path, manifest: dict[str, Any], split: Split) -> Itera
     """Where the documents of `split` lie in its token files laid end to end: (start, length), int64 [n, 2] a shard."""
     base = 0
     for shard in manifest["shards"]:
-        yield np.fromfile(store / f"{split}-{shard['name']}.idx", "<i8").reshape(-1, 2) + np.array([base, 0])
+        path = store / f"{split}-{shard['name']}.idx"
+        data = path.read_bytes() if path.is_file() else None
+        if data is None or xxhash.xxh3_128_hexdigest(data) != shard["xxh3_128"][path.name]:
+            raise UserError(f"{path}: is gone or damaged: delete {store} and run `torchxihe prepare CONFIG` again")
+        yield np.frombuffer(data, "<i8").reshape(-1, 2) + np.array([base, 0])
         base += shard.get("file", shard[split])["tokens"]
 
 
@@ -311,6 +338,15 @@ def index_path(store: Path, config: Config) -> Path:
 def digest(value: Any) -> str:
     """The first 128 bits of the SHA-256 of a JSON value, in hexadecimal."""
     return hashlib.sha256(json.dumps([FORMAT, value], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file that `prepare` has written and can write again; None if it is not there or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except NOT_THERE:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def draft(path: Path) -> Path:
@@ -411,7 +447,7 @@ class ShardWriter:
 def committed_shard(store: Path, name: str) -> dict[str, Any] | None:
     """The manifest entry of a shard that is there already and has the right sizes."""
     try:
-        entry = json.loads((store / f"{name}.json").read_bytes())
+        entry = read_json(store / f"{name}.json") or {}
         for file in entry["xxh3_128"]:
             counts = entry[file.split("-")[0]]
             sizes = {

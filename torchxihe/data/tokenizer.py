@@ -15,7 +15,7 @@ import numpy as np
 
 from torchxihe.config import Tokenizer, UserError
 from torchxihe.data.sources import settle_hub
-from torchxihe.data.store import digest, write_json
+from torchxihe.data.store import digest, read_tokenizer, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token of a tokenizer that is trained here."""
@@ -211,7 +211,7 @@ def obtain(options: Tokenizer, cache: Path, sample: Iterable[str], sample_key: s
     what: list[Any] = [[name, hashlib.sha256(content).hexdigest()] for name, content in files.items()]
     template = _chat_template(options, files) or (CHAT_TEMPLATE if chat else "")
     folder = cache / "tokenizers" / digest([what or [options.vocab_size, sample_key], template])
-    if (folder / "torchxihe.json").exists():  # written last
+    if read_tokenizer(folder):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
