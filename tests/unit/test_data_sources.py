@@ -102,7 +102,7 @@ def test_every_format_gives_every_text_once(
         assert len(shards) > 2 or write not in CUT
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_gzip])
+@pytest.mark.parametrize("write", [write_jsonl, write_json_array, write_csv, write_gzip])
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, write: Callable[[Path], str]) -> None:
     file = tmp_path / write(tmp_path)
     unpack, pack = (gzip.decompress, gzip.compress) if file.suffix == ".gz" else (bytes, bytes)
@@ -226,6 +226,27 @@ def test_a_truncated_file_is_named(tmp_path: Path, write: Callable[[Path], str])
     truncate(file)
     with pytest.raises(UserError, match=rf"key.path: {file}: cannot be read as "):
         rows_of(Source(path=str(file)))
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_arrow_file])
+def test_a_damaged_file_that_is_to_be_cut_is_named(
+    tmp_path: Path, write: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail with pyarrow's own error from where the pieces are counted."""
+    monkeypatch.setattr(sources, "SMALLEST_SHARD", 100)
+    file = tmp_path / write(tmp_path)
+    file.write_bytes(bytes(2000))
+    with pytest.raises(UserError, match=rf"key.path: {file}: cannot be read as "):
+        rows_of(Source(path=str(file)))
+
+
+def test_a_megatron_index_is_no_token_file(tmp_path: Path) -> None:
+    """Seen to fail for the pattern."""
+    for name in ("a.bin", "a.idx"):
+        (tmp_path / name).write_bytes(b"\1\0")
+    for where in ({"path": str(tmp_path)}, {"path": f"{tmp_path}/*"}, {"path": str(tmp_path), "glob": "*"}):
+        pieces = find_pieces(Source(**where, format="tokens"), "key")
+        assert [piece.path for piece in pieces] == [str(tmp_path / "a.bin")]
 
 
 def test_garbage_in_a_gzip_file_is_named(tmp_path: Path) -> None:

@@ -124,8 +124,6 @@ def find_pieces(source: Documents, key: str) -> list[Piece]:
             return [Piece(str(path), "arrow", size=path.stat().st_size) for path in _saved_dataset(root, source, key)]
         files = [path for path in root.glob(source.glob or "**/*") if path.is_file()]
         skip = NOT_INSTALLED if source.path in INSTALLED else {"__pycache__", ".git"}
-        if source.format == "tokens":
-            files = [path for path in files if path.suffix != ".idx"]  # Megatron's, beside its .bin
         files = [path for path in files if not skip.intersection(path.relative_to(root).parts)]
         if not source.glob:
             files = [path for path in files if not any(part[0] == "." for part in path.relative_to(root).parts)]
@@ -134,6 +132,8 @@ def find_pieces(source: Documents, key: str) -> list[Piece]:
         files = [root]
     else:
         files = [Path(path) for path in sorted(glob(source.path, recursive=True)) if Path(path).is_file()]
+    if source.format == "tokens" and not root.is_file():
+        files = [path for path in files if path.suffix != ".idx"]  # Megatron's, beside its .bin
     if not files:
         below = f" that matches {source.glob!r}" if source.glob else ""
         raise UserError(f"{key}.path: {source.path}: no file there{below}")
@@ -286,7 +286,10 @@ def _cut(piece: Piece, target: int) -> Iterator[Piece]:
             yield piece
             return
     else:
-        units = _count_groups(piece)
+        try:
+            units = _count_groups(piece)
+        except ValueError:  # pyarrow's ArrowInvalid; reading it says which file and what is wrong
+            units = 1
     edges = sorted({units * i // parts for i in range(parts + 1)})
     for start, end in itertools.pairwise(edges):
         yield Piece(piece.path, piece.format, start, end, piece.size * (end - start) // units)
@@ -348,14 +351,14 @@ def _read_lines(piece: Piece, columns: list[str]) -> Iterator[Row]:
 def _is_array(path: str) -> bool:
     """Whether a JSON file is one array rather than an object a line."""
     with _open(path) as file:
-        return file.read(4096).lstrip()[:1] == b"["
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def _read_json(piece: Piece, columns: list[str]) -> Iterator[Row]:
     """JSON lines, or one array of objects."""
     if not piece.start and _is_array(piece.path):
         with _open(piece.path) as file:
-            for i, value in enumerate(_entries(io.TextIOWrapper(file, encoding="utf-8"))):
+            for i, value in enumerate(_entries(io.TextIOWrapper(file, encoding="utf-8-sig"))):
                 yield _object(value, f"{piece.path}, entry {i}")
         return
     for where, line in _lines(piece):
