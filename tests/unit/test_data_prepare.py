@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -293,6 +294,36 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "a.jsonl", ["one"])
     with pytest.raises(UserError, match=r"data.cache_dir: .*file/cache: Not a directory; it must be writable"):
         prepare(make_config(tmp_path / "file/cache", source))
+
+
+def test_a_file_that_cannot_be_read_is_not_the_caches_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail, both, as "data.cache_dir: ..."."""
+    (tmp_path / "b.txt").write_text("b")
+    config = make_config(
+        tmp_path / "cache", write_texts(tmp_path / "a.jsonl", ["a"]), {"path": str(tmp_path / "*.txt")}
+    )
+
+    def broken(path: str, *_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    for name in ("_hash_file", "find_pieces"):
+        with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+            patch.setattr(module, name, broken)
+            prepare(config)
+        assert str(error.value) == f"data.sources.0.path: {tmp_path}/a.jsonl: Input/output error"
+
+
+def test_a_disk_that_fills_while_the_tokenizer_is_trained(tmp_path: Path) -> None:
+    """Seen to fail with the library's own `save`, whose error is a bare Exception."""
+    config = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", ["a"]))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"data.cache_dir: .*: File too large; it must be writable and have room"):
+            prepare(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert prepare(config).sources[0].documents == 1
 
 
 KILLED = """

@@ -221,7 +221,9 @@ def test_a_damaged_small_file_is_a_line_and_prepare_makes_it_anew(tmp_path: Path
     before = file.read_bytes()
     spoil(file, how)
     if name != "hashes":
-        with pytest.raises(UserError, match=r"^\S*/cache/\S+: (is gone or damaged|nothing is prepared).*: run `torchxihe"):
+        with pytest.raises(
+            UserError, match=r"^\S*/cache/\S+: (is gone or damaged|nothing is prepared).*: run `torchxihe"
+        ):
             open_prepared(config)
     assert prepare(config).rows == made.rows and (name == "hashes" or file.read_bytes() == before)
 
@@ -233,7 +235,9 @@ def test_a_damaged_index_of_documents_is_named(tmp_path: Path, how: str) -> None
     made = prepare(make_config(tmp_path / "cache", source))
     file = made.sources[0].store / "train-00000.idx"
     file.unlink() if how == "gone" else spoil(file, how)
-    with pytest.raises(UserError, match=rf"^{file}: is gone or damaged: delete {file.parent} and run `torchxihe prepare"):
+    with pytest.raises(
+        UserError, match=rf"^{file}: is gone or damaged: delete {file.parent} and run `torchxihe prepare"
+    ):
         prepare(make_config(tmp_path / "cache", source, seq_len=8))
 
 

@@ -217,6 +217,12 @@ def test_a_path_may_be_the_file_or_its_folder(folder: Path, tmp_path: Path) -> N
         ({"tokenizer.json": None}, "it has no end-of-text token; name one as eos_token"),
         ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "tokenizer_config.json is not valid JSON"),
         ({"tokenizer.json": None, "tokenizer_config.json": "[]"}, "tokenizer_config.json is not a JSON object"),
+        ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": {"a": 1}}'}, "eos_token is neither text nor"),
+        ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": ["a"]}'}, "eos_token is neither text nor"),
+        (
+            {"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "a", "bos_token": ["a"]}'},
+            'tokenizer_config.json: bos_token is neither text nor {"content": text}',
+        ),
     ],
 )
 def test_a_folder_without_a_usable_tokenizer(tmp_path: Path, files: dict[str, str | None], why: str) -> None:

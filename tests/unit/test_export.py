@@ -1,6 +1,7 @@
 """Out to Hugging Face and back: what `transformers` loads is the model, and what it writes comes back bit for bit."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.unit.saved_runs import LLAMA, QWEN3, TEXT, TOKENS, make_run
 from tests.unit.test_model import Shape, model_config
 from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
-from torchxihe.components.export import draft_of, export
+from torchxihe.components.export import _write_tokenizer, draft_of, export
 from torchxihe.components.saved_run import load_decoder, open_saved
 from torchxihe.config import Model, Tokenizer, UserError, load_config
 from torchxihe.data.tokenizer import load_tokenizer, obtain
@@ -76,6 +77,18 @@ def test_a_text_has_around_it_what_it_had_in_training(tmp_path: Path, around: tu
     assert ours.bos_id == (TOKENS if named or around[0] else -1)
     assert theirs("import os")["input_ids"] == ours.encode("import os")
     assert (theirs.eos_token_id, theirs.bos_token) == (0, "<s>" if ours.bos_id >= 0 else None)
+
+
+def test_a_disk_that_fills_under_the_tokenizer(tmp_path: Path) -> None:
+    """An OSError, which `export` makes a line. Seen to fail with the library's own `save`: a bare Exception."""
+    folder = make_run(tmp_path, LLAMA)[0].run_dir / "tokenizer"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _write_tokenizer(folder, tmp_path, {"eos_id": 0, "bos_id": 5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_rope_theta_is_where_transformers_4_and_5_look(tmp_path: Path) -> None:

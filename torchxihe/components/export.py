@@ -185,7 +185,7 @@ def _write_tokenizer(source: Path, folder: Path, tokenizer: dict[str, int]) -> N
         special = [(token, tokenizer["bos_id"]) for token in bos]
         around = TemplateProcessing(single=[*bos, "$A"], pair=[*bos, "$A", *bos, "$B"], special_tokens=special)
         whole.post_processor = around  # type: ignore[assignment]
-        whole.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(whole.to_str(pretty=True), encoding="utf-8")  # `save` raises no OSError
     if (source / CHAT_TEMPLATE_FILE).exists():
         shutil.copyfile(source / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
         settings.pop("chat_template", None)

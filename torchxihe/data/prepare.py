@@ -120,8 +120,10 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
     plans: list[Plan] = []
     chat = config.data.format == "chat"
     for key, source in documents_of(config):
-        pieces = find_pieces(source, key)
-        known = _hash_files([path for piece in pieces for path in _files_of(piece)], cache)
+        with _reading(key, source.path):
+            pieces = find_pieces(source, key)
+            shards = cut_shards(pieces)
+        known = _hash_files([path for piece in pieces for path in _files_of(piece)], key, cache)
         content = [[p.format, *([known[path][2] for path in _files_of(p)] or [[p.path, p.revision]])] for p in pieces]
         files = [[os.path.abspath(p.path), *known[p.path][:2]] for p in pieces if p.format == "tokens"]
         what = ["chat", source.messages] if chat else Template(source.template).parts
@@ -130,7 +132,7 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
         while any(plan.name == name for plan in plans):
             name += "-2"
         fraction = config.validation.fraction if key.startswith("data.") else 1.0
-        plans.append(Plan(key, name, source, fraction, cut_shards(pieces), files, identity, chat))
+        plans.append(Plan(key, name, source, fraction, shards, files, identity, chat))
     return plans
 
 
@@ -142,18 +144,19 @@ def _files_of(piece: Piece) -> list[str]:
     return [] if piece.format == "stream" else [piece.path]
 
 
-def _hash_files(paths: list[str], cache: Path) -> dict[str, list[Any]]:
+def _hash_files(paths: list[str], key: str, cache: Path) -> dict[str, list[Any]]:
     """Size, modification time and xxh3_128 of each file; the hash is remembered by path and the other two."""
     memory = cache / "hashes.json"
     known = read_json(memory) or {}
     found, changed = {}, False
     for path in paths:
-        stat = os.stat(path)
-        entry = known.get(os.path.abspath(path))
-        if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-            entry, changed = [stat.st_size, stat.st_mtime_ns, _hash_file(path)], True
-            known[os.path.abspath(path)] = entry
-        found[path] = entry
+        with _reading(key, path):
+            stat = os.stat(path)
+            entry = known.get(os.path.abspath(path))
+            if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
+                entry, changed = [stat.st_size, stat.st_mtime_ns, _hash_file(path)], True
+                known[os.path.abspath(path)] = entry
+            found[path] = entry
     if changed:
         write_json(memory, known)
     return found
@@ -417,6 +420,15 @@ def _writing(cache: Path) -> Iterator[None]:
             f"data.cache_dir: {error.filename or cache}: {why}; it must be writable and have room; what is already "
             "prepared there is kept"
         ) from error
+
+
+@contextmanager
+def _reading(key: str, path: str) -> Iterator[None]:
+    """Errors of the disk below are not the cache's, but of a source: `key`, "data.sources.N", at `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}.path: {error.filename or path}: {error.strerror or error}") from error
 
 
 @contextmanager

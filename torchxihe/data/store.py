@@ -247,8 +247,9 @@ def open_prepared(config: Config) -> Prepared:
     tokenizer, bytes_per_token = read_tokenizer(folder) or _raise_gone(folder)
     check_vocab_size(config, tokenizer["vocab_size"])
     weights = [source.weight for source in config.data.sources] + [0.0] * len(config.validation.sets)
-    wanted = zip(recipe["stores"], recipe["names"], weights, recipe["files"], strict=True)
-    opened = tuple(open_source(cache / "stores" / key, config, *rest) for key, *rest in wanted)
+    stores = [cache / "stores" / key for key in recipe["stores"]]
+    wanted = zip(stores, recipe["names"], weights, recipe["files"], strict=True)
+    opened = tuple(open_source(store, config, name, weight, files) for store, name, weight, files in wanted)
     count = len(config.data.sources)
     return Prepared(
         sources=opened[:count],
@@ -356,9 +357,14 @@ def draft(path: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that it is either whole and on the disk, or not there."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole and on the disk, or not there."""
     temporary = draft(path)
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)

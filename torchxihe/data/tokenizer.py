@@ -15,7 +15,7 @@ import numpy as np
 
 from torchxihe.config import Tokenizer, UserError
 from torchxihe.data.sources import settle_hub
-from torchxihe.data.store import digest, read_tokenizer, write_json
+from torchxihe.data.store import digest, read_tokenizer, write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token of a tokenizer that is trained here."""
@@ -306,7 +306,7 @@ def _train(vocab_size: int, sample: Iterable[str], folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # its own `save` raises no OSError
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": 10**30}
     write_json(folder / "tokenizer_config.json", settings)
 
@@ -329,8 +329,10 @@ def _finish(folder: Path, where: str) -> None:
     size = max(vocab.values()) + 1
 
     def special(name: str, usual: tuple[str, ...]) -> int:
-        token = settings.get(name)
-        token = token["content"] if isinstance(token, dict) else token
+        token = settings.get(name) or ""
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str):
+            raise UserError(f'{where}: tokenizer_config.json: {name} is neither text nor {{"content": text}}')
         return next((vocab[text] for text in ([token] if token else usual) if text in vocab), -1)
 
     eos = special("eos_token", (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>"))
