@@ -130,6 +130,10 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_json(tmp_path / "folder", {})
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "folder"]
 
 
 def test_opening_takes_milliseconds_and_looks_at_no_source(tmp_path: Path) -> None:
