@@ -393,7 +393,7 @@ def _check(config: Config, prepared: Prepared) -> None:
             f"validation.fraction: {config.validation.fraction:g} holds out no document of so few; raise it, or set "
             "validation.every = 0"
         )
-    if not (config.run_dir / "checkpoints").exists():  # a run that goes on has stages that only it knows
+    if not (config.run_dir / "config.toml").exists():  # a run that goes on has stages that only it knows
         check_epochs(config, prepared, Order(plan_stages(config, prepared), prepared.rows))
 
 
