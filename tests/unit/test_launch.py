@@ -1,5 +1,6 @@
 """run_train.sh and `torchxihe launch`, with stand-ins for the interpreter, `prepare` and `train`."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,9 @@ import pytest
 
 from torchxihe.commands import launch
 from torchxihe.commands.launch import Launch, read_environment
-from torchxihe.config import UserError
+from torchxihe.components.manifest import TRAIN_STATE, Manifest, write_manifest
+from torchxihe.components.storage import Location
+from torchxihe.config import UserError, load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "xihe_debug.toml")
@@ -228,6 +231,26 @@ def test_mistakes_are_one_line_within_ten_seconds(fake: Path, args: list[str], e
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert err.startswith(line)
     assert time.monotonic() - begin < 10
+
+
+def test_another_runs_config_is_refused_before_the_data_is_prepared(fake: Path) -> None:
+    """And before torch is imported; a damaged checkpoint is training's to judge. Seen to fail without the check, and,
+    with it, when nothing compares the hash."""
+    step = Location(fake / "runs" / "xihe_debug" / "checkpoints" / "step-00000005")
+    step.make()
+    with (step / TRAIN_STATE).create() as file:
+        file.write(json.dumps({"config": load_config(CONFIG).model_dump(mode="json")}).encode())
+    write_manifest(step, Manifest(5, {TRAIN_STATE: file.digest()}, ("model",)))
+    command(fake, "train", "say('train')")
+    code, out, err = finish(launched(fake, "--training.seed=5", PYTHONPROFILEIMPORTTIME="1"))
+    lines = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert (code, out, len(lines)) == (1, "", 1)
+    assert lines[0].startswith("training.seed: was 0 when this run was saved, is 5; a run keeps it: ")
+    assert " torchxihe.config\n" in err and " torch\n" not in err
+    assert finish(launched(fake, "--optimizer.lr=1e-5"))[0] == 0
+    state = Path(step) / TRAIN_STATE
+    state.write_text(state.read_text().replace('"seed": 0', '"seed": 4'))
+    assert finish(launched(fake))[1].splitlines() == [f"prepared {CONFIG}", "train"]
 
 
 def test_a_signal_while_preparing_ends_it(fake: Path) -> None:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from torchxihe.components.history import check_changes
 from torchxihe.config import UserError, config_from_args
 
 HELP = "prepare the data, then train on every GPU of this machine or cluster"
@@ -74,7 +75,7 @@ class Launch:
 def main(args: list[str]) -> None:
     """Check the config for this many processes, prepare, train; ends the process with the run's exit code."""
     launch = read_environment()
-    config_from_args(args, launch.world_size)
+    check_changes(config_from_args(args, launch.world_size))
     for number in FORWARDED:
         signal.signal(number, _forward)
     _prepare(args)

@@ -1,9 +1,18 @@
 """What a run has been through, which every checkpoint carries; what may change between two starts, and what may not."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
 
+from torchxihe.components.manifest import (
+    TRAIN_STATE,
+    CorruptError,
+    checkpoints_of,
+    is_committed,
+    read_manifest,
+    steps_in,
+)
 from torchxihe.components.storage import Location, hash_file
 from torchxihe.config import Config, UserError
 
@@ -76,6 +85,19 @@ def recorded_changes(before: dict[str, Any], config: Config) -> dict[str, tuple[
     if refused:
         raise UserError("\n".join(refused))
     return {option: values for option, values in changes.items() if kind_of(option) == "recorded"}
+
+
+def check_changes(config: Config) -> None:
+    """Raise UserError for what must not change since the run's newest checkpoint: before hours of preparing its data.
+
+    What is damaged or out of reach is training's to judge, which may take an older one.
+    """
+    try:
+        newest = next((step for step in steps_in(checkpoints_of(config)) if is_committed(step)), None)
+        if newest and hash_file(newest / TRAIN_STATE) == read_manifest(newest).files[TRAIN_STATE]:
+            recorded_changes(json.loads((newest / TRAIN_STATE).read())["config"], config)
+    except (CorruptError, OSError):
+        return
 
 
 class History:

@@ -25,6 +25,7 @@ from torchxihe.components.storage import Location, hash_file, with_retries
 from torchxihe.config import Config, UserError, load_config
 
 MANIFEST = "MANIFEST.json"
+TRAIN_STATE = "train_state.json"
 CORRUPT = "CORRUPT"
 FORMAT = 1
 STEP_NAME = re.compile(r"step-(\d{8,})")
