@@ -365,6 +365,10 @@ def test_environment(environment: pytest.MonkeyPatch, variables: dict[str, str],
     [
         ({"NGPU": "9"}, "NGPU=9: this machine has 8 GPUs"),
         ({"NNODES": "2", "NODE_RANK": "2", "RDZV_ENDPOINT": "a:1"}, "NODE_RANK=2: must be below NNODES=2"),
+        ({"NGPU": "0"}, "NGPU=0: must be a whole number, 1 or more"),
+        ({"NGPU": "-1"}, "NGPU=-1: must be a whole number, 1 or more"),
+        ({"NNODES": "0"}, "NNODES=0: must be a whole number, 1 or more"),
+        ({"NODE_RANK": "-2"}, "NODE_RANK=-2: must be a whole number, 0 or more"),
         ({"PET_NNODES": "1:4"}, "PET_NNODES=1:4: must be a whole number"),
     ],
 )

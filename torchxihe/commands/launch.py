@@ -94,8 +94,8 @@ def read_environment() -> Launch:
     gpus = _gpu_count()
     if gpus and processes > gpus:
         raise UserError(f"NGPU={processes}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
-    nodes = _number("NNODES", "PET_NNODES") or 1
-    node_rank = _number("NODE_RANK", "PET_NODE_RANK", default=-1)
+    nodes = _number("NNODES", "PET_NNODES", default=1)
+    node_rank = _number("NODE_RANK", "PET_NODE_RANK", default=-1, least=0)
     endpoint = _first("RDZV_ENDPOINT", "PET_RDZV_ENDPOINT")
     if not endpoint and (host := _first("MASTER_ADDR", "PET_MASTER_ADDR")):
         endpoint = f"{host}:{_first('MASTER_PORT', 'PET_MASTER_PORT') or 29500}"
@@ -186,11 +186,12 @@ def _first(*names: str) -> str:
     return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
-def _number(*names: str, default: int = 0) -> int:
+def _number(*names: str, default: int = 0, least: int = 1) -> int:
     """The first of these environment variables that is set, as a whole number; torchrun's "auto" is the default."""
     text = _first(*names)
     if not text or text in ("auto", "gpu", "cpu"):
         return default
-    if not text.isdecimal():
-        raise UserError(f"{next(name for name in names if os.environ.get(name))}={text}: must be a whole number")
+    if not text.isdecimal() or int(text) < least:
+        name = next(name for name in names if os.environ.get(name))
+        raise UserError(f"{name}={text}: must be a whole number, {least} or more")
     return int(text)
