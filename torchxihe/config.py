@@ -9,6 +9,7 @@ TOML has no null: no option is ever `None`. 0, -1 or "" means "off", and the doc
 """
 
 import difflib
+import json
 import os
 import re
 import string
@@ -19,6 +20,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
+
+from torchxihe.utils.words import counted
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -525,7 +529,7 @@ def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) 
         above = ".".join(key[:i])
         if isinstance(place, list):
             if not part.isdecimal() or int(part) >= len(place):
-                return [f"{name}: {above} has {len(place)} entries, counted from 0; there is no {part}"]
+                return [f"{name}: {above} has {counted(len(place), 'entry')}, counted from 0; there is no {part}"]
             place = place[int(part)]
         else:
             if part not in place:
@@ -535,19 +539,27 @@ def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) 
             return [f"{name}: {'.'.join(key[: i + 1])} is a single value; nothing stands below it"]
     if isinstance(place, list):
         return [f"{name}: an entry of a list cannot be replaced whole; name a key of it"]
-    place[key[-1]] = _override_value(key, match[2])
+    try:
+        place[key[-1]] = _override_value(key, match[2])
+    except tomllib.TOMLDecodeError:
+        shell = "texts in it stand in \"quotes\", and for a shell the whole in 'quotes'"
+        return [f"{name}: {match[2]} is not valid TOML; {shell}"]
     origins[key] = name
     return []
 
 
 def _override_value(key: Key, text: str) -> Any:
-    """What a flag's text means: a TOML value, else (a bare word, or anything that a text option gets) the text."""
+    """What a flag's text means: a TOML value, else (a bare word, or anything that a text option gets) the text.
+
+    Raises TOMLDecodeError for what begins like a list, a table or a quoted text and is none.
+    """
+    field = _field_at(key)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if field and field.annotation is not str and text.startswith(("[", "{", '"', "'")):
+            raise
         return text
-    section = _section_at(key[:-1])
-    field = section.model_fields.get(key[-1]) if section else None
     kept = str if field and field.annotation is str else (bool, int, float, str, list, dict)  # not a date or a time
     return value if isinstance(value, kept) else text
 
@@ -565,6 +577,12 @@ def _section_at(key: Key) -> type[Section] | None:
         if not (isinstance(section, type) and issubclass(section, Section)):
             return None
     return section
+
+
+def _field_at(key: Key) -> FieldInfo | None:
+    """The option that a dotted path leads to."""
+    section = _section_at(key[:-1])
+    return section.model_fields.get(key[-1]) if section else None
 
 
 def _line(key: Key, why: str, origins: dict[Key, str], file: str) -> str:
@@ -593,8 +611,8 @@ MEANINGS = {
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_too_short": "must not be empty",
     "value_error": "{error}",
-    "string_pattern_mismatch": "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-' "
-    "(unless it is set, it is the file's stem)",
+    "string_pattern_mismatch": "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-'; "
+    "without --run.name=NAME it is the file's stem",
 }
 
 
@@ -605,6 +623,9 @@ def _explain(finding: dict[str, Any]) -> tuple[Key, str]:
     if kind == "extra_forbidden":
         return key, f"unknown key{_meant(key)}"
     why = MEANINGS[kind].format(**finding.get("ctx", {})) if kind in MEANINGS else str(finding["msg"])
+    if kind == "tuple_type" and (field := _field_at(key)):
+        entry = get_args(field.annotation)[0]
+        why += f" such as {json.dumps(get_args(entry))}" if get_origin(entry) is Literal else ""
     return key, why if kind in ("missing", "string_too_short") else f"{why}, got {finding['input']!r}"
 
 

@@ -26,6 +26,7 @@ MODEL = {
     "vocab_size": 4096,
 }
 COLUMNS_ONLY = "only column names may stand in braces; write {{ and }} for braces that are text"
+NO_TOML = "is not valid TOML; texts in it stand in \"quotes\", and for a shell the whole in 'quotes'"
 SMALL: dict[str, Any] = {
     "model": MODEL,
     "data": {"sources": [{"path": "{stdlib}", "glob": "**/*.py"}], "seq_len": 64},
@@ -194,6 +195,10 @@ def test_any_values_survive_the_round_trip(
         ("--optimizer.lr=0", "must be greater than 0, got 0"),
         ("--optimizer.lr=inf", "must be a finite number, got inf"),
         ("--optimizer.betas=0.9", "must be a list, got 0.9"),
+        ("--optimizer.betas=[0.9,0.99", f"[0.9,0.99 {NO_TOML}"),
+        ("--checkpoint.load_only=model", "must be a list such as [\"model\"], got 'model'"),
+        ("--checkpoint.load_only=[model]", f"[model] {NO_TOML}"),
+        ("--data.sources=[{path=x}]", f"[{{path=x}}] {NO_TOML}"),
         ("--optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: must be less than 1, got 1.0"),
         ("--optimizer.weight_decay=inf", "must be a finite number, got inf"),
         (
@@ -208,13 +213,13 @@ def test_any_values_survive_the_round_trip(
         ("--parallelism.dp_shard=0", "must be -1 or at least 1, got 0"),
         (
             "--run.name=a/b",
-            "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-' "
-            "(unless it is set, it is the file's stem), got 'a/b'",
+            "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-'; "
+            "without --run.name=NAME it is the file's stem, got 'a/b'",
         ),
         ("--data.sources=[]", "needs at least one entry"),
         ("--data.sources=[{path='x', pth='y'}]", "data.sources.0.pth: unknown key; did you mean data.sources.0.path?"),
         ("--data.sources.0.pth=x", "unknown key; did you mean data.sources.0.path?"),
-        ("--data.sources.1.path=x", "data.sources has 1 entries, counted from 0; there is no 1"),
+        ("--data.sources.1.path=x", "data.sources has 1 entry, counted from 0; there is no 1"),
         ("--data.sources.0=x", "an entry of a list cannot be replaced whole; name a key of it"),
         ("--data.seq_len.x=1", "data.seq_len is a single value; nothing stands below it"),
         ("--data.sources.0.path=", "must not be empty"),

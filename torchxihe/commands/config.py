@@ -108,6 +108,8 @@ def _name(annotation: Any) -> str:
         if isinstance(entries[0], type) and issubclass(entries[0], Section):
             return "tables"
         entry = get_args(entries[0])[0] if get_origin(entries[0]) is Annotated else entries[0]
+        if get_origin(entry) is Literal:
+            return f"list of {_name(entry)}"
         return "list of pairs" if get_origin(entry) is tuple else "list of numbers"
     return {"int": "integer", "float": "number", "str": "string", "bool": "boolean"}[annotation.__name__]
 
