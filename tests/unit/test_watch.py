@@ -246,7 +246,9 @@ def test_the_log_file_has_rank_and_phase(trained: Path) -> None:
 
 def test_the_end_says_what_came_of_it_and_what_is_next(trained: Path) -> None:
     text = (trained / "logs" / "rank-00000.log").read_text()
-    for part in ("finished 6 steps", "held out loss ", f"torchxihe export {trained} --out DIR", "memory   0.00 GiB"):
+    for part in ("finished 6 steps, 768 tokens\n", "held out loss ", f"torchxihe export {trained} --out DIR"):
+        assert part in text
+    for part in ("plan     6 steps, 768 tokens, ", " MFLOP a step", "memory   610.5 KiB a process", " K parameters, "):
         assert part in text
 
 

@@ -19,6 +19,7 @@ from torchxihe.config import Config, load_config
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
+from torchxihe.utils.words import counted
 
 HELP = "show the sources of a config, and with --rows the decoded rows"
 
@@ -89,17 +90,18 @@ def show_row(prepared: Prepared, order: Order, tokenizer: TextTokenizer, g: int,
     mask = np.ones(seq_len + 1, np.uint8)
     lengths = reader.read(rows, tokens, mask if reader.masked else None)
     lines = [
-        f"=== sample {g}: {source.name}, row {rows}, epoch {epochs}, {len(lengths)} documents, {sum(lengths)} tokens"
+        f"=== sample {g}: {source.name}, row {rows}, epoch {epochs}, "
+        f"{counted(len(lengths), 'document')}, {counted(sum(lengths), 'token')}"
     ]
     at = 0
     for number, length in enumerate(lengths):
         mask[at] = 0
         ids, learned = tokens[at : at + length].tolist(), mask[at : at + length].tolist()
-        lines.append(f"--- document {number}: {length} tokens from {at} on")
+        lines.append(f"--- document {number}: {counted(length, 'token')} from {at} on")
         lines.append(_spell(tokenizer, ids, learned) + ("" if ids[-1] == prepared.eos_id else " …"))
         at += length
     if at <= seq_len:
-        lines.append(f"--- ⟦{seq_len + 1 - at} tokens of padding⟧")
+        lines.append(f"--- ⟦{counted(seq_len + 1 - at, 'token')} of padding⟧")
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from torchxihe.config import Config
 from torchxihe.model.decoder import flops_per_token
 from torchxihe.utils.device import host_memory_gib, memory_gib, peak_flops
 from torchxihe.utils.distributed import all_reduce_sum, rank, world_size
+from torchxihe.utils.words import duration
 
 METRICS = "metrics.jsonl"
 log = logging.getLogger(__name__)
@@ -189,15 +190,3 @@ class Window:
             "step_seconds": step_seconds,
             "data_wait_fraction": wait_seconds / seconds,
         }
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "42 s", "3 min 20 s", "5 h 04 min", "2 d 3 h"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    if seconds < 86400:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 86400} d {seconds % 86400 // 3600} h"

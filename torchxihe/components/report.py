@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from torchxihe.components.metrics import METRICS, duration, read_metrics
+from torchxihe.components.metrics import METRICS, read_metrics
 from torchxihe.components.optimizer import describe, state_bytes
 from torchxihe.config import Config
 from torchxihe.data.order import Order, micro_batches
@@ -16,6 +16,7 @@ from torchxihe.data.store import Prepared
 from torchxihe.model.decoder import flops_per_token, parameter_counts
 from torchxihe.utils.device import device_name
 from torchxihe.utils.distributed import world_size
+from torchxihe.utils.words import BYTES, FLOPS, counted, duration, scaled
 
 log = logging.getLogger(__name__)
 SLOW_STEP_SECONDS = 60.0
@@ -35,22 +36,22 @@ def report_start(
     total, _ = parameter_counts(model)
     tokens = order.batch(config.total_steps)[0] * config.data.seq_len
     accumulation = micro_batches(training.global_batch_size, world_size(), micro_batch)
+    flops = flops_per_token(model, config.data.seq_len) * config.tokens_per_step
     ramp = "".join(f", {sequences:,} rows until step {until:,}" for sequences, until in training.batch_ramp)
     shape = f"{model.num_hidden_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads"
     rows = [
         ("run", f"{config.run_dir}"),
-        ("model", f"{total / 1e6:,.1f} M parameters, {shape} of {model.head_dim}, vocabulary {model.vocab_size:,}"),
+        ("model", f"{scaled(total)} parameters, {shape} of {model.head_dim}, vocabulary {model.vocab_size:,}"),
         ("device", f"{world_size()} × {device_name(device)}, {layout}, {training.dtype}"),
         (
             "batch",
-            f"{training.global_batch_size:,} rows of {config.data.seq_len:,} = {config.tokens_per_step:,} tokens, "
-            f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} a step{ramp}",
+            f"{counted(training.global_batch_size, 'row')} of {config.data.seq_len:,} = "
+            f"{config.tokens_per_step:,} tokens, {accumulation} micro-batch{'es' * (accumulation > 1)} a step{ramp}",
         ),
         ("updates", describe(optimizer)),
         (
             "plan",
-            f"{config.total_steps:,} steps, {tokens / 1e6:,.1f} M tokens, "
-            f"{flops_per_token(model, config.data.seq_len) * config.tokens_per_step / 1e12:,.1f} TFLOP a step",
+            f"{counted(config.total_steps, 'step')}, {scaled(tokens)} tokens, {scaled(flops, FLOPS)} a step",
         ),
     ]
     # Weights and gradients are float32.
@@ -58,21 +59,21 @@ def report_start(
     held = (8 * total + state_bytes(optimizer)) / shards
     if accumulation > 1 and not config.parallelism.reshard_after_forward:
         held += 4 * total * (1 - 1 / shards)  # gradients are whole until the last micro-batch
-    rows.insert(3, ("memory", f"{held / 2**30:,.2f} GiB a process for the model and optimizer, before activations"))
+    rows.insert(3, ("memory", f"{scaled(held, BYTES)} a process for the model and optimizer, before activations"))
     weights = sum(source.weight for source in prepared.sources)
     for source, epochs in zip(prepared.sources, order.epochs(config.total_steps), strict=True):
         share = source.weight / weights
-        held_out = f", {source.valid_rows:,} rows held out" if source.valid_rows else ""
+        held_out = f", {counted(source.valid_rows, 'row')} held out" if source.valid_rows else ""
         rows.append(
             (
                 "data",
-                f"{source.name}: {source.documents:,} documents, {source.tokens / 1e6:,.1f} M tokens, "
+                f"{source.name}: {counted(source.documents, 'document')}, {scaled(source.tokens)} tokens, "
                 f"{100 * share:.1f} % of the mixture, {epochs:.2f} epochs{held_out}",
             )
         )
     for documents in prepared.sets:
-        size = f"{documents.documents:,} documents, {documents.tokens / 1e6:,.1f} M tokens"
-        rows.append(("data", f"{documents.name}: {size}, {documents.valid_rows:,} rows, all held out"))
+        size = f"{counted(documents.documents, 'document')}, {scaled(documents.tokens)} tokens"
+        rows.append(("data", f"{documents.name}: {size}, {counted(documents.valid_rows, 'row')}, all held out"))
     for name, value in rows:
         log.info("%-8s %s", name, value)
     if device.type == "cpu":
@@ -86,12 +87,8 @@ def report_end(config: Config) -> None:
     rows = []
     if train:
         last = train[-1]
-        speed = sorted(line["tokens_per_second"] for line in train)[len(train) // 2]
         rows += [
-            (
-                "finished",
-                f"{last['step']:,} steps, {last['tokens'] / 1e6:,.1f} M tokens, {speed:,.0f} a second",
-            ),
+            ("finished", f"{counted(int(last['step']), 'step')}, {scaled(last['tokens'])} tokens"),
             ("loss", f"{last['loss']:.4f}, {last['bpb']:.4f} bits a byte"),
         ]
     if valid:

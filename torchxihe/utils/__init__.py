@@ -1,1 +1,1 @@
-"""What every floor may use: processes, devices, logs."""
+"""What every floor may use: processes, devices, logs, words."""
