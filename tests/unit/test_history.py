@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from torchxihe.components.history import KINDS, recorded_changes
+from torchxihe.components.history import KINDS, describe_change, recorded_changes
 from torchxihe.config import Config, Section, UserError, load_config
 
 DEBUG = Path(__file__).parents[2] / "configs" / "xihe_debug.toml"
@@ -55,3 +55,19 @@ def test_options_of_another_version_are_no_change() -> None:
     before["training"]["gone"] = 1
     del before["optimizer"]["lr"], before["metrics"]
     assert recorded_changes(before, load_config(DEBUG)) == {}
+
+
+def test_a_changed_mixture_is_told_by_what_differs() -> None:
+    code, books = {"name": "code", "path": "a", "subset": "", "weight": 1.0}, {"name": "", "path": "b", "subset": "en"}
+    heavier = code | {"weight": 2.0, "of another version": 3}
+    assert describe_change("data.sources", [code, books], [heavier, {**books, "subset": "de"}]) == [
+        "data.sources: b en is gone",
+        "data.sources: b de is new",
+        "data.sources: code: weight changes from 1.0 to 2.0",
+    ]
+    assert describe_change("data.sources", [code, books], [books, code]) == ["data.sources changes"]
+    assert describe_change("validation.sets", [], [books]) == ["validation.sets: b en is new"]
+    assert describe_change("optimizer.betas", [0.9, 0.95], [0.9, 0.99]) == [
+        "optimizer.betas changes from [0.9, 0.95] to [0.9, 0.99]"
+    ]
+    assert describe_change("optimizer.lr", 0.1, 0.2) == ["optimizer.lr changes from 0.1 to 0.2"]

@@ -87,6 +87,23 @@ def recorded_changes(before: dict[str, Any], config: Config) -> dict[str, tuple[
     return {option: values for option, values in changes.items() if kind_of(option) == "recorded"}
 
 
+def describe_change(option: str, was: Any, now: Any) -> list[str]:
+    """A change in lines: of a list of tables (a mixture) only what differs, by the tables' names."""
+    entries = [*was, *now] if isinstance(was, list) and isinstance(now, list) else [was]
+    if not all(isinstance(entry, dict) for entry in entries):
+        return [f"{option} changes from {was} to {now}"]
+    old, new = ({e["name"] or f"{e['path']} {e['subset']}".rstrip(): e for e in tables} for tables in (was, now))
+    lines = [f"{option}: {name} is gone" for name in old if name not in new]
+    lines += [f"{option}: {name} is new" for name in new if name not in old]
+    lines += [
+        f"{option}: {name}: {key} changes from {old[name][key]} to {value}"
+        for name in new
+        for key, value in new[name].items()
+        if name in old and key in old[name] and value != old[name][key]
+    ]
+    return lines or [f"{option} changes"]  # their order, or options of another version
+
+
 def check_changes(config: Config) -> None:
     """Raise UserError for what must not change since the run's newest checkpoint: before hours of preparing its data.
 
@@ -132,7 +149,8 @@ class History:
                 "with them); set tokenizer.path to the run's tokenizer/, or start another run with --run.name=NAME"
             )
         for option, (was, now) in changes.items():
-            log.info("%s changes from %s to %s at step %d", option, was, now, saved["step"])
+            for line in describe_change(option, was, now):
+                log.info("%s at step %d", line, saved["step"])
             self._changes.append({"step": saved["step"], "option": option, "from": was, "to": now})
         self._changes = saved["changes"] + self._changes
         self._origin, self.stages = saved["origin"], saved["stages"]
