@@ -1,8 +1,8 @@
 """`torchxihe COMMAND ...`, also `python -m torchxihe COMMAND ...`.
 
-The commands are the files of `torchxihe/commands`. Each has `HELP` (its line in the list) and `main(args)`. Only the
-one that is called is imported, so that no command pays for another's libraries: the list is read from the source, and
-so is the help page of a command whose docstring has a usage line.
+The commands are the files of `torchxihe/commands`. Each has a docstring, which is its help page (the first line also
+stands in the list), and `main(args)`. Only the one that is called is imported, so that no command pays for another's
+libraries: the docstrings are read from the source.
 """
 
 import ast
@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import torchxihe
 from torchxihe.config import UserError
 
 COMMANDS = Path(__file__).parent / "commands"
@@ -30,17 +31,19 @@ def main() -> None:
 
 
 def run(args: list[str]) -> None:
-    """Run the command `args[0]` with the rest of `args`, or print help."""
+    """Run the command `args[0]` with the rest of `args`, or print help or the version."""
     names = command_names()
     command = args[0] if args else "--help"
     if command in ("-h", "--help", "help"):
         width = max(map(len, names))
         print("usage: torchxihe COMMAND ...      (torchxihe COMMAND --help says more)\n")
-        print("\n".join(f"  {name:{width}}  {_help(name)}" for name in names))
+        print("\n".join(f"  {name:{width}}  {_docstring(name).splitlines()[0]}" for name in names))
+    elif command == "--version":
+        print(torchxihe.__version__)
     elif command not in names:
         close = difflib.get_close_matches(command, names, n=1)
         raise UserError(f"{command}: no such command; " + (f"did you mean {close[0]}?" if close else ", ".join(names)))
-    elif {"-h", "--help"} & set(args[1:]) and "usage:" in _docstring(command):
+    elif {"-h", "--help"} & set(args[1:]):
         print(_docstring(command))
     else:
         _read_dotenv()
@@ -55,14 +58,6 @@ def command_names() -> list[str]:
 def command_source(command: str) -> ast.Module:
     """A command's module, parsed: reading it is quicker than importing what it imports."""
     return ast.parse((COMMANDS / f"{command}.py").read_text(encoding="utf-8"))
-
-
-def _help(command: str) -> str:
-    """The command's `HELP`, without importing it."""
-    for node in command_source(command).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HELP":
-            return str(ast.literal_eval(node.value))
-    return ""
 
 
 def _docstring(command: str) -> str:

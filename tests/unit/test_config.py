@@ -10,6 +10,8 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import torchxihe
+from torchxihe.__main__ import run as run_here
 from torchxihe.commands.config import DOCS, reference
 from torchxihe.config import Config, Parallelism, UserError, config_from_args, dump_config, load_config
 
@@ -363,8 +365,35 @@ def test_unknown_commands_and_help() -> None:
     assert done.returncode == 0
     for path in (ROOT / "torchxihe" / "commands").glob("[a-z]*.py"):
         line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [path.stem])
-        assert len(line.split()) > 2, f"{path.stem} has no HELP"
+        assert len(line.split()) > 2 and len(line) < 120, f"{path.stem} has no help, or a long one"
     assert "usage: torchxihe config CONFIG" in run("config", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ("train", "train: the following arguments are required: CONFIG; torchxihe train --help says more"),
+        ("verify", "verify: the following arguments are required: PATH; torchxihe verify --help says more"),
+        ("verify a b", "verify: unrecognized arguments: b; torchxihe verify --help says more"),
+        ("data", "data: the following arguments are required: CONFIG; "),
+        ("generate", "generate: the following arguments are required: RUN_OR_STEP; "),
+        ("generate a --seed x", "generate: argument --seed: invalid int value: 'x'; "),
+        ("plot a --b step", "plot: unrecognized arguments: --b step; "),
+        ("completion fish", "completion: argument shell: invalid choice: 'fish' (choose from "),
+        ("export a --out b --dtype fp16", "export: argument --dtype: invalid choice: 'fp16' (choose from "),
+        ("import a", "import: the following arguments are required: --out; "),
+        ("launch", "no config file; expected CONFIG"),
+        ("config", "no config file; expected CONFIG"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_like_those_in_a_config(args: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_here(args.split())
+    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"{torchxihe.__version__}\n"
 
 
 def test_reading_a_config_is_lean(small: str) -> None:

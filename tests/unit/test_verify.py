@@ -66,5 +66,5 @@ def test_nothing_to_verify(tmp_path: Path) -> None:
         main([str(tmp_path)])
     with pytest.raises(UserError, match="no such directory"):
         main([str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="expected one PATH"):
+    with pytest.raises(UserError, match="verify: .* required: PATH"):
         main([])

@@ -12,7 +12,6 @@ It holds what this version knows, and asks Python nothing while you type.
 example: torchxihe completion bash
 """
 
-import argparse
 import ast
 import shlex
 from collections.abc import Iterator
@@ -20,8 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from torchxihe.__main__ import command_names, command_source
 from torchxihe.config import Config, Section
-
-HELP = "print the shell's completion script"
+from torchxihe.utils.arguments import Arguments
 
 BASH = r"""
 _torchxihe() {
@@ -68,8 +66,8 @@ compdef _torchxihe torchxihe run_train.sh
 
 
 def main(args: list[str]) -> None:
-    """Print the script. Raises SystemExit for another shell."""
-    parser = argparse.ArgumentParser("torchxihe completion", description=HELP)
+    """Print the script. Raises UserError for another shell."""
+    parser = Arguments("completion")
     parser.add_argument("shell", choices=("bash", "zsh"))
     print(words_function() + (BASH if parser.parse_args(args).shell == "bash" else ZSH), end="")
 

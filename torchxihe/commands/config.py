@@ -10,7 +10,6 @@ torchxihe/config.py.
 example: torchxihe config configs/xihe_debug.toml --training.steps=10
 """
 
-import argparse
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -19,8 +18,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from torchxihe.config import Config, Section, config_from_args, dump_config
+from torchxihe.utils.arguments import Arguments
 
-HELP = "print a config with everything resolved; --docs writes docs/config.md"
 DOCS = Path(__file__).parents[2] / "docs" / "config.md"
 
 INTRODUCTION = """\
@@ -43,7 +42,7 @@ All other paths are relative to the working directory. TOML has no null: 0, -1 o
 
 def main(args: list[str]) -> None:
     """Print the config that `args` name, or write the reference."""
-    parser = argparse.ArgumentParser("torchxihe config", description=HELP, allow_abbrev=False)
+    parser = Arguments("config")
     parser.add_argument("--docs", action="store_true")
     options, rest = parser.parse_known_args(args)
     if options.docs and not rest:

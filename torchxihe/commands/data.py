@@ -10,7 +10,6 @@ A line a source: documents, tokens, rows to train on and held out, its share of 
 example: torchxihe data configs/xihe_debug.toml --rows 2
 """
 
-import argparse
 import itertools
 
 import numpy as np
@@ -19,17 +18,16 @@ from torchxihe.config import Config, load_config
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
+from torchxihe.utils.arguments import Arguments
 from torchxihe.utils.words import counted
-
-HELP = "show the sources of a config, and with --rows the decoded rows"
 
 
 def main(args: list[str]) -> None:
     """Run the command with its arguments. Raises UserError."""
-    parser = argparse.ArgumentParser("torchxihe data", description=HELP, allow_abbrev=False)
-    parser.add_argument("config", help="a TOML file; --section.key=value overrides it")
-    parser.add_argument("--rows", type=int, default=0, metavar="N", help="also show the first N rows of training")
-    parser.add_argument("--first", type=int, default=0, metavar="G", help="with --rows: from sample G on")
+    parser = Arguments("data")
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--rows", type=int, default=0, metavar="N")
+    parser.add_argument("--first", type=int, default=0, metavar="G")
     known, overrides = parser.parse_known_args(args)
     config = load_config(known.config, overrides)
     prepared = open_prepared(config)

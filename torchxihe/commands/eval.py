@@ -1,4 +1,4 @@
-"""Measure a checkpoint on held-out documents (loss, perplexity, bits per byte, by source and set) or lm-eval's tasks.
+"""Measure a checkpoint: loss, perplexity and bits per byte of held-out documents, or lm-eval's tasks.
 
 usage: torchxihe eval RUN_OR_STEP [--on CONFIG [--section.key=value ...]] [--max-tokens N] [--json]
        torchxihe eval RUN_OR_STEP --tasks NAME,... [--include DIR] [--limit N] [--json]
@@ -19,7 +19,6 @@ examples: torchxihe eval runs/xihe_debug
           torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy
 """
 
-import argparse
 import contextlib
 import json
 import sys
@@ -37,14 +36,13 @@ from torchxihe.config import Config, UserError, load_config
 from torchxihe.data.loader import BatchLayout, validation_batches
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.model.attention import choose_attention
+from torchxihe.utils.arguments import Arguments
 from torchxihe.utils.device import default_device
-
-HELP = "measure a checkpoint on held-out documents: loss, perplexity, bits per byte"
 
 
 def main(args: list[str]) -> None:
     """Print a line for all documents and one a source, or lm-eval's table. Raises UserError."""
-    parser = argparse.ArgumentParser("torchxihe eval", description=HELP, allow_abbrev=False)
+    parser = Arguments("eval")
     parser.add_argument("run", metavar="RUN_OR_STEP")
     parser.add_argument("--on", metavar="CONFIG", default="")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N")

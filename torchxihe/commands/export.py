@@ -13,7 +13,6 @@ no GPU, and memory for one tensor. DIR must not exist; it gets
 example: torchxihe export runs/xihe_debug --out exported/xihe_debug
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -22,13 +21,12 @@ from tqdm import tqdm
 from torchxihe.components.export import SHARD_BYTES, export
 from torchxihe.components.saved_run import open_saved
 from torchxihe.config import UserError
-
-HELP = "write a run's model as a Hugging Face folder"
+from torchxihe.utils.arguments import Arguments
 
 
 def main(args: list[str]) -> None:
     """Export, and say what was exported. Raises UserError."""
-    parser = argparse.ArgumentParser("torchxihe export", description=HELP)
+    parser = Arguments("export")
     parser.add_argument("run", metavar="RUN_OR_STEP")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

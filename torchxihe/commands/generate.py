@@ -18,7 +18,6 @@ examples: torchxihe generate runs/xihe_debug --prompt "import " --stream
           torchxihe generate runs/xihe_debug_sft --chat
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 
@@ -29,14 +28,13 @@ from torchxihe.config import UserError
 from torchxihe.data.chat import Chat, Message
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
 from torchxihe.model.generate import generate
+from torchxihe.utils.arguments import Arguments
 from torchxihe.utils.device import default_device
-
-HELP = "continue a prompt with a run's model, or every line that is typed"
 
 
 def main(args: list[str]) -> None:
     """Print the continuation of `--prompt`, or of every line of standard input."""
-    parser = argparse.ArgumentParser("torchxihe generate", description=HELP)
+    parser = Arguments("generate")
     parser.add_argument("run", metavar="RUN_OR_STEP")
     parser.add_argument("--prompt")
     parser.add_argument("--chat", action="store_true")

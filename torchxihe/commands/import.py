@@ -15,7 +15,6 @@ exist; it gets
 example: torchxihe import exported/xihe_debug --out imported/xihe_debug
 """
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -37,17 +36,17 @@ from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain
 from torchxihe.model.attention import sdpa
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.hf import hf_name, model_from_hf
+from torchxihe.utils.arguments import Arguments
 
-HELP = "make a checkpoint of a Hugging Face model, to go on training from"
 INDEX = "model.safetensors.index.json"
 
 
 def main(args: list[str]) -> None:
     """Import, and say how to go on. Raises UserError."""
-    parser = argparse.ArgumentParser("torchxihe import", description=HELP)
+    parser = Arguments("import")
     parser.add_argument("source", metavar="DIR_OR_HUB_ID")
     parser.add_argument("--out", required=True, metavar="DIR", type=Path)
-    parser.add_argument("--revision", default="", help="branch, tag or commit of a hub model")
+    parser.add_argument("--revision", default="")
     options = parser.parse_args(args)
     if options.out.exists():
         raise UserError(f"--out: {options.out} is there already; name a new folder")

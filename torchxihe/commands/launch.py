@@ -31,8 +31,6 @@ from types import FrameType
 from torchxihe.components.history import check_changes
 from torchxihe.config import UserError, config_from_args
 
-HELP = "prepare the data, then train on every GPU of this machine or cluster"
-
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE_SECONDS = 86_400
 """How long machines wait for one another: `prepare` may take hours longer on one of them."""

@@ -9,15 +9,13 @@ working directory.
 example: torchxihe plot runs/xihe_debug --out runs/xihe_debug/plot.png
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
 
 from torchxihe.components.metrics import METRICS, read_metrics
 from torchxihe.config import UserError
-
-HELP = "draw the curves of one or several runs as a PNG"
+from torchxihe.utils.arguments import Arguments
 
 # Title, unit, key of training's lines, key of validation's, logarithmic axis.
 PANELS = [
@@ -34,7 +32,7 @@ Lines = list[dict[str, float]]
 
 def main(args: list[str]) -> None:
     """Draw, and say where. Raises UserError."""
-    parser = argparse.ArgumentParser("torchxihe plot", description=HELP)
+    parser = Arguments("plot")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
     parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE")
     parser.add_argument("--by", choices=("step", "tokens"), default="step")

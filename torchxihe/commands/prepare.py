@@ -11,19 +11,16 @@ examples: torchxihe prepare configs/xihe_debug.toml
           torchxihe prepare configs/xihe_debug.toml --shard 0/4
 """
 
-import argparse
-
 from torchxihe.config import UserError, load_config
 from torchxihe.data.prepare import prepare, prepare_part
-
-HELP = "tokenise and pack the data of a config, once"
+from torchxihe.utils.arguments import Arguments
 
 
 def main(args: list[str]) -> None:
     """Run the command with its arguments. Raises UserError."""
-    parser = argparse.ArgumentParser("torchxihe prepare", description=HELP, allow_abbrev=False)
-    parser.add_argument("config", help="a TOML file; --section.key=value overrides it")
-    parser.add_argument("--shard", metavar="I/N", default="", help="only part I (from 0) of N, on one of N machines")
+    parser = Arguments("prepare")
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--shard", metavar="I/N", default="")
     known, overrides = parser.parse_known_args(args)
     config = load_config(known.config, overrides)
     if not known.shard:

@@ -9,19 +9,16 @@ examples: torchxihe train configs/xihe_debug.toml
           torchrun --nproc-per-node=2 -m torchxihe train configs/xihe_debug.toml
 """
 
-import argparse
-
 from torchxihe.config import load_config
 from torchxihe.trainer import run
+from torchxihe.utils.arguments import Arguments
 from torchxihe.utils.log import setup_logging
-
-HELP = "train a prepared run, from its newest checkpoint if it has one"
 
 
 def main(args: list[str]) -> None:
     """Parse `CONFIG [--section.key=value ...]` and train."""
-    parser = argparse.ArgumentParser(prog="torchxihe train", description=HELP, allow_abbrev=False)
-    parser.add_argument("config", metavar="CONFIG", help="TOML file; overrides follow as --section.key=value")
+    parser = Arguments("train")
+    parser.add_argument("config", metavar="CONFIG")
     options, overrides = parser.parse_known_args(args)
     setup_logging()
     run(load_config(options.config, overrides))

@@ -31,15 +31,14 @@ from torchxihe.components.manifest import (
 from torchxihe.components.ranks import explained
 from torchxihe.components.storage import Location
 from torchxihe.config import UserError
-
-HELP = "check every file of a run's checkpoints"
+from torchxihe.utils.arguments import Arguments
 
 
 def main(args: list[str]) -> None:
     """Print the table. Raises UserError if there is nothing to verify, or if the newest checkpoint is not valid."""
-    if len(args) != 1:
-        raise UserError("verify: expected one PATH: a run directory, a checkpoints directory or a step directory")
-    place = Location(args[0])
+    parser = Arguments("verify")
+    parser.add_argument("path", metavar="PATH")
+    place = Location(parser.parse_args(args).path)
     try:
         steps = _steps_at(place)
         if not steps:
