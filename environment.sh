@@ -9,8 +9,10 @@ fail() {
     exit 1
 }
 
-# Prints what interpreter $1 lacks of the requirements and of the extra $2; nothing when it can run the project.
+# Prints what interpreter $1 lacks of the requirements and of the extra $2; nothing when it can run the project. Called
+# in a subshell: there Ctrl-C is ignored, which ends this script all the same, and the interpreter has no traceback.
 lacks() {
+    trap '' INT
     "$1" - "$root/pyproject.toml" "${2:-}" <<'PYTHON'
 import re
 import sys

@@ -24,9 +24,8 @@ CONFIG = str(ROOT / "configs" / "xihe_debug.toml")
 
 def start(*args: str, cwd: Path, script: Path = ROOT / "run_train.sh", **env: str) -> "subprocess.Popen[str]":
     environment = {"PATH": os.environ["PATH"], "HOME": str(cwd), **env}
-    return subprocess.Popen(
-        [str(script), *args], cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([str(script), *args], cwd=cwd, env=environment, text=True, start_new_session=True, **pipes)
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
@@ -73,6 +72,18 @@ def test_interpreters_that_do_not_do(tmp_path: Path) -> None:
     assert "pip install -c" in err
     code, _, err = finish(start(cwd=tmp_path, PYTHON="/nowhere/python"))
     assert (code, err.splitlines()[-1]) == (1, "run_train.sh: PYTHON=/nowhere/python does not run")
+
+
+def test_ctrl_c_while_interpreters_are_looked_at_is_silent(tmp_path: Path) -> None:
+    """Seen to fail, with the interpreter's traceback, without the trap in `lacks`."""
+    slow = f'#!/bin/sh\necho >{tmp_path}/asked\nexec {sys.executable} -c "import time; time.sleep(2); print(1)"\n'
+    python = executable(tmp_path / "slow", slow)
+    process = start(cwd=tmp_path, PYTHON=str(python))
+    while not (tmp_path / "asked").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # the interpreter sleeps
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert finish(process) == (-signal.SIGINT, "", "")
 
 
 @pytest.fixture
