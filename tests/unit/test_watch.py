@@ -316,6 +316,13 @@ def test_plot_overlays_runs(trained: Path, tmp_path: Path, capsys: pytest.Captur
     assert by_title["Loss"].get_ylabel() == "nats a token" and by_title["Speed"].get_ylabel() == "tokens a second"
 
 
+def test_plot_to_where_there_is_no_folder(trained: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError) as caught:
+        run(["plot", str(trained), "--out", "/nope/x.png"])
+    assert str(caught.value) == "--out: /nope/x.png: No such file or directory; name a file that can be written"
+
+
 def test_plot_of_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no metrics.jsonl in it"):
         run(["plot", str(tmp_path)])

@@ -50,7 +50,9 @@ def main(args: list[str]) -> None:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise UserError("plot: matplotlib is not installed; pip install matplotlib") from None
-    except (OSError, ValueError) as error:  # no such directory, or no such format
+    except OSError as error:
+        raise UserError(f"--out: {options.out}: {error.strerror}; name a file that can be written") from None
+    except ValueError as error:  # no such format
         raise UserError(f"--out: {options.out}: {error}") from None
     print(options.out)
 
