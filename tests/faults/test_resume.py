@@ -54,7 +54,7 @@ def test_a_new_run_from_a_checkpoint_of_another(workspace: Workspace, unbroken: 
 def test_what_cannot_be_loaded_is_one_line(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
     """Seen to fail without the comparison of shapes."""
     workspace.run(2, "--checkpoint.load=nowhere").check_mistake("nowhere: no such directory")
-    flags = (f"--checkpoint.load={unbroken(2).checkpoints}", "--model.intermediate_size=96")
+    flags = (f"--checkpoint.load={unbroken(2).checkpoints}", "--training.steps=21", "--model.intermediate_size=96")
     workspace.run(2, *flags).check_mistake("does not fit", "mlp.down_proj")
 
 

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchxihe.components.manifest import (
     CORRUPT,
     MANIFEST,
+    TRAIN_STATE,
     CorruptError,
     Files,
     Manifest,
@@ -49,8 +50,6 @@ from torchxihe.components.storage import Location, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
 from torchxihe.config import Checkpoint, UserError
 from torchxihe.utils.distributed import is_main, rank, world_size
-
-TRAIN_STATE = "train_state.json"
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

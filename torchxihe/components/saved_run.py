@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from torchxihe.components.checkpoint import TRAIN_STATE, load_model_only, resolve
-from torchxihe.components.manifest import step_of
+from torchxihe.components.checkpoint import load_model_only, resolve
+from torchxihe.components.manifest import TRAIN_STATE, step_of
 from torchxihe.components.ranks import explained
 from torchxihe.components.storage import Location, with_retries
 from torchxihe.config import Model, UserError
