@@ -17,7 +17,7 @@ from torchxihe.components.export import Exporter
 from torchxihe.components.history import History
 from torchxihe.components.lr_scheduler import learning_rate
 from torchxihe.components.manifest import check_fresh_start, checkpoints_of
-from torchxihe.components.metrics import MetricsWriter, StepSums, Window, usage
+from torchxihe.components.metrics import MetricsWriter, StepSums, Window, sums_by_source, usage
 from torchxihe.components.micro_batch import fit_micro_batch
 from torchxihe.components.optimizer import build_optimizer, gradient_norm, optimizer_step
 from torchxihe.components.profiler import Profiler, memory_explained
@@ -26,17 +26,17 @@ from torchxihe.components.report import report_end, report_start
 from torchxihe.components.run_lock import run_locks, share_run_directory
 from torchxihe.components.stop import Stop
 from torchxihe.components.storage import Location
-from torchxihe.components.validation import sums_by_source, validate
+from torchxihe.components.validation import validate
 from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Config, UserError, dump_config
 from torchxihe.data.loader import Batch, BatchLayout, Loader, random_batch, validation_batches
 from torchxihe.data.order import Order, Stage, check_epochs, micro_batch_rows, micro_batches, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.model.generate import generate
+from torchxihe.parallelisms.compile import compiles
 from torchxihe.parallelisms.data_parallel import gradient_sync
 from torchxihe.parallelisms.mesh import build_mesh, describe_mesh
 from torchxihe.parallelisms.parallelize import parallelize
-from torchxihe.utils.device import compile_obstacle
 from torchxihe.utils.distributed import all_reduce_sum, is_main, process_group, rank, world_size
 from torchxihe.utils.log import rank_log
 
@@ -55,8 +55,7 @@ class Trainer:
         mesh = build_mesh(config.parallelism, world_size(), device.type)
         self.layout = describe_mesh(mesh)
         self.model, self.module = parallelize(config, device, mesh)
-        compiled = config.training.compile and not compile_obstacle()
-        self.optimizer = build_optimizer(self.model, config.optimizer, mesh, compile=compiled)
+        self.optimizer = build_optimizer(self.model, config.optimizer, mesh, compile=compiles(config.training))
         training = config.training
         self.micro_batch_size = micro_batch_rows(training.global_batch_size, world_size(), training.micro_batch_size)
         self.bytes_per_token = torch.from_numpy(bytes_per_token).to(device)

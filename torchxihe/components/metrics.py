@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchxihe.components.trackers import Trackers
 from torchxihe.config import Config
+from torchxihe.data.loader import Batch
 from torchxihe.model.decoder import flops_per_token
 from torchxihe.utils.device import host_memory_gib, memory_gib, peak_flops
 from torchxihe.utils.distributed import all_reduce_sum, rank, world_size
@@ -24,6 +25,17 @@ from torchxihe.utils.words import duration
 
 METRICS = "metrics.jsonl"
 log = logging.getLogger(__name__)
+
+
+def sums_by_source(losses_B: Tensor, batch: Batch, bytes_per_token_V: Tensor, sources: int) -> Tensor:
+    """What a batch adds to each source's loss (nats), valid targets and the UTF-8 bytes that those stand for.
+
+    losses: summed over each row's targets. Returns float64 [sources, 3] on the device, without waiting for it.
+    """
+    valid_BT = batch.targets >= 0
+    bytes_B = (bytes_per_token_V[batch.targets.clamp(min=0)] * valid_BT).sum(1)
+    sums_B3 = torch.stack([losses_B.double(), valid_BT.sum(1).double(), bytes_B.double()], dim=1)
+    return sums_B3.new_zeros(sources, 3).index_add_(0, batch.sources, sums_B3)
 
 
 class StepSums:

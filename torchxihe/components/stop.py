@@ -45,9 +45,9 @@ class Stop:
         self._group = as_patient(new) if isinstance(new, dist.ProcessGroup) else None
 
     def __enter__(self) -> "Stop":
-        self._ear, self._mouth = os.pipe()
-        os.set_blocking(self._mouth, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._write_fd, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, _noted_elsewhere) for number in SIGNALS}
         self._listener = threading.Thread(target=self._listen, name="stop", daemon=True)
         self._listener.start()
@@ -61,9 +61,9 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         # Waited for: were it the last to hold this object, it might free a tensor while Python ends, which aborts.
-        os.write(self._mouth, END)
+        os.write(self._write_fd, END)
         self._listener.join()
-        os.close(self._mouth)
+        os.close(self._write_fd)
 
     def agreed(self) -> bool:
         """Whether to stop now: the same answer on all ranks, a step after the first of them wanted to.
@@ -106,12 +106,12 @@ class Stop:
 
     def _listen(self) -> None:
         """Wait for signals, from now to the end."""
-        while (number := os.read(self._ear, 1)) != END:
+        while (number := os.read(self._read_fd, 1)) != END:
             if self.reason or number[0] not in SIGNALS:
                 continue  # a second signal changes nothing
             self.reason = signal.Signals(number[0]).name
             self._start_timer(max(self._patience, 3 * self._step_seconds))
-        os.close(self._ear)
+        os.close(self._read_fd)
 
     def _start_timer(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self._give_up, (seconds,))

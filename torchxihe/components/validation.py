@@ -6,20 +6,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from torchxihe.components.metrics import sums_by_source
 from torchxihe.data.loader import Batch
 from torchxihe.data.store import Prepared
 from torchxihe.utils.distributed import all_reduce_sum
-
-
-def sums_by_source(losses_B: Tensor, batch: Batch, bytes_per_token_V: Tensor, sources: int) -> Tensor:
-    """What a batch adds to each source's loss (nats), valid targets and the UTF-8 bytes that those stand for.
-
-    losses: summed over each row's targets. Returns float64 [sources, 3] on the device, without waiting for it.
-    """
-    valid_BT = batch.targets >= 0
-    bytes_B = (bytes_per_token_V[batch.targets.clamp(min=0)] * valid_BT).sum(1)
-    sums_B3 = torch.stack([losses_B.double(), valid_BT.sum(1).double(), bytes_B.double()], dim=1)
-    return sums_B3.new_zeros(sources, 3).index_add_(0, batch.sources, sums_B3)
 
 
 @torch.no_grad()

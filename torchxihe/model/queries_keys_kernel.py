@@ -19,7 +19,7 @@ TOKENS = 16  # of a program
 
 # fmt: off
 @triton.jit
-def _turn(
+def _norm_rope(
     source, out, weight, first, heads, width, out_heads, rows, inside, cos, sin, eps, half: tl.constexpr, norm:
     tl.constexpr,
 ):
@@ -55,18 +55,18 @@ def _forward(
     c = tl.load(cos + table, mask=inside, other=0.0)
     s = tl.load(sin + table, mask=inside, other=0.0)
     width = (queries + keys) * 2 * half
-    _turn(qk, q, weight, 0, queries, width, queries, rows, inside, c, s, eps, half, norm)
-    _turn(qk, k, weight + 2 * half, queries, keys, width, keys, rows, inside, c, s, eps, half, norm)
+    _norm_rope(qk, q, weight, 0, queries, width, queries, rows, inside, c, s, eps, half, norm)
+    _norm_rope(qk, k, weight + 2 * half, queries, keys, width, keys, rows, inside, c, s, eps, half, norm)
 
 
 # fmt: off
 @triton.jit
-def _turn_back(
+def _norm_rope_backward(
     grads, source, out, weight, dweight, first, heads, width, grad_heads, rows, inside, cos, sin, eps, half:
     tl.constexpr, norm: tl.constexpr,
 ):
 # fmt: on
-    """Gradient of `_turn`: `grads` of its `out` to `out`, laid out as its `source`; its weight's to `dweight`."""
+    """Gradient of `_norm_rope`: `grads` of its `out` to `out`, laid out as its `source`; its weight's to `dweight`."""
     d = tl.arange(0, half)
     if norm:
         weight_a = tl.load(weight + d).to(tl.float32)[None, :]
@@ -114,9 +114,10 @@ def _backward(
     s = tl.load(sin + table, mask=inside, other=0.0)
     width = (queries + keys) * 2 * half
     part = dweight + tl.program_id(0) * 4 * half
-    _turn_back(dq, qk, dqk, weight, part, 0, queries, width, queries, rows, inside, c, s, eps, half, norm)
-    other = part + 2 * half
-    _turn_back(dk, qk, dqk, weight + 2 * half, other, queries, keys, width, keys, rows, inside, c, s, eps, half, norm)
+    _norm_rope_backward(dq, qk, dqk, weight, part, 0, queries, width, queries, rows, inside, c, s, eps, half, norm)
+    weight_k = weight + 2 * half
+    part_k = part + 2 * half
+    _norm_rope_backward(dk, qk, dqk, weight_k, part_k, queries, keys, width, keys, rows, inside, c, s, eps, half, norm)
 
 
 def forward(

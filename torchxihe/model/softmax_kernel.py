@@ -21,7 +21,8 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
     columns = tl.arange(0, block)
     base = logits + row * stride
     valid = target != ignore
-    hit = tl.load(base + tl.where(valid, target, 0)).to(tl.float32)  # before any thread may have overwritten it
+    # Before any thread may have overwritten it.
+    target_logit = tl.load(base + tl.where(valid, target, 0)).to(tl.float32)
     log2e = 1.4426950408889634  # powers of two are what the device computes
     whole = vocab // block * block
     rest = whole + columns < vocab
@@ -34,7 +35,7 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
         sums = sums * tl.exp2(highest - higher) + tl.exp2(x - higher)
         highest = higher
     lse = highest + tl.log2(tl.sum(sums))
-    tl.store(losses + row, tl.where(valid, lse / log2e - hit, 0.0))
+    tl.store(losses + row, tl.where(valid, lse / log2e - target_logit, 0.0))
     if gradients:
         shift = tl.where(valid, lse, float("inf"))  # 2 to the minus infinity: a row that does not count has no gradient
         for start in range(0, whole, block):
@@ -43,7 +44,7 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
         x = tl.load(base + whole + columns, mask=rest, other=float("-inf")).to(tl.float32) * log2e
         tl.store(base + whole + columns, tl.exp2(x - shift).to(logits.dtype.element_ty), mask=rest)
         tl.debug_barrier()  # another thread has just written the target's place
-        tl.store(base + target, (tl.exp2(hit * log2e - shift) - 1.0).to(logits.dtype.element_ty), mask=valid)
+        tl.store(base + target, (tl.exp2(target_logit * log2e - shift) - 1.0).to(logits.dtype.element_ty), mask=valid)
 
 
 def cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, ignore: int, gradients: bool) -> None:

@@ -2,7 +2,14 @@
 
 import torch.compiler
 
+from torchxihe.config import Training
 from torchxihe.model.decoder import Decoder
+from torchxihe.utils.device import compile_obstacle
+
+
+def compiles(training: Training) -> bool:
+    """Whether anything is compiled: it is wanted, and this machine can."""
+    return training.compile and not compile_obstacle()
 
 
 def apply_compile(model: Decoder, *, whole: bool) -> None:

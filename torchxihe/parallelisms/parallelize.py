@@ -12,7 +12,7 @@ from torchxihe.model.decoder import Decoder
 from torchxihe.model.queries_keys import choose_queries_keys
 from torchxihe.model.swiglu import choose_swiglu
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
-from torchxihe.parallelisms.compile import apply_compile
+from torchxihe.parallelisms.compile import apply_compile, compiles
 from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
 from torchxihe.parallelisms.float8 import apply_float8
 from torchxihe.utils.device import compile_obstacle
@@ -42,7 +42,7 @@ def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -
             swiglu=swiglu,
         )
     apply_float8(model, config.float8.recipe, device)
-    compiled = config.training.compile and not compile_obstacle()
+    compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
     if config.training.compile and not compiled:
         log.warning("training.compile: %s, so this run is not compiled, only slower", compile_obstacle())
