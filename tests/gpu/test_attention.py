@@ -51,3 +51,23 @@ def test_equals_masked_softmax(
     references = [expected, *torch.autograd.grad((expected * weight).sum(), exact)]
     for ours, theirs in zip(results, references, strict=True):
         assert (ours.float() - theirs).norm() < 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("attention", [sdpa, varlen, fa4])
+def test_deterministic_gradients_are_bitwise_equal(attention: Attention, documents: bool) -> None:
+    """Rows long enough that many blocks add to one query's gradient, and several query heads to one key's."""
+    if attention is fa4 and not has_flash_attention_4(torch.device("cuda")):
+        pytest.skip("needs the extra [kernels] and a Hopper GPU")
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(4, 2048, n, 128) for n in (8, 2, 2)]
+    inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
+    docs = torch.tensor([0, 2000, 2048, 4096, 6144, 8192], dtype=torch.int32, device="cuda") if documents else None
+    weight = torch.randn(shapes[0], device="cuda", generator=generator)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [torch.autograd.grad((attention(*inputs, docs).float() * weight).sum(), inputs) for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
