@@ -132,8 +132,12 @@ def test_a_bad_line_is_counted_or_named(tmp_path: Path, line: str | bytes, why: 
 def test_a_store_with_bad_rows_is_no_excuse_for_a_stricter_config(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}] * 150 + [{"text": 1}])
     prepare(make_config(tmp_path / "cache", source, tokenizer=BYTES))
-    for stricter in ({"on_bad_rows": "error"}, {"max_bad_rows": 0.001}):
-        with pytest.raises(UserError, match="1 of 151 rows: column 'text' is not a string, first .*a.jsonl, line 151"):
+    for stricter, rule in (
+        ({"on_bad_rows": "error"}, 'data.on_bad_rows = "error" allows none'),
+        ({"max_bad_rows": 0.001}, "data.max_bad_rows = 0.001 allows fewer"),
+    ):
+        what = "1 of 151 rows: column 'text' is not a string, first .*a.jsonl, line 151"
+        with pytest.raises(UserError, match=f"{what}; {rule}"):
             prepare(make_config(tmp_path / "cache", source, tokenizer=BYTES, data=stricter))
 
 
@@ -195,6 +199,9 @@ def test_validation_without_a_held_out_document(tmp_path: Path) -> None:
     source = write_texts(tmp_path / "a.jsonl", ["one", "two"])
     with pytest.raises(UserError, match=r"validation.fraction: 0.01 holds out no document of so few; raise it"):
         prepare(make_config(tmp_path / "cache", source, validation={"fraction": 0.01, "every": 5}))
+    one = write_texts(tmp_path / "b.jsonl", ["only one"])
+    with pytest.raises(UserError, match=r'no document of so few; make each line a document .*format = "lines"\)'):
+        prepare(make_config(tmp_path / "cache", one, validation={"fraction": 0.01, "every": 5}))
 
 
 def test_a_model_too_small_for_the_tokenizer(tmp_path: Path) -> None:

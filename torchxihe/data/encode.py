@@ -267,10 +267,11 @@ def _index_shard(job: Job) -> dict[str, Any]:
 
 
 def check_bad_rows(key: str, bad: Counter[str], rows: int, most: float, examples: dict[str, str]) -> None:
-    """Raise UserError if more than the share `most` of a source's `rows` are bad; `examples`: where, by reason."""
-    if sum(bad.values()) > most * rows:
+    """Raise UserError if more than the share `most` of a source's `rows` are bad (-1: if any); `examples`: where."""
+    if sum(bad.values()) > max(most, 0.0) * rows:
         reasons = "; ".join(f"{count} of {rows} rows: {why}, first {examples[why]}" for why, count in bad.most_common())
-        raise UserError(f"{key}: {reasons}; data.max_bad_rows = {most:g} allows fewer")
+        rule = f"data.max_bad_rows = {most:g} allows fewer" if most >= 0 else 'data.on_bad_rows = "error" allows none'
+        raise UserError(f"{key}: {reasons}; {rule}")
 
 
 def _content_hash() -> "hashlib.blake2b":

@@ -279,7 +279,7 @@ def _encode(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Pa
     for plan, store, manifest, shards in zip(plans, stores, ready, entries, strict=True):
         known = manifest
         manifest = known or _sum_up(store, shards)
-        _check_documents(plan, manifest, max(0.0, _max_bad_rows(config)))
+        _check_documents(plan, manifest, _max_bad_rows(config))
         if not known:
             _commit(store, manifest)
         manifests.append(manifest)
@@ -389,10 +389,11 @@ def _pack(documents: Iterator[np.ndarray], packing: str, width: int) -> Iterator
 def _check(config: Config, prepared: Prepared) -> None:
     """What is only known now: whether there is something to validate on, and enough for the run."""
     if config.validation.every and not any(source.valid_rows for source in prepared.held_out):
-        raise UserError(
-            f"validation.fraction: {config.validation.fraction:g} holds out no document of so few; raise it, or set "
-            "validation.every = 0"
-        )
+        fraction = f"validation.fraction: {config.validation.fraction:g} holds out no document of so few"
+        remedy = "raise it"
+        if sum(source.documents for source in prepared.sources) == 1:  # raised, it would hold out the only one
+            remedy = 'make each line a document (data.sources.0.format = "lines"), name [[validation.sets]]'
+        raise UserError(f"{fraction}; {remedy}, or set validation.every = 0")
     if not (config.run_dir / "config.toml").exists():  # a run that goes on has stages that only it knows
         check_epochs(config, prepared, Order(plan_stages(config, prepared), prepared.rows))
 
