@@ -173,7 +173,7 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
 def test_a_source_without_a_document_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(
-        UserError, match=r"data.sources.0.path: .*empty.txt: no documents to train on in 1 rows, 1 empty"
+        UserError, match=r"data.sources.0.path: .*empty.txt: no documents to train on in 1 row, 1 empty"
     ):
         prepare(make_config(tmp_path / "cache", {"path": str(tmp_path / "empty.txt")}, tokenizer=BYTES))
     with pytest.raises(UserError, match=r"data.sources.0.path: .*nowhere.txt: no file there"):

@@ -43,6 +43,7 @@ from torchxihe.data.store import (
     write_json,
 )
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain
+from torchxihe.utils.words import counted
 
 SAMPLED_SHARDS = 64
 """Shards of a source at most that a tokenizer's training text is taken from."""
@@ -324,7 +325,9 @@ def _check_documents(plan: Plan, manifest: dict[str, Any], max_bad_rows: float) 
         why = "".join(f", {count} {reason}" for reason, count in manifest["dropped"].items())
         why += f"; all {held_out} documents are held out" if held_out else ""
         purpose = "validate" if plan.fraction == 1 else "train"
-        raise UserError(f"{plan.key}.path: {plan.source.path}: no documents to {purpose} on in {rows} rows{why}")
+        raise UserError(
+            f"{plan.key}.path: {plan.source.path}: no documents to {purpose} on in {counted(rows, 'row')}{why}"
+        )
     if len({shard["dtype"] for shard in manifest["shards"]}) > 1:
         raise UserError(f"{plan.key}.path: {plan.source.path}: token files of different widths; make them two sources")
 
@@ -403,8 +406,8 @@ def _summary(source: SourceRows) -> str:
     dropped = "".join(f", {count} dropped ({why})" for why, count in source.dropped.items())
     learned = "" if source.targets == source.tokens else f", {source.targets / source.tokens:.0%} of them learned"
     return (
-        f"{source.name}: {source.documents:,} documents, {source.tokens:,} tokens{learned}, "
-        f"{source.bytes / source.tokens:.2f} bytes per token; {source.train_rows:,} rows to train on, "
+        f"{source.name}: {counted(source.documents, 'document')}, {counted(source.tokens, 'token')}{learned}, "
+        f"{source.bytes / source.tokens:.2f} bytes per token; {counted(source.train_rows, 'row')} to train on, "
         f"{source.valid_rows:,} held out{dropped}"
     )
 
