@@ -54,6 +54,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     try:
         variants = [variant.partition(":")[::2] for variant in options.variant]
+        if options.reference and options.reference not in dict(variants):
+            raise UserError(f"--reference: there is no variant {options.reference!r}")
         configs = {
             name: load_config(options.config, overrides + flags.split() + (SLOW if name == options.reference else []))
             for name, flags in variants

@@ -407,6 +407,11 @@ class Config(Section):
         return self.training.global_batch_size * self.data.seq_len
 
     @property
+    def horizon(self) -> str:
+        """The option of `training` that says how long the run is."""
+        return "steps" if self.training.steps else "tokens"
+
+    @property
     def total_steps(self) -> int:
         """The horizon in optimizer steps."""
         if self.training.steps:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from torchxihe.parallelisms.mesh import build_mesh, describe_mesh
 from torchxihe.parallelisms.parallelize import parallelize
 from torchxihe.utils.distributed import all_reduce_sum, is_main, process_group, rank, world_size
 from torchxihe.utils.log import rank_log
+from torchxihe.utils.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -193,32 +195,41 @@ def run(config: Config) -> None:
         raise UserError("another rank is gone; what it said last tells why") from error
 
 
+def going_on(config: Config, saved: dict[str, Any]) -> Config:
+    """`config` for a run that has come as far as a checkpoint with the train_state `saved`."""
+    stages = [Stage.from_json(stage) for stage in saved["stages"]]
+    return config.gone_on(saved["step"], Order(stages, {}).batch(saved["step"])[0] if stages else 0)
+
+
+def is_finished(config: Config, saved: dict[str, Any]) -> bool:
+    """Whether a checkpoint with the train_state `saved` is at the run's horizon."""
+    return saved["step"] >= config.total_steps
+
+
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
     """Find out where the run stands, build it, and train."""
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
-    newest = checkpointer.newest(config.total_steps)
+    newest = checkpointer.newest(lambda saved: is_finished(going_on(config, saved), saved))
     start, only = newest, ()
-    if newest is None and config.checkpoint.load:
-        start, only = resolve(config.checkpoint.load), config.checkpoint.load_only
-    elif newest is None:
-        check_fresh_start(checkpointer.directory, config.run_dir)
+    if newest is None:
+        checkpointer.ranks.on_main(lambda: check_fresh_start(checkpointer.directory, config.run_dir))
+        if config.checkpoint.load:
+            start = checkpointer.ranks.on_main(lambda: resolve(config.checkpoint.load))
+            only = config.checkpoint.load_only
     saved = checkpointer.train_state(start) if start is not None else {}
     if saved and not only:
-        samples = Stage.from_json(saved["stages"][-1]).first_sample(saved["step"]) if saved["stages"] else 0
-        config = config.gone_on(saved["step"], samples)
-    longer = f"a larger --training.{'tokens' if config.training.tokens else 'steps'}=N"
-    if newest is not None and saved["step"] >= config.total_steps:
-        with Exporter(config, checkpointer):  # the last export may have been interrupted
-            watchdog.begin("exports", config.training.init_timeout)
-        log.info("%s is finished: it has done %d steps.", config.run_dir, saved["step"])
-        log.info("Go on with %s, or start another run with --run.name=NAME.", longer)
-        return
-    if saved and not only and saved["step"] >= config.total_steps:
-        weights = """--checkpoint.load_only='["model"]'"""
-        raise UserError(
-            f"checkpoint.load: {start} has done {saved['step']} steps, which is all of this run; give {longer}, or "
-            f"{weights} to begin at step 0 with its weights"
-        )
+        config = going_on(config, saved)
+        done, longer = counted(saved["step"], "step"), f"a larger --training.{config.horizon}=N"
+        if is_finished(config, saved) and newest is None:
+            weights = """--checkpoint.load_only='["model"]'"""
+            why = f"{start} has done {done}, which is all of this run"
+            raise UserError(f"checkpoint.load: {why}; give {longer}, or {weights} to begin with its weights alone")
+        if is_finished(config, saved):
+            with Exporter(config, checkpointer):  # the last export may have been interrupted
+                watchdog.begin("exports", config.training.init_timeout)
+            log.info("%s is finished: it has done %s.", config.run_dir, done)
+            log.info("Go on with %s, or start another run with --run.name=NAME.", longer)
+            return
     prepared = open_prepared(config)
     history = History(config, prepared.tokenizer_dir)
     if newest is not None:

@@ -57,11 +57,31 @@ def test_a_horizon_in_tokens_counts_those_of_other_batches(workspace: Workspace)
     assert "is finished" in (log := workspace.finish(1, *bigger)) and "larger --training.tokens=N" in log
 
 
+def test_a_horizon_in_tokens_with_a_ramp_stays(workspace: Workspace) -> None:
+    """Stopped within the ramp: 120 samples are 4 steps of 2 and 19 of 6, however often one starts. And a run that ends
+    with its model alone is finished, though other batches have made it shorter than the config says by itself.
+
+    Seen to fail, with other steps, when the last stage of the plan is taken for the one that the run stands in; and,
+    with the last steps done again, when the end is that of the config alone.
+    """
+    flags = ("--training.steps=0", "--training.tokens=7_680", "--training.batch_ramp=[[2, 4]]")
+    assert workspace.run(2, *flags, fault=Fault("step", 2, "SIGTERM")).succeeded
+    assert max(workspace.steps()) < 4
+    workspace.finish(1, *flags)
+    assert [len(entry["rows"]) for _, entry in sorted(workspace.ledger().items())] == [2] * 4 + [6] * 19
+    other = ("--run.name=b", *flags[:2], "--checkpoint.final=model")
+    assert workspace.run(1, *other, "--training.global_batch_size=12", fault=Fault("step", 5, "SIGTERM")).succeeded
+    workspace.finish(1, *other)
+    assert "is finished" in workspace.finish(1, *other)
+
+
 def test_a_checkpoint_with_nothing_left_to_do_is_no_start(workspace: Workspace) -> None:
     workspace.finish(1)
     flags = ("--run.name=b", "--checkpoint.load=runs/config")
     workspace.run(1, *flags).check_mistake("checkpoint.load: ", "has done 20 steps", "a larger --training.steps=N")
     assert "finished 22 steps" in workspace.finish(1, *flags, "--training.steps=22")
+    elsewhere = ("--training.steps=24", f"--checkpoint.dir={workspace.root}/disk")
+    workspace.run(1, *flags, *elsewhere).check_mistake("checkpoint.dir: there is no checkpoint in", "move them")
 
 
 @pytest.mark.parametrize(

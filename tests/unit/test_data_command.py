@@ -30,7 +30,7 @@ def test_summary_and_rows(config: str, capsys: pytest.CaptureFixture[str]) -> No
     prepare_command.main([config])
     assert capsys.readouterr().out == (
         "words: 3 documents, 42 tokens, 0.93 bytes per token; 3 rows to train on, 0 held out, 1 dropped (empty)\n"
-        "digits: 2 documents, 6 tokens, 0.67 bytes per token; 1 rows to train on, 0 held out\n"
+        "digits: 2 documents, 6 tokens, 0.67 bytes per token; 1 row to train on, 0 held out\n"
     )
     data_command.main([config, "--rows", "2"])
     summary, *rows = capsys.readouterr().out.split("\n\n")

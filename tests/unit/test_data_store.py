@@ -190,6 +190,27 @@ def test_equal_relative_paths_of_two_projects_are_two_recipes(tmp_path: Path, mo
     assert len(recipes) == 6
 
 
+def test_a_hub_id_is_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a folder that looks like one is not another project's. Seen to fail with all paths seen from the cache, and
+    without the places in the recipe."""
+    hub = make_config(tmp_path / "cache", {"path": "owner/name"}, tokenizer={"path": "openai-community/gpt2"})
+    names = set[Path]()
+    for project in ("a", "b"):
+        (tmp_path / project / "owner/name").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / project)
+        write_texts(Path("owner/name/x.jsonl"), [f"{project} {i}" for i in range(9)])
+        names.add(module.recipe_path(hub))
+    assert len(names) == 1
+    local = make_config(tmp_path / "cache", {"path": "owner/name"}, tokenizer={"vocab_size": 257})
+    prepare(local)
+    assert open_prepared(local).sources[0].documents == 9
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(UserError, match="nothing is prepared for this config"):
+        open_prepared(local)
+    monkeypatch.chdir(tmp_path)  # the text is gone
+    assert open_prepared(local).sources[0].documents == 9
+
+
 def test_a_project_moves_with_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen to fail with absolute paths."""
     (tmp_path / "here").mkdir()

@@ -98,7 +98,7 @@ def test_documents_do_not_see_each_other() -> None:
     model = build(model_config(SHAPES[1]))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 131, (2, 20), generator=generator)
-    docs = torch.tensor([0, 7, 20, 33, 40, 40, 40], dtype=torch.int32)  # two documents a row, padded with the total
+    docs = torch.tensor([0, 7, 20, 33, 40], dtype=torch.int32)  # two documents a row
     logits = model(tokens, None, docs)
     for row, start, end in [(0, 0, 7), (0, 7, 20), (1, 0, 13), (1, 13, 20)]:
         alone = model(tokens[row : row + 1, start:end])

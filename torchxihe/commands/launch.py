@@ -30,6 +30,7 @@ from types import FrameType
 
 from torchxihe.components.history import check_changes
 from torchxihe.config import UserError, config_from_args
+from torchxihe.utils.words import counted
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE_SECONDS = 86_400
@@ -91,7 +92,7 @@ def read_environment() -> Launch:
     processes = _number("NGPU", "PET_NPROC_PER_NODE")
     gpus = _gpu_count()
     if gpus and processes > gpus:
-        raise UserError(f"NGPU={processes}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}")
+        raise UserError(f"NGPU={processes}: this machine has {counted(gpus, 'GPU')}")
     nodes = _number("NNODES", "PET_NNODES", default=1)
     node_rank = _number("NODE_RANK", "PET_NODE_RANK", default=-1, least=0)
     endpoint = _first("RDZV_ENDPOINT", "PET_RDZV_ENDPOINT")

@@ -105,7 +105,8 @@ class Checkpointer:
         """`directory` holds the step directories; leftovers of saves that did not end are swept from it."""
         self.directory = Location(directory)
         self.config = config
-        self._ranks = Ranks()
+        self.ranks = Ranks()
+        """All of the run, for what is done with files."""
         self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -114,7 +115,7 @@ class Checkpointer:
         """Told on rank 0 of each step, when it is committed, by the thread that wrote it."""
         self.in_use: set[Location] = set()
         """Steps that are being read, on rank 0: not to be deleted."""
-        self._ranks.on_main(self._sweep_drafts)
+        self.ranks.on_main(self._sweep_drafts)
 
     def save(
         self,
@@ -130,7 +131,7 @@ class Checkpointer:
         """
         self.wait()
         directory = self.directory / step_name(step)
-        if self._ranks.on_main(lambda: is_committed(directory)):
+        if self.ranks.on_main(lambda: is_committed(directory)):
             return directory
         parts = tuple(sorted({key.partition(".")[0] for key in state}))
         finite = validation_loss is not None and math.isfinite(validation_loss)
@@ -161,14 +162,14 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
 
-    def newest(self, finished: int = 0) -> Location | None:
+    def newest(self, finished: Callable[[dict[str, Any]], bool] = lambda train_state: False) -> Location | None:
         """The newest step that is committed and verifies, or None if nothing was ever committed.
 
-        A corrupt one is marked as such, with a warning, and passed over; so is one of the model alone, unless it is
-        of step `finished` or later, where nothing is left to do. Raises UserError if there are checkpoints and none
-        is of use, or if one cannot be read: neither may become a silent fresh start.
+        A corrupt one is marked as such, with a warning, and passed over; so is one of the model alone, unless by its
+        train_state the run is `finished`, where nothing is left to do. Raises UserError if there are checkpoints and
+        none is of use, or if one cannot be read: neither may become a silent fresh start.
         """
-        steps = self._ranks.on_main(
+        steps = self.ranks.on_main(
             lambda: [(d, is_committed(d), CORRUPT in d.names()) for d in steps_in(self.directory)]
         )
         passed = []
@@ -180,17 +181,17 @@ class Checkpointer:
                 continue  # half-deleted, which is only done after a newer one is committed, or half-uploaded
             found = self._flaws(directory)
             if found:
-                self._ranks.on_main(lambda directory=directory, reason=found[0]: mark_corrupt(directory, reason))
+                self.ranks.on_main(lambda directory=directory, reason=found[0]: mark_corrupt(directory, reason))
                 passed.append(f"{directory.name}: {found[0]}")
                 if is_main():
                     log.warning("%s is corrupt and passed over: %s", directory, "; ".join(found))
                 continue
-            parts = self._ranks.on_main(lambda directory=directory: read_manifest(directory).parts)
-            if parts == ("model",) and step_of(directory.name) < finished:
+            parts = self.ranks.on_main(lambda directory=directory: read_manifest(directory).parts)
+            self._verified = directory
+            if parts == ("model",) and not finished(self.train_state(directory)):
                 passed.append(f"{directory.name} holds the model alone")
                 continue
-            self._ranks.on_main(lambda i=i: self._sweep_half_deleted(steps[i + 1 :]))
-            self._verified = directory
+            self.ranks.on_main(lambda i=i: self._sweep_half_deleted(steps[i + 1 :]))
             return directory
         if passed:
             remedy = "mend one, or start another run with --run.name=NAME"
@@ -206,8 +207,8 @@ class Checkpointer:
         directory = Location(path)
         train_state = self.train_state(directory)
         wanted = {key: tensor for key, tensor in state.items() if not only or key.partition(".")[0] in only}
-        reader = self._ranks.each(lambda: open_fitting(directory, wanted, only))
-        load_tensors(wanted, reader, self._ranks.group)
+        reader = self.ranks.each(lambda: open_fitting(directory, wanted, only))
+        load_tensors(wanted, reader, self.ranks.group)
         return train_state
 
     def train_state(self, path: str | PathLike[str]) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class Checkpointer:
         if directory != self._verified and (found := self._flaws(directory)):
             raise corrupt(directory, "; ".join(found))
         self._verified = directory
-        return self._ranks.on_main(lambda: json.loads(with_retries((directory / TRAIN_STATE).read)))
+        return self.ranks.on_main(lambda: json.loads(with_retries((directory / TRAIN_STATE).read)))
 
     def _write(self, directory: Location, state: dict[str, Tensor], train_state: str, manifest: Manifest) -> None:
         """Write a step's files, each rank its own, and commit them. Runs in the background thread if that is wanted."""
@@ -242,19 +243,19 @@ class Checkpointer:
             self.retain()
 
         start = time.perf_counter()
-        self._ranks.on_main(prepare)
+        self.ranks.on_main(prepare)
         writer = TensorWriter(draft)
         try:
-            _unwrapped(lambda: dcp_save(state, storage_writer=writer, process_group=self._ranks.group))
+            _unwrapped(lambda: dcp_save(state, storage_writer=writer, process_group=self.ranks.group))
         except OSError as error:
             raise explained(error) from None
-        written = self._ranks.gather(lambda: writer.files)
-        self._ranks.on_main(commit)
+        written = self.ranks.gather(lambda: writer.files)
+        self.ranks.on_main(commit)
         log.info("saved %s in %.1f s", directory, time.perf_counter() - start)
 
     def _flaws(self, directory: Location) -> list[str]:
         """What is wrong with a step directory, every rank having read its share of the files."""
-        found = self._ranks.gather(lambda: step_flaws(directory, rank(), world_size()))
+        found = self.ranks.gather(lambda: step_flaws(directory, rank(), world_size()))
         return list(dict.fromkeys(flaw for part in found for flaw in part))  # a bad manifest is everybody's, once
 
     def retain(self) -> None:

@@ -293,7 +293,7 @@ class Exporter:
         checkpointer.committed = self._offer
 
     def __enter__(self) -> "Exporter":
-        if is_main():
+        if is_main() and self._every:
             for draft in self._folder.glob(draft_of(Path("step-*")).name):
                 shutil.rmtree(draft)
             for step_dir in reversed(steps_in(self._checkpointer.directory)):

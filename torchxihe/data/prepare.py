@@ -37,6 +37,7 @@ from torchxihe.data.store import (
     digest,
     index_path,
     open_prepared,
+    places_of,
     read_documents,
     read_json,
     recipe_path,
@@ -86,6 +87,7 @@ def prepare(config: Config) -> Prepared:
         path.parent.mkdir(exist_ok=True)
         recipe = {
             "tokenizer": tokenizer.name,
+            "places": places_of(config),
             "names": [plan.name for plan in plans],
             "stores": [store.name for store in stores],
             "files": [plan.files[: len(m["shards"])] for plan, m in zip(plans, manifests, strict=True)],

@@ -10,6 +10,7 @@ Nothing here imports torch, datasets or a tokenizer library: this is the data pa
 import hashlib
 import json
 import os
+import re
 import socket
 import struct
 from bisect import bisect_right
@@ -22,13 +23,16 @@ from typing import Any, BinaryIO, Literal, NoReturn
 import numpy as np
 import xxhash
 
-from torchxihe.config import Config, UserError
+from torchxihe.config import Config, UserError, documents_of
 
 FORMAT = 3
 """Version of everything that this package writes below `data.cache_dir`; part of every content key."""
 
 Split = Literal["train", "valid"]
 SPLITS: tuple[Split, Split] = ("train", "valid")
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""What the id of a dataset or tokenizer on the hub looks like; some relative paths do, too."""
 
 NOT_THERE = FileNotFoundError, IsADirectoryError, ValueError
 """What reading a file raises that is gone or damaged, rather than out of reach."""
@@ -240,7 +244,9 @@ def open_prepared(config: Config) -> Prepared:
     """
     path = recipe_path(config)
     recipe = read_json(path)
-    if recipe is None:
+    # What was here may be gone: training needs it no more. But another thing under its name is another project's.
+    places = zip(places_of(config), recipe["places"], strict=True) if recipe else ()
+    if recipe is None or any(now not in ("", then) for now, then in places):
         raise UserError(f"{path}: nothing is prepared for this config: run `torchxihe prepare CONFIG` first")
     cache = Path(config.data.cache_dir)
     folder = cache / "tokenizers" / recipe["tokenizer"]
@@ -315,9 +321,9 @@ def recipe_path(config: Config) -> Path:
     """The file that says which stores and tokenizer belong to this config.
 
     Paths count as they lie seen from the cache: "a.jsonl" of two projects that share one is not the same, and a project
-    that was moved together with its cache finds what it has prepared.
+    that was moved together with its cache finds what it has prepared, but for token files. What may be a hub id counts
+    as it is written; where it lies, if it lies here, stands in the recipe.
     """
-    cache = os.path.realpath(config.data.cache_dir)
     what = config.model_dump(mode="json", include={"data", "tokenizer", "validation"})
     what["validation"] = {name: what["validation"][name] for name in ("fraction", "sets")}
     for name in ("cache_dir", "document_mask", "max_epochs"):
@@ -326,9 +332,20 @@ def recipe_path(config: Config) -> Path:
         del source["weight"]
     options = [("path", documents) for documents in (*what["data"]["sources"], *what["validation"]["sets"])]
     for name, section in [*options, ("path", what["tokenizer"]), ("chat_template", what["tokenizer"])]:
-        if section[name][:1] not in ("", "{"):  # "{stdlib}" is everybody's; a hub id looks like a path
-            section[name] = os.path.relpath(os.path.realpath(section[name]), cache)
+        if section[name][:1] not in ("", "{") and not HUB_ID.fullmatch(section[name]):  # "{stdlib}" is everybody's
+            section[name] = place_of(section[name], config)
     return Path(config.data.cache_dir) / "recipes" / f"{digest(what)}.json"
+
+
+def place_of(path: str, config: Config) -> str:
+    """A path as it lies seen from the cache."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(config.data.cache_dir))
+
+
+def places_of(config: Config) -> list[str]:
+    """Where everything lies that this config names and that is here; "" for what is not."""
+    paths = [source.path for _, source in documents_of(config)] + [config.tokenizer.path]
+    return [place_of(path, config) if path and os.path.exists(path) else "" for path in paths]
 
 
 def index_path(store: Path, config: Config) -> Path:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ PATTERNS = {
     _CL100K % "",  # Qwen 2, without its normaliser
 }
 
-_LONG_RUN = re.compile(r"(\S{256})(?=\S)|(\s{256})\s+")
-"""What is no text. Training takes time quadratic in its longest run: of ten megabytes without a blank, hours."""
+_LONG_RUN = re.compile(r"(\w{256})(?=\w)|([^\w\s]{256})(?=[^\w\s])|(\s{256})\s+")
+"""What is no text, and has no place where the split pattern would cut it. Training takes time quadratic in its longest
+run: of ten megabytes of letters, hours."""
 
 _CUT = re.compile(r"(?<=[^\W_])(?=\s)|(?<=\S)(?= )")
 
@@ -309,10 +311,10 @@ def _train(vocab_size: int, sample: Iterable[str], folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    print(f"training a tokenizer of {vocab_size:,} tokens", flush=True)
+    print(f"training a tokenizer of {vocab_size:,} tokens", file=sys.stderr, flush=True)
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait until the library returns
     try:
-        tokenizer.train_from_iterator((_LONG_RUN.sub(r"\1\2 ", text) for text in sample), trainer)
+        tokenizer.train_from_iterator((_LONG_RUN.sub(r"\1\2\3 ", text) for text in sample), trainer)
     finally:
         signal.signal(signal.SIGINT, handler)
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))  # its own `save` raises no OSError
