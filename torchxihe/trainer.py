@@ -203,13 +203,13 @@ def going_on(config: Config, saved: dict[str, Any]) -> Config:
 
 def is_finished(config: Config, saved: dict[str, Any]) -> bool:
     """Whether a checkpoint with the train_state `saved` is at the run's horizon."""
-    return saved["step"] >= config.total_steps
+    return saved["step"] >= going_on(config, saved).total_steps
 
 
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
     """Find out where the run stands, build it, and train."""
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
-    newest = checkpointer.newest(lambda saved: is_finished(going_on(config, saved), saved))
+    newest = checkpointer.newest(lambda saved: is_finished(config, saved))
     start, only = newest, ()
     if newest is None:
         checkpointer.ranks.on_main(lambda: check_fresh_start(checkpointer.directory, config.run_dir))
