@@ -19,9 +19,9 @@ STEPS = 20
 PLAIN = {"training": {"dtype": "float32", "compile": False}, "model": {"attention": "sdpa"}}
 
 
-def shares(rank: int, world_size: int) -> list[Batch]:
-    """This rank's rows of every global batch; the first ranks' rows have fewer targets than the last ones'."""
-    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+def shares(part: int, parts: int) -> list[Batch]:
+    """So many rows of every global batch; the first parts' rows have fewer targets than the last ones'."""
+    mine = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
     made = []
     for batch in batches(ROWS):
         targets = batch.targets.clone()
@@ -37,14 +37,15 @@ def shares(rank: int, world_size: int) -> list[Batch]:
 
 
 def history(options: dict[str, Any], rank: int = 0, world_size: int = 1) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every step."""
+    """Loss and gradient norm of every step; several ranks take two micro-batches a step."""
     device = torch.device("cuda", rank)
-    training = options.get("training", {}) | {"micro_batch_size": ROWS // world_size}
+    parts = 1 if world_size == 1 else 2 * world_size
+    training = options.get("training", {}) | {"micro_batch_size": ROWS // parts}
     trainer = Trainer(config(**(options | {"training": training})), device, np.ones(VOCAB, np.int32))
-    made = shares(rank, world_size)
+    made = [shares(part, parts) for part in range(rank, parts, world_size)]
     values = []
     for step in range(STEPS):
-        trainer.train_step(iter([made[step % len(made)]]))
+        trainer.train_step(iter([of_part[step % len(of_part)] for of_part in made]))
         sums = trainer.sums.read()
         values.append((sums["loss"], sums["grad_norm"]))
     return values
