@@ -1,7 +1,7 @@
 """Queries and keys: projected, normalised head by head where the model has QK-norm, turned to their positions.
 
 One signature: `plain` leaves everything to the compiler, `fused` projects both with one product and does the rest in
-one Triton kernel, forward and backward (docs/performance.md); `fused_float8` leaves the products to their modules.
+one Triton kernel, forward and backward (docs/performance.md).
 
 Axes: B batch, T position in the row, N = B·T tokens, C hidden size, H query heads, K key heads, D head dimension,
 E = (H + K)·D.
@@ -51,21 +51,17 @@ def fused(
     """The same on a GPU, in 16-bit; norms and angles are computed in float32 without rounding between them."""
     assert isinstance(q_proj.weight, Tensor) and isinstance(k_proj.weight, Tensor)
     weight_EC = torch.cat((q_proj.weight.to(x_BTC.dtype), k_proj.weight.to(x_BTC.dtype)))
-    return _norm_and_turn(F.linear(x_BTC, weight_EC), q_proj.weight.shape[0], q_norm, k_norm, cos_TD, sin_TD)
+    return _norm_and_turn(_product(x_BTC, weight_EC, q_proj), q_proj.weight.shape[0], q_norm, k_norm, cos_TD, sin_TD)
 
 
-def fused_float8(
-    x_BTC: Tensor,
-    q_proj: nn.Module,
-    k_proj: nn.Module,
-    q_norm: RMSNorm | None,
-    k_norm: RMSNorm | None,
-    cos_TD: Tensor,
-    sin_TD: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The same behind two products, which are the modules' own: those of float8 have a scale for each matrix."""
-    q_BTE, k_BTE = q_proj(x_BTC), k_proj(x_BTC)
-    return _norm_and_turn(torch.cat((q_BTE, k_BTE), dim=-1), q_BTE.shape[-1], q_norm, k_norm, cos_TD, sin_TD)
+def _product(x_BTC: Tensor, weight_EC: Tensor, like: nn.Module) -> Tensor:
+    """[B, T, C] to [B, T, E], in float8 where the module `like` multiplies so (torchao's; a scale for all of E)."""
+    if not hasattr(like, "linear_mm_config"):
+        return F.linear(x_BTC, weight_EC)
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args  # slow, and optional
+
+    out: Tensor = matmul_with_hp_or_float8_args.apply(x_BTC, weight_EC.t(), like.linear_mm_config, like.config)
+    return out
 
 
 def _norm_and_turn(
@@ -83,12 +79,10 @@ def _norm_and_turn(
     )
 
 
-def choose_queries_keys(head_dim: int, device: torch.device, dtype: torch.dtype, float8: str) -> QueriesKeys:
+def choose_queries_keys(head_dim: int, device: torch.device, dtype: torch.dtype) -> QueriesKeys:
     """One in a kernel where that works: on a GPU, in 16-bit, with a head dimension that is a power of two."""
     works = device.type == "cuda" and dtype != torch.float32 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    if not works or compile_obstacle():
-        return plain
-    return fused_float8 if float8 else fused
+    return fused if works and not compile_obstacle() else plain
 
 
 @torch.library.custom_op("torchxihe::normed_rope", mutates_args=())

@@ -1,4 +1,6 @@
-"""SwiGLU feed-forward, one signature over two ways to compute it: `swiglu(x, gate, up, down)` of three matrices.
+"""SwiGLU feed-forward, one signature over three ways to compute it: `swiglu(x, gate, up, down)` of three matrices.
+
+The third is in `float8_swiglu.py`.
 
 quack compiles its kernels at run time and cannot be traced: custom operators with fake implementations hide it from
 torch.compile, forward and backward.
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from torchxihe.config import Model, UserError
+from torchxihe.model.float8_swiglu import float8, has_float8
 from torchxihe.utils.device import compute_capability
 
 Swiglu = Callable[[Tensor, nn.Module, nn.Module, nn.Module], Tensor]
@@ -110,14 +113,16 @@ def has_quack(device: torch.device) -> bool:
     return compute_capability(device)[0] == 9 and importlib.util.find_spec("quack") is not None
 
 
-def choose_swiglu(model: Model, device: torch.device, dtype: torch.dtype, float8: str) -> Swiglu:
+def choose_swiglu(model: Model, device: torch.device, dtype: torch.dtype, recipe: str) -> Swiglu:
     """What computes the feed-forward, by `model.mlp`; "auto" takes the fastest that works here.
 
-    With a `float8` recipe the products are torchao's, around PyTorch's activation. Raises UserError if a named one does
-    not work here.
+    `recipe` is that of float8 products: "torch" leaves them to torchao, around PyTorch's activation. Raises UserError
+    if a named way does not work here.
     """
-    aligned = model.hidden_size % _ALIGNED == 0 and model.intermediate_size % _ALIGNED == 0
-    usable = dtype != torch.float32 and aligned and not float8 and has_quack(device)
+    sizes = model.hidden_size, model.intermediate_size
+    if recipe and model.mlp == "auto" and has_float8(device, dtype, recipe, *sizes):
+        return float8
+    usable = dtype != torch.float32 and all(n % _ALIGNED == 0 for n in sizes) and not recipe and has_quack(device)
     if model.mlp == "quack" and not usable:
         raise UserError(
             'model.mlp: "quack" needs a Hopper GPU, training.dtype = "bfloat16", no float8.recipe, the extra '

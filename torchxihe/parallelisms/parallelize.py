@@ -28,7 +28,7 @@ def parallelize(config: Config, device: torch.device, mesh: DeviceMesh | None) -
     """
     dtype = getattr(torch, config.training.dtype)
     attention = choose_attention(config.model, device, dtype, config.data.document_mask)
-    queries_keys = choose_queries_keys(config.model.head_dim, device, dtype, config.float8.recipe)
+    queries_keys = choose_queries_keys(config.model.head_dim, device, dtype)
     swiglu = choose_swiglu(config.model, device, dtype, config.float8.recipe)
     names = attention.__name__, queries_keys.__name__, swiglu.__name__
     log.info("kernels attention: %s, queries and keys: %s, feed-forward: %s", *names)
