@@ -103,7 +103,7 @@ class Model(Section):
     GPU) or PyTorch's own choice. "auto": the fastest that works here."""
     mlp: Literal["auto", "quack", "torch"] = "auto"
     """Feed-forward kernel: quack's SwiGLU, fused into the products (the extra `[kernels]`, Hopper), or PyTorch's.
-    "auto": the fastest that works here."""
+    "auto": the fastest that works here; with `float8.recipe = "tensorwise"` one of our own, around float8 products."""
 
 
 class Tokenizer(Section):

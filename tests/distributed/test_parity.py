@@ -16,9 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.launch import run_distributed
-from torchxihe.config import Config
+from torchxihe.config import Config, UserError
 from torchxihe.data.loader import Batch
+from torchxihe.model.attention import sdpa
+from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms import data_parallel
+from torchxihe.parallelisms.float8 import apply_float8
 from torchxihe.trainer import Trainer
 from torchxihe.utils.device import compile_obstacle
 
@@ -253,6 +256,15 @@ def test_float8_learns_nearly_the_same(recipe: str, world_size: int, parallelism
     for history, _ in ranks:
         difference = np.abs(np.array(history) - reference())[:, 0]
         assert 1e-4 < difference.max() < 0.2
+
+
+def test_float8_needs_rows_that_its_units_can_sum_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("torchxihe.parallelisms.float8.compute_capability", lambda device: (9, 0))
+    with torch.device("meta"):
+        model = Decoder(config().model, seq_len=40, dtype=torch.bfloat16, attention=sdpa)
+    with pytest.raises(UserError, match=r"data.seq_len: 40 must be a multiple of 16 with float8.recipe"):
+        apply_float8(model, "tensorwise", torch.device("cuda"))
 
 
 def test_float8_keeps_its_numbers_under_activation_checkpointing() -> None:

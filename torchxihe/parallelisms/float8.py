@@ -10,7 +10,7 @@ from torchxihe.config import UserError
 from torchxihe.model.decoder import Decoder, Linear
 from torchxihe.utils.device import compute_capability
 
-ALIGNED = 16  # what a scaled product asks of both sides of a matrix
+ALIGNED = 16  # what a scaled product asks of all its sides, and the tokens are one
 
 
 def apply_float8(model: Decoder, recipe: str, device: torch.device) -> None:
@@ -19,7 +19,8 @@ def apply_float8(model: Decoder, recipe: str, device: torch.device) -> None:
     `recipe` is torchao's: one scale a tensor ("tensorwise"), or one a row ("rowwise", "rowwise_with_gw_hp"; the latter
     leaves the weights' gradients in 16-bit). The table and the head stay as they are, and so do parameters and their
     names. A scale is shared by one micro-batch of one process, so their sizes show in the last digits. A CPU computes
-    the same without float8 units. Raises UserError where this cannot work.
+    torchao's products without float8 units; on a GPU the feed-forward may have its own (`float8_swiglu.py`). Raises
+    UserError where this cannot work.
     """
     if not recipe:
         return
@@ -27,6 +28,8 @@ def apply_float8(model: Decoder, recipe: str, device: torch.device) -> None:
         raise UserError(f'float8.recipe: "{recipe}" needs torchao (pip install torchxihe[float8])')
     if device.type == "cuda" and compute_capability(device) < (8, 9):
         raise UserError(f'float8.recipe: "{recipe}" needs a GPU with float8 units (Ada, Hopper or newer); take ""')
+    if device.type == "cuda" and model.seq_len % ALIGNED:
+        raise UserError(f"data.seq_len: {model.seq_len} must be a multiple of {ALIGNED} with float8.recipe")
     # Slow, and optional.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
