@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchxihe.config import Model, UserError
-from torchxihe.model import attention
+from torchxihe.model import attention, float8_swiglu, swiglu
 from torchxihe.model import linear_cross_entropy as lce
 from torchxihe.model.attention import choose_attention, sdpa
 from torchxihe.model.decoder import Decoder, flops_per_token, parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
+from torchxihe.model.swiglu import choose_swiglu
 
 XIHE = {
     "hidden_size": 768,
@@ -241,3 +242,33 @@ def test_auto_attention_is_one_that_works(
     if chosen != "fa4":
         with pytest.raises(UserError, match='model.attention: "fa4" needs a Hopper'):
             choose_attention(model.model_copy(update={"attention": "fa4"}), device, torch.bfloat16, documents)
+
+
+@pytest.mark.parametrize(
+    ("capability", "recipe", "width", "mlp", "chosen"),
+    [
+        ((9, 0), "tensorwise", 2048, "auto", "float8"),
+        ((8, 9), "tensorwise", 14336, "auto", "float8"),
+        ((8, 0), "tensorwise", 2048, "auto", "plain"),
+        ((9, 0), "tensorwise", 2048, "torch", "plain"),
+        ((9, 0), "rowwise", 2048, "auto", "plain"),
+        ((9, 0), "tensorwise", 2056, "auto", "plain"),  # torchao leaves such a matrix alone too
+        ((9, 0), "tensorwise", 28672, "auto", "plain"),
+        ((9, 0), "", 2056, "auto", "quack"),
+        ((9, 0), "", 2056, "torch", "plain"),
+    ],
+)
+def test_auto_mlp_is_one_that_works(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], recipe: str, width: int, mlp: str, chosen: str
+) -> None:
+    for module in (swiglu, float8_swiglu):
+        monkeypatch.setattr(module, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(swiglu, "has_quack", lambda device: True)
+    monkeypatch.setattr(float8_swiglu, "compile_obstacle", lambda: "")
+    model = Model.model_validate(XIHE | {"intermediate_size": width, "mlp": mlp})
+    device = torch.device("cuda")
+    assert choose_swiglu(model, device, torch.bfloat16, recipe).__name__ == chosen
+    assert choose_swiglu(model, device, torch.float32, recipe).__name__ == "plain"
+    if recipe:
+        with pytest.raises(UserError, match='model.mlp: "quack" needs .* no float8.recipe'):
+            choose_swiglu(model.model_copy(update={"mlp": "quack"}), device, torch.bfloat16, recipe)
