@@ -310,9 +310,9 @@ class Float8(Section):
     """Float8 products in the blocks, by torchao (the extra `[float8]`)."""
 
     recipe: Literal["", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = ""
-    """torchao's scaling recipe: a scale for each tensor (fastest; on a GPU the feed-forward's activation has one for each
-    token), or for each row (closest; `_with_gw_hp` leaves the weights' gradients in 16-bit). The head stays in 16-bit.
-    "" is off: below about a billion parameters it does not pay (docs/performance.md)."""
+    """torchao's scaling recipe: a scale for each tensor (fastest; on a GPU the feed-forward's activation has one for
+    each token), or for each row (closest; `_with_gw_hp` leaves the weights' gradients in 16-bit). The head stays in
+    16-bit. "" is off: below about a billion parameters it does not pay (docs/performance.md)."""
 
 
 class Checkpoint(Section):

@@ -1,40 +1,16 @@
 """The float8 feed-forward: its kernels against PyTorch's casts, and its errors against those of torchao's products."""
 
-import copy
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from torchxihe.model.decoder import Linear
-from torchxihe.model.float8_swiglu import _rounded_swiglu_backward, float8, rounded_swiglu
-from torchxihe.model.swiglu import plain
+from tests.unit.test_float8_swiglu import errors, reference, reference_backward
+from torchxihe.model.float8_swiglu import _rounded_swiglu_backward, rounded_swiglu
+from torchxihe.model.swiglu import Swiglu
 from torchxihe.utils.device import compute_capability
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or compute_capability(torch.device("cuda")) < (8, 9), reason="needs float8 units"
 )
-
-E4M3_LARGEST = 448.0
-
-
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row divided by the least power of two that makes it fit E4M3: the reference of the kernels' rounding."""
-    mantissa, exponent = torch.frexp((x.abs().amax(1, keepdim=True) / E4M3_LARGEST).clamp(min=2.0**-126))
-    scale = torch.where(mantissa == 0.5, exponent - 1, exponent).float().exp2()
-    return (x / scale).to(torch.float8_e4m3fn), scale
-
-
-def reference(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
-    return rounded(F.silu(gate_NF.float()) * up_NF.float())
-
-
-def reference_backward(gate_NF: Tensor, up_NF: Tensor, dafter_NF: Tensor) -> tuple[Tensor, ...]:
-    gate, up, dafter = gate_NF.float(), up_NF.float(), dafter_NF.float()
-    dgate = torch.ops.aten.silu_backward(dafter * up, gate)
-    both, scale = rounded(torch.cat((dgate, dafter * F.silu(gate)), dim=1))
-    return *both.chunk(2, dim=1), scale, *reference(gate_NF, up_NF)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(5, 16), (64, 704), (3, 8192), (2, 14336)])
@@ -62,27 +38,8 @@ def test_what_is_not_finite_shows(what: float) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_exact_as_torchao(dtype: torch.dtype, compiled: bool) -> None:
-    torchao = pytest.importorskip("torchao.float8")
-    hidden, width, batch, seq_len = 256, 704, 4, 144
-    generator = torch.Generator("cuda").manual_seed(0)
-    layers = torch.nn.ModuleList(Linear(*shape) for shape in [(hidden, width), (hidden, width), (width, hidden)]).cuda()
-    for layer in layers:
-        torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
-    layers.to(dtype)
-    x = torch.randn(batch, seq_len, hidden, device="cuda", generator=generator).bfloat16().requires_grad_()
-    spread = torch.logspace(-9, -6, batch * seq_len, device="cuda").view(batch, seq_len, 1)
-    grad = (torch.randn(x.shape, device="cuda", generator=generator) * spread).bfloat16()
+    def wrap(function: Swiglu) -> Swiglu:
+        return torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
-    def errors(function, layers) -> list[float]:  # noqa: ANN001
-        function = torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
-        out = function(x, *layers)
-        ours = out, *torch.autograd.grad(out, (x, *layers.parameters()), grad)
-        return [float((a.detach().double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
-
-    doubles, x_double = copy.deepcopy(layers).double(), x.detach().double().requires_grad_()
-    out = plain(x_double, *doubles)
-    exact = out.detach(), *torch.autograd.grad(out, (x_double, *doubles.parameters()), grad.double())
-    config = torchao.Float8LinearConfig.from_recipe_name("tensorwise")
-    theirs = torchao.convert_to_float8_training(copy.deepcopy(layers), config=config)
-    for ours, bound in zip(errors(float8, layers), errors(plain, theirs), strict=True):
-        assert ours < 1.05 * bound
+    for ours, theirs in zip(*errors(torch.device("cuda"), dtype, wrap), strict=True):
+        assert 1e-2 < ours < 1.05 * theirs
