@@ -21,8 +21,9 @@ from torchxihe.utils.device import compile_obstacle, compute_capability
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
+ALIGNED = 16  # what a float8 product asks of all its sides, and the tokens are one
+
 _WIDEST = 16384  # activations of a token: a program of the kernel holds them all
-_ALIGNED = 16  # what a float8 product asks of both sides of a matrix
 _TINY = 2.0**-100  # a largest value of zero needs a scale too
 
 
@@ -34,7 +35,7 @@ def float8(x_BTC: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Te
 
 def has_float8(device: torch.device, dtype: torch.dtype, recipe: str, hidden_size: int, intermediate_size: int) -> bool:
     """Whether that works here and is what torchao's `recipe` would be, a scale a tensor, or finer."""
-    aligned = hidden_size % _ALIGNED == intermediate_size % _ALIGNED == 0 and intermediate_size <= _WIDEST
+    aligned = hidden_size % ALIGNED == intermediate_size % ALIGNED == 0 and intermediate_size <= _WIDEST
     works = compute_capability(device) >= (8, 9) and dtype != torch.float32 and not compile_obstacle()
     return recipe == "tensorwise" and aligned and works
 

@@ -8,9 +8,8 @@ from torch import nn
 
 from torchxihe.config import UserError
 from torchxihe.model.decoder import Decoder, Linear
+from torchxihe.model.float8_swiglu import ALIGNED
 from torchxihe.utils.device import compute_capability
-
-ALIGNED = 16  # what a scaled product asks of all its sides, and the tokens are one
 
 
 def apply_float8(model: Decoder, recipe: str, device: torch.device) -> None:
