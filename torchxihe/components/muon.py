@@ -50,6 +50,15 @@ def advance_momentum(
     return grad.lerp(moved, momentum).to(dtype)
 
 
+def apply_update(weight: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor) -> None:
+    """weight · keep - rate · update, in place unless `skip`.
+
+    keep and rate are scalars on the device: as numbers, others in each step, they would be compiled in.
+    """
+    moved = weight * keep - rate * update.to(weight.dtype)
+    weight.copy_(torch.where(skip, weight, moved))
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for matrices, the optimizer given with them for everything else; one step of the two together.
 
@@ -82,6 +91,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self._rest, self._dtype, self._exchange = rest, dtype, Exchange(mesh)
         self._advance = torch.compile(advance_momentum, dynamic=False) if compile else advance_momentum
+        self._apply = torch.compile(apply_update, dynamic=False) if compile else apply_update
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in self.param_groups[0]["params"]:
             by_shape.setdefault(parameter.shape, []).append(parameter)
@@ -113,17 +123,15 @@ class Muon(torch.optim.Optimizer):
         self._rest.step()
         skip, group = self.found_inf > 0, self.param_groups[0]
         lr: float = group["lr"]
-        keep = torch.where(skip, 1.0, 1 - lr * group["weight_decay"])
+        keep = torch.full_like(self.grad_scale, 1 - lr * group["weight_decay"])
         for parameters, momentum_KRC in self._stacks:
             rows, columns = parameters[0].shape
             grad_KRC = torch.stack([local_part(cast("Tensor", parameter.grad)) for parameter in parameters])
             update_KRC = self._advance(momentum_KRC, grad_KRC, self.grad_scale, group["momentum"], skip, self._dtype)
             update_KRC = self._exchange(orthogonalize, update_KRC, rows)
-            # Times 1 and plus -0.0 (the rate below is negative) change nothing, not even a sign or a NaN.
-            update_KRC = torch.where(skip, 0.0, update_KRC.float())
-            weights = [local_part(parameter) for parameter in parameters]
-            torch._foreach_mul_(weights, keep)
-            torch._foreach_add_(weights, update_KRC.unbind(), alpha=-0.2 * max(rows, columns) ** 0.5 * lr)
+            rate = torch.full_like(keep, 0.2 * max(rows, columns) ** 0.5 * lr)
+            for parameter, update in zip(parameters, update_KRC.unbind(), strict=True):
+                self._apply(local_part(parameter), update, keep, rate, skip)
 
 
 class Exchange:
