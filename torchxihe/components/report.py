@@ -97,7 +97,8 @@ def report_end(config: Config) -> None:
         at = f"best {best['validation/loss']:.4f} at step {best['step']:,}"
         rows.append(("held out", f"loss {loss:.4f}, {bpb:.4f} bits a byte ({at})"))
     # As it can be typed here: in a fresh clone the program is in .venv, which is not on the path.
-    program = "torchxihe" if shutil.which("torchxihe") else f"{os.path.relpath(sys.executable)} -m torchxihe"
+    python = min(os.path.relpath(sys.executable), sys.executable, key=len)
+    program = "torchxihe" if shutil.which("torchxihe") else f"{python} -m torchxihe"
     rows += [
         ("files", f"{config.run_dir}/ holds config.toml, {METRICS}, logs/, tokenizer/ and checkpoints/"),
         ("next", f'{program} generate {config.run_dir}{" --chat" * (config.data.format == "chat")} --prompt "..."'),
