@@ -23,10 +23,11 @@ import numpy as np
 import torch
 
 from torchxihe.components.checkpoint import Checkpointer
+from torchxihe.components.ranks import Ranks
 from torchxihe.config import Checkpoint, Config, UserError, load_config
 from torchxihe.trainer import Trainer
 from torchxihe.utils.device import device_name
-from torchxihe.utils.distributed import barrier, broadcast_object, is_main, process_group, world_size
+from torchxihe.utils.distributed import barrier, is_main, process_group, world_size
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     try:
         config = load_config(options.config, overrides)
         with process_group() as device:
-            root = Path(str(broadcast_object(tempfile.mkdtemp(dir=options.dir) if is_main() else "")))
+            root = Path(Ranks().on_main(lambda: tempfile.mkdtemp(dir=options.dir)))
             try:
                 result = measure(config, device, root, options.saves)
             finally:

@@ -22,11 +22,12 @@ from torchxihe.components.metrics import MetricsWriter, StepSums, Window, sums_b
 from torchxihe.components.micro_batch import fit_micro_batch
 from torchxihe.components.optimizer import build_optimizer, gradient_norm, optimizer_step
 from torchxihe.components.profiler import Profiler, memory_explained
-from torchxihe.components.ranks import explained
+from torchxihe.components.ranks import Ranks
 from torchxihe.components.report import report_end, report_start
 from torchxihe.components.run_lock import run_locks, share_run_directory
 from torchxihe.components.stop import Stop
-from torchxihe.components.storage import Location
+from torchxihe.components.storage import Location, explained
+from torchxihe.components.trackers import wanted_trackers
 from torchxihe.components.validation import validate
 from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Config, UserError, dump_config
@@ -72,18 +73,17 @@ class Trainer:
         tokens = all_reduce_sum(torch.full((), float(sum(batch.valid for batch in batches)), device=self.device))
         tokens = tokens.clamp(min=1)  # a batch of a conversation's prompts alone has none
         sources = len(self.config.data.sources)
-        sums = torch.zeros(1 + 3 * sources, dtype=torch.float64, device=self.device)
+        sums_S3 = torch.zeros(sources, 3, dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             with gradient_sync(self.module, last=i == len(batches) - 1, keep_shards=self.keep_shards):
                 loss, losses_B = self.module(batch.tokens, batch.targets, batch.docs)
                 (loss / tokens).backward()  # summed over ranks and micro-batches: the global mean over valid targets
-            by_source_S3 = sums_by_source(losses_B, batch, self.bytes_per_token, sources)
-            sums += torch.cat([loss.detach().double().view(1), by_source_S3.flatten()])
-        sums = all_reduce_sum(sums)
-        grad_norm = gradient_norm(self.model.parameters())
-        skip = self.bad_steps.judge(sums[0] / tokens, grad_norm)  # the same on all ranks; data and step are consumed
+            sums_S3 += sums_by_source(losses_B, batch, self.bytes_per_token, sources)
+        sums_S3 = all_reduce_sum(sums_S3)
+        loss, grad_norm = sums_S3[:, 0].sum() / tokens, gradient_norm(self.model.parameters())
+        skip = self.bad_steps.judge(loss, grad_norm)  # the same on all ranks; data and step are consumed
         optimizer_step(self.optimizer, self.lr, grad_norm, self.config.training.max_grad_norm, skip)
-        self.sums.add(sums, grad_norm, skip)
+        self.sums.add(sums_S3, grad_norm, skip)
         self.step += 1
 
     @property
@@ -181,11 +181,13 @@ def run(config: Config) -> None:
     limits = config.training.init_timeout, config.training.step_timeout
     # The collectives' own limit comes after the watchdog's, which tells more.
     patience = max(limits) + 60 if all(limits) else 7 * 86_400
+    wanted_trackers(config)  # one that is not installed is no reason to have built a model
     try:
         with Watchdog(config.run_dir, "start", limits[0]) as watchdog, process_group(patience) as device:
-            share_run_directory(config.run_dir)
+            ranks = Ranks()
+            share_run_directory(config.run_dir, ranks)
             files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
-            with files, Stop(config.training.time_limit) as stop, run_locks(config):
+            with files, Stop(config.training.time_limit) as stop, run_locks(config, ranks):
                 _run(config, device, stop, watchdog)
     except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
         raise explained(error) from error
@@ -246,10 +248,13 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     order = Order(stages, prepared.rows)
     check_epochs(config, prepared, order)
     report_start(config, prepared, order, trainer.optimizer, trainer.layout, device, trainer.micro_batch_size)
-    if is_main():
+
+    def describe_run() -> None:
         (config.run_dir / "PREEMPTED").unlink(missing_ok=True)
         (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
         shutil.copytree(prepared.tokenizer_dir, config.run_dir / "tokenizer", dirs_exist_ok=True)
+
+    checkpointer.ranks.on_main(describe_run)
     with memory_explained(config), Exporter(config, checkpointer) as exporter:
         _train(trainer, order, prepared, history, checkpointer, stop, watchdog)
         if trainer.step < config.total_steps:
@@ -278,7 +283,7 @@ def _train(
     config, total = trainer.config, trainer.config.total_steps
     limits = config.training
     loader = Loader(prepared, order, trainer.batch_layout, trainer.step)
-    writer = MetricsWriter(config, trainer.step) if is_main() else None
+    writer = checkpointer.ranks.each(lambda: MetricsWriter(config, trainer.step) if is_main() else None)
     profiler = Profiler(config, trainer.device)
     window = Window(trainer.step, order.batch(trainer.step)[0] * config.data.seq_len)
 
@@ -308,18 +313,22 @@ def _train(
                     writer.train(metrics)
                 trainer.bad_steps.check(order.describe(trainer.step - 1, prepared.names))
                 gc.collect(1)
-            with window.pause(), stop.unhurried():
+            validating, saving = due(validate_every), due(config.checkpoint.every or total)
+            sampling = due(config.metrics.sample_every) and trainer.step < total
+            if not (validating or sampling or saving):
+                continue
+            with window.pause(trainer.device), stop.unhurried():
                 validation_loss = None
-                if due(validate_every):
+                if validating:
                     watchdog.begin(f"validation after step {trainer.step}", limits.init_timeout)
                     result = trainer.validate(prepared)
                     validation_loss = result["validation/loss"]
                     if writer:
                         writer.validation(trainer.step, result)
-                if due(config.metrics.sample_every) and trainer.step < total:
+                if sampling:
                     watchdog.begin(f"sample after step {trainer.step}", limits.init_timeout)
                     trainer.log_sample(prepared)
-                if due(config.checkpoint.every or total):
+                if saving:
                     watchdog.begin(f"checkpoint of step {trainer.step}", limits.init_timeout)
                     trainer.save(checkpointer, history, validation_loss)
         watchdog.begin(f"last checkpoint, of step {trainer.step}", limits.init_timeout)

@@ -160,6 +160,16 @@ def test_linear_cross_entropy_equals_definition(
         assert (ours - theirs).float().norm() <= tolerance * theirs.float().norm()
 
 
+def test_both_gradients_have_the_same_scale() -> None:
+    """A mean over 65,300 tokens, which bfloat16 would make one over 65,536. Seen to fail with that scale for dX."""
+    x, w, targets = cross_entropy_inputs(torch.bfloat16)
+    whole = torch.autograd.grad(lce.linear_cross_entropy(x, w, targets)[0], (x, w))
+    mean = torch.autograd.grad(lce.linear_cross_entropy(x, w, targets)[0] / 65300, (x, w))
+    for sum_gradient, gradient in zip(whole, mean, strict=True):
+        ratio = gradient.double().norm() / sum_gradient.double().norm()
+        assert abs(ratio * 65300 - 1) < 1e-3
+
+
 def test_linear_cross_entropy_of_ignored_rows_alone_is_zero() -> None:
     x, w, targets = cross_entropy_inputs(torch.float32)
     loss, losses = lce.linear_cross_entropy(x, w, torch.full_like(targets, lce.IGNORE_INDEX))

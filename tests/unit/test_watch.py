@@ -70,7 +70,7 @@ def test_training_loss_and_epochs_by_source(trained: Path, tmp_path: Path) -> No
 def test_a_skipped_step_is_counted_and_nothing_of_it() -> None:
     sums = StepSums(torch.device("cpu"), 2)
     for total, skip in ((6.0, False), (math.nan, True), (2.0, False)):
-        step = torch.tensor([total, total - 1, 2, 8, 1, 1, 4], dtype=torch.float64)
+        step = torch.tensor([[total - 1, 2, 8], [1, 1, 4]], dtype=torch.float64)
         sums.add(step, torch.tensor(total), torch.tensor(skip))
     read = sums.read(["a", "b"])
     bpb = 8 / math.log(2) / 24
@@ -83,7 +83,7 @@ def test_a_skipped_step_is_counted_and_nothing_of_it() -> None:
 def test_speed_is_that_of_the_tokens_of_the_window() -> None:
     """Whose steps need not have equally many."""
     window = Window(10, 5000)
-    with window.pause():
+    with window.pause(torch.device("cpu")):
         pass
     for step, tokens, before in ((14, 5600, 5000), (15, 6600, 5600)):
         speed = window.close(step, tokens, 0.0)

@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from torchxihe.components.checkpoint import Checkpointer, flat_state
 from torchxihe.components.export import draft_of
-from torchxihe.components.ranks import explained
-from torchxihe.components.storage import Location, hash_file
+from torchxihe.components.storage import Location, explained, hash_file
 from torchxihe.config import Checkpoint, Model, Tokenizer, UserError
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain
 from torchxihe.model.attention import sdpa

@@ -28,8 +28,7 @@ from torchxihe.components.manifest import (
     step_of,
     steps_in,
 )
-from torchxihe.components.ranks import explained
-from torchxihe.components.storage import Location
+from torchxihe.components.storage import Location, explained
 from torchxihe.config import UserError
 from torchxihe.utils.arguments import Arguments
 

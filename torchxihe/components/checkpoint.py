@@ -44,9 +44,9 @@ from torchxihe.components.manifest import (
     steps_in,
     write_manifest,
 )
-from torchxihe.components.ranks import Ranks, explained
+from torchxihe.components.ranks import Ranks
 from torchxihe.components.staging import Staging, local_part, share_of_this_rank
-from torchxihe.components.storage import Location, with_retries
+from torchxihe.components.storage import Location, explained, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
 from torchxihe.config import Checkpoint, UserError
 from torchxihe.utils.distributed import is_main, rank, world_size

@@ -17,9 +17,8 @@ from torch import Tensor
 import torchxihe
 from torchxihe.components.checkpoint import Checkpointer, corrupt, flat_state, load_tensors, open_fitting
 from torchxihe.components.manifest import CorruptError, is_committed, read_manifest, step_flaws, step_of, steps_in
-from torchxihe.components.ranks import explained
 from torchxihe.components.saved_run import SavedRun, open_saved
-from torchxihe.components.storage import Location
+from torchxihe.components.storage import Location, explained
 from torchxihe.config import Config, UserError
 from torchxihe.data.chat import Chat
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE

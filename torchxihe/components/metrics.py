@@ -42,16 +42,14 @@ class StepSums:
     """Sums over the steps since the last log step, on the device: adding never waits for it."""
 
     def __init__(self, device: torch.device, sources: int) -> None:
-        self.sums = torch.zeros(2 + 3 * sources, dtype=torch.float64, device=device)  # skipped steps, then add's
+        self.sums_S3 = torch.zeros(sources, 3, dtype=torch.float64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.float64, device=device)
         self.grad_norm = torch.zeros((), device=device)
 
-    def add(self, sums: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
-        """One step over all ranks: `sums`, its gradient norm, and if it was skipped.
-
-        sums: float64 [1 + 3 · sources], the loss (nats) and then loss, valid tokens and bytes of each source.
-        """
-        self.sums[0] += skip
-        self.sums[1:] += torch.where(skip, 0.0, sums)
+    def add(self, sums_S3: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
+        """One step over all ranks: its `sums_by_source`, its gradient norm, and if it was skipped."""
+        self.skipped += skip
+        self.sums_S3 += torch.where(skip, 0.0, sums_S3)
         self.grad_norm = grad_norm
 
     def read(self, names: Sequence[str] = ()) -> dict[str, float]:
@@ -60,9 +58,12 @@ class StepSums:
         With several sources, which `names` names, also "loss/<name>" of each that the window had tokens of. This is
         where the host waits for the device. A window without a single good step has NaN for its loss.
         """
-        grad_norm, skipped, loss, *rest = torch.cat([self.grad_norm.double().view(1), self.sums]).tolist()
-        self.sums.zero_()
+        both = torch.stack([self.grad_norm.double(), self.skipped])
+        grad_norm, skipped, *rest = torch.cat([both, self.sums_S3.flatten()]).tolist()
+        self.sums_S3.zero_()
+        self.skipped.zero_()
         losses, tokens, sizes = rest[::3], rest[1::3], rest[2::3]
+        loss = sum(losses)
         result = {
             "loss": loss / sum(tokens) if sum(tokens) else math.nan,
             "bpb": loss / math.log(2) / sum(sizes) if sum(sizes) else math.nan,
@@ -105,7 +106,7 @@ class MetricsWriter:
             raise OSError(error.errno, error.strerror, str(self.file.name)) from None
 
     def train(self, metrics: dict[str, float]) -> None:
-        """A log step: `metrics` has the keys of DESIGN's metrics.jsonl, step counted from 1."""
+        """A log step: `metrics` has the keys that docs/watch.md lists, step counted from 1."""
         self.write(metrics)
         step, left = int(metrics["step"]), self.total_steps - int(metrics["step"])
         parts = [
@@ -184,8 +185,10 @@ class Window:
         self.step, self.tokens, self.start, self.paused = step, tokens, time.perf_counter(), 0.0
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave out the time spent inside."""
+    def pause(self, device: torch.device) -> Iterator[None]:
+        """Leave out the time spent inside, but not what `device` has still to do of the steps before."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         yield
         self.paused += time.perf_counter() - start

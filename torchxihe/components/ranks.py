@@ -1,12 +1,12 @@
 """Doing things with files on several ranks, so that all of them go on or all of them stop."""
 
-import errno
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from torchxihe.components.storage import explained
 from torchxihe.config import UserError
 from torchxihe.utils.distributed import is_main, world_size
 
@@ -53,20 +53,3 @@ class Ranks:
     def on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, which alone does it; its error is raised on all."""
         return self.gather(lambda: action() if is_main() else None)[0]  # pyright: ignore[reportReturnType]
-
-
-REMEDIES = {
-    errno.ENOSPC: "free some space and run again",
-    errno.EDQUOT: "free some space and run again",
-    errno.EROFS: "choose a --run.dir that can be written to",
-    errno.EACCES: "choose a --run.dir that can be written to, or change its permissions",
-    errno.EPERM: "choose a --run.dir that can be written to, or change its permissions",
-}
-
-
-def explained(error: OSError) -> UserError:
-    """An error of the disk as the one line that a user can act upon."""
-    if error.errno is None:  # one of ours, which says everything itself
-        return UserError(str(error) or type(error).__name__)
-    what = error.strerror or type(error).__name__
-    return UserError(f"{error.filename or 'a file'}: {what}; {REMEDIES.get(error.errno, 'mend it and run again')}")

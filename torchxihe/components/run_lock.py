@@ -9,66 +9,65 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import IO
 
 from torchxihe.components.manifest import checkpoints_of
 from torchxihe.components.ranks import Ranks
+from torchxihe.components.storage import explained
 from torchxihe.config import Config, UserError
-from torchxihe.utils.distributed import all_gather_object, broadcast_object, is_main
 
 log = logging.getLogger(__name__)
 
 
-def share_run_directory(run_dir: Path) -> None:
+def share_run_directory(run_dir: Path, ranks: Ranks) -> None:
     """Make it, on all ranks together. Raises UserError if a node does not see what rank 0 wrote there."""
-    mark = run_dir / f".shared-{broadcast_object(uuid.uuid4().hex)}"
 
-    def touch() -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+    def make_mark() -> Path:
+        mark = run_dir / f".shared-{uuid.uuid4().hex}"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            raise UserError(f"run.dir: {explained(error)}") from None
+        return mark
 
-    Ranks().on_main(touch)
-    blind = [r for r, sees in enumerate(all_gather_object(mark.exists())) if not sees]
-    if is_main():
-        mark.unlink()
+    mark = ranks.on_main(make_mark)
+    blind = [r for r, sees in enumerate(ranks.gather(mark.exists)) if not sees]
+    ranks.on_main(mark.unlink)
     if blind:
         raise UserError(f"run.dir: ranks {blind} do not see rank 0's {run_dir}; put it where all nodes share it")
 
 
 @contextmanager
-def run_locks(config: Config) -> Iterator[None]:
+def run_locks(config: Config, ranks: Ranks) -> Iterator[None]:
     """Hold the run directory, and the checkpoints if they are elsewhere; see `run_lock`. None locks an object store."""
     checkpoints = checkpoints_of(config)
     elsewhere = config.checkpoint.dir and checkpoints.local
-    with run_lock(config.run_dir), run_lock(Path(checkpoints)) if elsewhere else nullcontext():
+    with run_lock(config.run_dir, ranks), run_lock(Path(checkpoints), ranks) if elsewhere else nullcontext():
         yield
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir`, which is made if need be, against other runs; called on all ranks together.
+def run_lock(directory: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold `directory`, which is made if need be, against other runs; called on all ranks together.
 
     The lock dies with the process that has it, however it ends: a file that is left behind locks nobody out. Raises
     UserError, naming the holder's host and process, if it is taken.
     """
-    path = run_dir / ".lock"
-    error: UserError | None = None
-    file = None
-    if is_main():
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
-            _take(file.fileno(), path)
-        except UserError as taken:
-            error = taken
-        except OSError as broken:
-            error = UserError(f"{path}: {broken.strerror}; choose a --run.dir that can be written to")
-    error = next((e for e in all_gather_object(error) if isinstance(e, UserError)), None)
-    if error is not None:
-        raise error
+    path = directory / ".lock"
+    held: list[IO[str]] = []
+
+    def take() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+        _take(file.fileno(), path)
+        held.append(file)
+
+    ranks.on_main(take)
     try:
         yield
     finally:
-        if file is not None:
+        for file in held:
             file.truncate(0)  # whoever finds a name in it knows that its owner did not get here
             file.close()
 

@@ -10,8 +10,7 @@ import torch
 
 from torchxihe.components.checkpoint import load_model_only, resolve
 from torchxihe.components.manifest import TRAIN_STATE, step_of
-from torchxihe.components.ranks import explained
-from torchxihe.components.storage import Location, with_retries
+from torchxihe.components.storage import Location, explained, with_retries
 from torchxihe.config import Model, UserError
 from torchxihe.model.attention import Attention, sdpa
 from torchxihe.model.decoder import Decoder
@@ -60,6 +59,6 @@ def load_decoder(saved: SavedRun, device: torch.device, dtype: torch.dtype, atte
     with torch.device("meta"):
         model = Decoder(saved.model, seq_len=saved.seq_len, dtype=dtype, attention=attention)
     model.to_empty(device=device)
-    model.init_weights(seed=0)
+    model.init_tables()
     load_model_only(saved.step_dir, model)
     return model

@@ -1,6 +1,7 @@
 """Places on a local disk or behind an fsspec URL, and files that are durable and hashed when they are closed."""
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -15,6 +16,14 @@ from torchxihe.config import UserError
 
 CHUNK_BYTES = 8 << 20
 READ_ATTEMPTS = 4
+
+REMEDIES = {
+    errno.ENOSPC: "free some space and run again",
+    errno.EDQUOT: "free some space and run again",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+}
 
 T = TypeVar("T")
 
@@ -220,3 +229,11 @@ def with_retries(read: Callable[[], T], pause: float = 0.5) -> T:
                 raise
             time.sleep(pause * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def explained(error: OSError) -> UserError:
+    """An error of the disk as the one line that a user can act upon."""
+    if error.errno is None:  # one of ours, which says everything itself
+        return UserError(str(error) or type(error).__name__)
+    what = error.strerror or type(error).__name__
+    return UserError(f"{error.filename or 'a file'}: {what}; {REMEDIES.get(error.errno, 'mend it and run again')}")

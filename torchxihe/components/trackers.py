@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases beside `metrics.jsonl`: rank 0 alone, and whatever happens to them stays theirs."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -27,21 +28,12 @@ class Trackers:
     """Those that a config asks for. One that fails is dropped with a warning: no run ends because of its curves."""
 
     def __init__(self, config: Config, step: int) -> None:
-        """`step`: the one that training goes on from. Raises UserError if a library is not installed."""
+        """`step`: the one that training goes on from."""
+        open_tracker = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
         self._live: list[Tracker] = []
-        for wanted, module, open_tracker in (
-            (config.metrics.tensorboard, "tensorboard", _open_tensorboard),
-            (config.metrics.wandb != "disabled", "wandb", _open_wandb),
-        ):
-            if not wanted:
-                continue
+        for module in wanted_trackers(config):
             try:
-                self._live.append(open_tracker(config, step))
-            except ModuleNotFoundError as error:
-                if (error.name or "").partition(".")[0] != module:
-                    raise
-                remedy = f"pip install {module}, or switch it off"
-                raise UserError(f"metrics.{module}: the package {module} is not installed; {remedy}") from None
+                self._live.append(open_tracker[module](config, step))
             except Exception as error:  # theirs to raise whatever they like, ours to go on
                 log.warning("metrics.%s: cannot be started, so this run goes without: %s", module, _line(error))
 
@@ -62,6 +54,17 @@ class Trackers:
             except Exception as error:  # as above
                 log.warning("metrics.%s: did not close: %s", tracker.name, _line(error))
         self._live = []
+
+
+def wanted_trackers(config: Config) -> list[str]:
+    """The packages that `config` asks for. Raises UserError if one of them is not installed."""
+    wanted = {"tensorboard": config.metrics.tensorboard, "wandb": config.metrics.wandb != "disabled"}
+    modules = [module for module, asked in wanted.items() if asked]
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            remedy = f"pip install {module}, or switch it off"
+            raise UserError(f"metrics.{module}: the package {module} is not installed; {remedy}")
+    return modules
 
 
 def _line(error: Exception) -> str:

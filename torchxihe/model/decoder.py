@@ -148,10 +148,10 @@ class Decoder(nn.Module):
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, docs: Tensor | None = None, start: int = 0
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Summed cross-entropy over the valid targets, or logits [B, T, V] without targets.
+        """(cross-entropy summed over the valid targets, the same by row); without targets logits [B, T, V].
 
         tokens, targets: int64 [B, T], T at most `seq_len`; targets of -100 count nothing. docs: see `attention.py`.
-        The sum comes over the whole batch (float32 scalar), and by row for reports (float32 [B], without a gradient).
+        The first is a float32 scalar, the second float32 [B], for reports, without a gradient.
         start: position of the first token, where what comes before it is in a cache (`generate.py`).
         The loss is computed in here, so that FSDP2 gathers the head with the root and nothing reaches around it.
         """
@@ -163,6 +163,12 @@ class Decoder(nn.Module):
         w_VC = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return self.head(x_BTC, self.norm.weight, w_VC, targets_BT)
 
+    def init_tables(self) -> None:
+        """Fill the rotary embedding's tables, which no checkpoint holds."""
+        cos, sin = rope_tables(self.seq_len, self.config.head_dim, self.config.rope_theta, self.cos_TD.device)
+        self.cos_TD.copy_(cos)
+        self.sin_TD.copy_(sin)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Initialise every parameter and table, in place.
@@ -172,10 +178,8 @@ class Decoder(nn.Module):
         not grow with depth (GPT-2). Each parameter has a generator of its own, keyed by seed and name: the weights
         do not depend on how they are sharded, nor on what else is initialised.
         """
+        self.init_tables()
         device = self.cos_TD.device
-        cos, sin = rope_tables(self.seq_len, self.config.head_dim, self.config.rope_theta, device)
-        self.cos_TD.copy_(cos)
-        self.sin_TD.copy_(sin)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)

@@ -109,7 +109,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None]:
     dx, dw = ctx.saved_tensors
-    return dx * grad.to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None
+    return (dx.float() * grad).to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None
 
 
 _chunked.register_autograd(_backward, setup_context=_setup_context)

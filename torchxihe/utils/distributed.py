@@ -52,17 +52,13 @@ def process_group(timeout_seconds: float = 600) -> Iterator[torch.device]:
             timeout=datetime.timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
-    try:
-        yield device
-    except BaseException:
-        raise  # the others may be gone: no barrier on the way out of an error
-    else:
-        if dist.is_initialized():
-            # FSDP2 over gloo aborts at interpreter exit now and then unless everybody arrives here and the model,
-            # which the caller has dropped by now, is collected first.
-            barrier()
-            gc.collect()
-            dist.destroy_process_group()
+    yield device  # an error leaves from here: the others may be gone, and no barrier would end
+    if dist.is_initialized():
+        # FSDP2 over gloo aborts at interpreter exit now and then unless everybody arrives here and the model, which
+        # the caller has dropped by now, is collected first.
+        barrier()
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def as_patient(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -93,12 +89,3 @@ def all_gather_object(value: T) -> list[T]:
     values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def broadcast_object(value: object) -> object:
-    """Rank 0's `value`, on every rank."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
