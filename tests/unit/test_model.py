@@ -167,7 +167,7 @@ def test_both_gradients_have_the_same_scale() -> None:
     mean = torch.autograd.grad(lce.linear_cross_entropy(x, w, targets)[0] / 65300, (x, w))
     for sum_gradient, gradient in zip(whole, mean, strict=True):
         ratio = gradient.double().norm() / sum_gradient.double().norm()
-        assert abs(ratio * 65300 - 1) < 1e-3
+        assert abs(ratio * 65300 - 1) < 2e-3
 
 
 def test_linear_cross_entropy_of_ignored_rows_alone_is_zero() -> None:
