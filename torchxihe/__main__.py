@@ -26,6 +26,9 @@ def main() -> None:
         run(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has seen enough; nor shall Python try to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         sys.exit(_for_all_ranks(str(error)))
 
@@ -75,7 +78,10 @@ def _read_dotenv() -> None:
         if file.is_file():
             import dotenv  # most machines have no such file, and need not wait for the library
 
-            dotenv.load_dotenv(file)
+            try:
+                dotenv.load_dotenv(file)
+            except ValueError:
+                raise UserError(f"{file}: not UTF-8; save it as that") from None
             return
 
 

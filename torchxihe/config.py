@@ -10,6 +10,7 @@ TOML has no null: no option is ever `None`. 0, -1 or "" means "off", and the doc
 
 import difflib
 import json
+import math
 import os
 import re
 import string
@@ -522,6 +523,9 @@ def _merge(into: dict[str, Any], values: dict[str, Any], origins: dict[Key, str]
         origins[key] = origin
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) -> list[str]:
     """Lay one `--section.key=value` over `values`; what is wrong with it, if anything."""
     match = re.fullmatch(r"--([\w-]+(?:\.[\w-]+)*)=(.*)", flag, re.DOTALL)
@@ -529,6 +533,8 @@ def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) 
         return [f"{flag}: not understood; overrides look like --section.key=value"]
     key = tuple(match[1].replace("-", "_").split("."))
     name = "--" + ".".join(key)
+    if _SURROGATE.search(match[2]):  # bytes of the command line that Python could not decode
+        return [f"{name}: not UTF-8"]
     place: Any = values
     for i, part in enumerate(key[:-1]):
         above = ".".join(key[:i])
@@ -704,6 +710,11 @@ def _conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
                 False, f"parallelism.{'dp_replicate' if config.parallelism.dp_shard == -1 else 'dp_shard'}", str(error)
             )
     check(bool(config.data.sources), "data.sources", "needs at least one entry")
+    check(
+        math.isfinite(sum(source.weight for source in config.data.sources)),
+        "data.sources",
+        "their weights are too large to be added",
+    )
     names: list[str] = []
     for at, source in documents_of(config):
         check(

@@ -5,7 +5,6 @@ import itertools
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,9 +30,19 @@ from torchxihe.components.trackers import wanted_trackers
 from torchxihe.components.validation import validate
 from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Config, UserError, dump_config
-from torchxihe.data.loader import Batch, BatchLayout, Loader, random_batch, validation_batches
-from torchxihe.data.order import Order, Stage, check_epochs, micro_batch_rows, micro_batches, plan_stages
-from torchxihe.data.store import Prepared, open_prepared
+from torchxihe.data.chat import Chat
+from torchxihe.data.loader import (
+    Batch,
+    BatchLayout,
+    Loader,
+    micro_batch_rows,
+    micro_batches,
+    random_batch,
+    validation_batches,
+)
+from torchxihe.data.order import Order, Stage, check_epochs, plan_stages
+from torchxihe.data.store import Prepared, open_prepared, write_bytes, write_text
+from torchxihe.data.tokenizer import load_tokenizer
 from torchxihe.model.generate import generate
 from torchxihe.parallelisms.compile import compiles
 from torchxihe.parallelisms.data_parallel import gradient_sync
@@ -146,10 +155,6 @@ class Trainer:
         options = self.config.metrics
         if not options.sample_tokens:
             return
-        # Training needs no tokenizer library until it samples.
-        from torchxihe.data.chat import Chat
-        from torchxihe.data.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer(prepared.tokenizer_dir)
         text, stop_id = options.sample_prompt, prepared.eos_id
         prompt = tokenizer.encode(text) or [stop_id]
@@ -251,8 +256,10 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
 
     def describe_run() -> None:
         (config.run_dir / "PREEMPTED").unlink(missing_ok=True)
-        (config.run_dir / "config.toml").write_text(dump_config(config), encoding="utf-8")
-        shutil.copytree(prepared.tokenizer_dir, config.run_dir / "tokenizer", dirs_exist_ok=True)
+        write_text(config.run_dir / "config.toml", dump_config(config))
+        (config.run_dir / "tokenizer").mkdir(exist_ok=True)
+        for file in prepared.tokenizer_dir.iterdir():
+            write_bytes(config.run_dir / "tokenizer" / file.name, file.read_bytes())
 
     checkpointer.ranks.on_main(describe_run)
     with memory_explained(config), Exporter(config, checkpointer) as exporter:

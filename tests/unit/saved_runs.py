@@ -59,7 +59,9 @@ def shake_norms(model: torch.nn.Module) -> None:
 def make_run(root: Path, shape: Shape, vocab_size: int = 320, **sections: dict[str, Any]) -> tuple[Config, Decoder]:
     """A run with a checkpoint of step 7; its model."""
     config = make_config(root, shape, vocab_size, **sections)
-    tokenizer = make_tokenizer(config)
+    tokenizer = config.run_dir / "tokenizer"
+    if not tokenizer.exists():
+        make_tokenizer(config)
     model = make_decoder(config)
     (config.run_dir / "config.toml").write_text(dump_config(config))
     checkpointer = Checkpointer(config.run_dir / "checkpoints", config.checkpoint)

@@ -13,8 +13,17 @@ from tests.unit.data_corpus import make_config, write_texts
 from torchxihe.config import Config
 from torchxihe.data import encode
 from torchxihe.data import sources as sources_module
-from torchxihe.data.loader import IGNORE, Batch, BatchLayout, Loader, validation_batches, validation_rows
-from torchxihe.data.order import Order, Stage, micro_batch_rows, micro_batches, plan_stages
+from torchxihe.data.loader import (
+    IGNORE,
+    Batch,
+    BatchLayout,
+    Loader,
+    micro_batch_rows,
+    micro_batches,
+    validation_batches,
+    validation_rows,
+)
+from torchxihe.data.order import Order, Stage, plan_stages
 from torchxihe.data.prepare import prepare
 from torchxihe.data.store import Prepared
 

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from tests.unit.data_corpus import make_config
 from torchxihe.config import Config, UserError
+from torchxihe.data.loader import micro_batch_rows, micro_batches
 from torchxihe.data.order import (
     BLOCK,
     Order,
     Stage,
     check_epochs,
     make_quotas,
-    micro_batch_rows,
-    micro_batches,
     next_stage,
     pattern,
     permute,

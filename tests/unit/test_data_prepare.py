@@ -371,7 +371,7 @@ def test_a_killed_run_goes_on_to_what_a_clean_run_makes(tmp_path: Path) -> None:
 
 
 def _hold(path: Path, ready: Any, release: Any) -> None:
-    with module._lock(path):
+    with module._alone(path):
         ready.set()
         release.wait(30)
 

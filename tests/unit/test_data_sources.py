@@ -337,3 +337,76 @@ def test_a_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> Non
         "data.sources.0.path: nobody/nothing-of-this-name: not a file here, and `datasets` cannot"
     )
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('[{"text": "a"}]\n[{"text": "b"}]\n', "more after the array's end"),
+        ('[{"text": "a"}] {"text": "b"}', "more after the array's end"),
+        ('[{"text": "a"} {"text": "b"}]', "no comma before it"),
+        ('[,{"text": "a"}]', "a comma before it"),
+        ('[{"text": "a"},]', "cannot be read as json"),
+        ('[{"text": "a"}, ', "cannot be read as json"),
+        ("[" * 100_000, "cannot be read as json"),
+    ],
+)
+def test_what_is_not_one_array_is_an_error(tmp_path: Path, content: str, why: str) -> None:
+    """Rather than the first of them: seen to give one document of two."""
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/a.json: .*{why}"):
+        rows_of(Source(path=str(tmp_path / "a.json")))
+
+
+def test_an_array_in_pieces_of_any_size(tmp_path: Path) -> None:
+    """Entries and the white space between them end where a piece of the file does."""
+    texts = ["x" * (2**16 - 40 + i) for i in range(60)]
+    (tmp_path / "a.json").write_text("[\n" + " ,\n ".join(json.dumps({"text": text}) for text in texts) + "  ]\n\n")
+    assert rows_of(Source(path=str(tmp_path / "a.json"))) == [[(text, "") for text in texts]]
+    (tmp_path / "b.json").write_text(" [ ] ")
+    assert rows_of(Source(path=str(tmp_path / "b.json"))) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", b'[{"text": "one"}, {"text": "caf\xe9"}, {"text": "\\udc80 two"}]'),
+        ("a.csv", b'text\none\n"caf\xe9"\n\xed\xa0\x80 two\n'),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "caf\xe9"}\n{"text": "\\udc80 two"}\n'),
+    ],
+)
+def test_a_byte_that_is_not_utf8_costs_its_row_alone(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    [rows] = rows_of(Source(path=str(tmp_path / name)))
+    assert rows[:2] == [("one", ""), ("", "not UTF-8")] and len(rows) == 3
+    assert rows[2] == (("", "not UTF-8") if name == "a.csv" else ("\udc80 two", ""))
+
+
+def test_links_to_folders_are_gone_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "b.txt").write_text("b")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.txt").write_text("a")
+    (tmp_path / "own" / "link").symlink_to(tmp_path / "real")
+    for pattern in ("", "**/*.txt"):
+        assert rows_of(Source(path=str(tmp_path / "own"), glob=pattern)) == [[("a", ""), ("b", "")]]
+
+
+def test_a_glob_is_below_its_path(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"data.sources.0.glob: /etc/\*: is looked for in"):
+        rows_of(Source(path=str(tmp_path), glob="/etc/*"))
+    assert rows_of(Source(path=str(tmp_path), glob="**.txt")) == [[("a", "")]]
+
+
+@pytest.mark.parametrize("files", [{"state.json": "{}"}, {"state.json": "no"}, {"dataset_dict.json": "{}"}, {}])
+def test_a_folder_that_is_no_saved_dataset(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="data.sources.0.path: .* not a folder that `save_to_disk` wrote"):
+        find_pieces(Source(path=str(tmp_path), format="dataset"), "data.sources.0")
+
+
+def test_a_state_of_somebody_elses_is_text(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"text": "a"}')
+    assert rows_of(Source(path=str(tmp_path))) == [[("a", "")]]

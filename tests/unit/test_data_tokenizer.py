@@ -298,3 +298,39 @@ def test_an_interrupt_ends_the_training_at_once(tmp_path: Path) -> None:
         assert process.wait(3) == -signal.SIGINT
     finally:
         process.kill()
+
+
+def unigram(folder: Path, **eos: Any) -> Path:
+    """A tokenizer whose vocabulary has `</s>` as a piece like any other."""
+    pieces = [("<unk>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "abcdefghijklmnopqrstuvwxyz<>/▁")]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    if eos:
+        tokenizer.add_tokens([tokenizers.AddedToken("</s>", **eos)])
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=8)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return obtain(Tokenizer(path=str(folder)), folder, (), "")
+
+
+@pytest.mark.parametrize("eos", [{}, {"special": True}, {"special": False}])
+def test_text_never_yields_the_token_that_ends_documents(tmp_path: Path, eos: dict[str, Any]) -> None:
+    """Seen to fail for the first and the last. Nor is what a file is padded with taken for a beginning."""
+    ours = load_tokenizer(unigram(tmp_path / "own", **eos))
+    assert (ours.eos_id, ours.bos_id) == (2, -1)
+    ids = ours.encode("i wrote </s> here</s></s>")
+    assert 2 not in ids and 0 not in ids
+    assert "</s>" in ours.decode(ids).replace(" ", "").replace("▁", "")
+
+
+def test_bytes_of_pieces_are_those_of_their_text(tmp_path: Path) -> None:
+    """What marks a piece as a word's inside or end stands for no text, nor does the token that ends documents."""
+    vocab = {"[UNK]": 0, "</s>": 1, "un": 2, "##able": 3}
+    wordpiece = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    vocab = {"</s>": 0, "a": 1, "b</w>": 2, "ab</w>": 3}
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b</w>")], end_of_word_suffix="</w>"))
+    for name, tokenizer, lengths in (("wordpiece", wordpiece, [5, 0, 2, 4]), ("words", words, [0, 1, 1, 2])):
+        (tmp_path / name).mkdir()
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        folder = obtain(Tokenizer(path=str(tmp_path / name)), tmp_path, (), "")
+        assert np.load(folder / "bytes_per_token.npy").tolist() == lengths

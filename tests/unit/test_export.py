@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.saved_runs import LLAMA, QWEN3, TEXT, TOKENS, make_run
+from tests.unit.saved_runs import LLAMA, QWEN3, TEXT, TOKENS, make_config, make_run, make_tokenizer
 from tests.unit.test_model import Shape, model_config
 from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
@@ -56,10 +56,10 @@ def test_transformers_gives_the_same_logits_and_ids(tmp_path: Path, shape: Shape
 def test_a_text_has_around_it_what_it_had_in_training(tmp_path: Path, around: tuple[int, int], named: bool) -> None:
     """A BOS token that the tokenizer's files name (or not) and that it puts before a text (or not); an EOS after it."""
     tokenizers: Any = pytest.importorskip("tokenizers")
-    config, _ = make_run(tmp_path, LLAMA)
+    config = make_config(tmp_path, LLAMA)
     folder = tmp_path / "own"
     folder.mkdir()
-    tokenizer = tokenizers.Tokenizer.from_file(str(config.run_dir / "tokenizer" / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(make_tokenizer(config) / "tokenizer.json"))
     tokenizer.add_special_tokens(["<s>"])
     single = ["<s>"] * around[0] + ["$A"] + ["<|endoftext|>"] * around[1]
     special = [("<s>", TOKENS), ("<|endoftext|>", 0)]
@@ -71,6 +71,7 @@ def test_a_text_has_around_it_what_it_had_in_training(tmp_path: Path, around: tu
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     shutil.rmtree(config.run_dir / "tokenizer")
     obtain(Tokenizer(path=str(folder)), tmp_path, (), "").rename(config.run_dir / "tokenizer")
+    make_run(tmp_path, LLAMA)
     run(["export", str(config.run_dir), "--out", str(tmp_path / "out")])
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = load_tokenizer(config.run_dir / "tokenizer")

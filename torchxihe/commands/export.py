@@ -32,8 +32,8 @@ def main(args: list[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, metavar="GB")
     options = parser.parse_args(args)
-    if options.shard_gb <= 0:
-        raise UserError(f"--shard-gb: must be greater than 0, got {options.shard_gb:g}")
+    if not 0 < options.shard_gb < 1e9:
+        raise UserError(f"--shard-gb: must be greater than 0 and less than 1e9, got {options.shard_gb:g}")
     saved = open_saved(options.run)
     with tqdm(desc="export", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 

@@ -47,6 +47,8 @@ def main(args: list[str]) -> None:
     options = parser.parse_args(args)
     if not options.temperature >= 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 0:
         raise UserError("generate: --temperature, --top-k and --max-tokens are 0 or more, --top-p is in (0, 1]")
+    if not 0 <= options.seed < 2**63:
+        raise UserError("generate: --seed is 0 or more, and below 2^63")
     saved = open_saved(options.run)
     tokenizer = load_tokenizer(saved.tokenizer_dir)
     chat = Chat(saved.tokenizer_dir) if options.chat else None

@@ -55,7 +55,7 @@ def main(args: list[str]) -> None:
     try:
         import_model(folder, options.out, options.source)
     except OSError as error:
-        raise explained(error) from None
+        raise explained(error, options.out) from None
     print(f'{options.out}: begin a config with extends = "{options.out}/model.toml" and add [data] and [training]')
 
 

@@ -27,6 +27,6 @@ def main(args: list[str]) -> None:
         prepare(config)
         return
     part, _, parts = known.shard.partition("/")
-    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise UserError(f"--shard={known.shard}: must be I/N with I from 0 to N - 1, such as 0/4")
     prepare_part(config, int(part), int(parts))

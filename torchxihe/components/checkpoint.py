@@ -4,6 +4,7 @@ DCP checks no content, ignores extra keys, casts dtypes silently and unpickles w
 hashes (manifest.py) and the strict comparison of keys, shapes and dtypes are ours, and only tensors go through it.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -45,11 +46,11 @@ from torchxihe.components.manifest import (
     write_manifest,
 )
 from torchxihe.components.ranks import Ranks
-from torchxihe.components.staging import Staging, local_part, share_of_this_rank
+from torchxihe.components.staging import Staging, share_of_this_rank
 from torchxihe.components.storage import Location, explained, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
 from torchxihe.config import Checkpoint, UserError
-from torchxihe.utils.distributed import is_main, rank, world_size
+from torchxihe.utils.distributed import is_main, local_part, rank, world_size
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -195,6 +196,8 @@ class Checkpointer:
             return directory
         if passed:
             remedy = "mend one, or start another run with --run.name=NAME"
+            if any("model alone" in why for why in passed):
+                remedy += """, from its weights with --checkpoint.load=STEP --checkpoint.load_only='["model"]'"""
             raise UserError(f"{self.directory}: no checkpoint to go on from ({'; '.join(passed)}); {remedy}")
         return None
 
@@ -265,6 +268,7 @@ class Checkpointer:
         if not config.keep_last:
             return
         keep = set(committed[: config.keep_last])
+        keep |= {*itertools.islice(filter(_is_whole, committed), 1)}  # from weights alone no run goes on
         if config.keep_every:
             keep |= {directory for directory in committed if step_of(directory.name) % config.keep_every == 0}
         if config.keep_best:
@@ -285,6 +289,14 @@ class Checkpointer:
         for directory, committed, marked in older:
             if not committed and not marked:
                 directory.remove()
+
+
+def _is_whole(directory: Location) -> bool:
+    """Whether a committed step has more than the model. A damaged manifest says no, and ends no run."""
+    try:
+        return read_manifest(directory).parts != ("model",)
+    except CorruptError:
+        return False
 
 
 def _validation_loss(directory: Location) -> float | None:

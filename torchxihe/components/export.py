@@ -21,6 +21,7 @@ from torchxihe.components.saved_run import SavedRun, open_saved
 from torchxihe.components.storage import Location, explained
 from torchxihe.config import Config, UserError
 from torchxihe.data.chat import Chat
+from torchxihe.data.store import read_json
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE
 from torchxihe.model.attention import sdpa
 from torchxihe.model.decoder import Decoder, parameter_counts
@@ -55,14 +56,16 @@ def export(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        tokenizer = json.loads((saved.tokenizer_dir / "torchxihe.json").read_bytes())
+        tokenizer = read_json(saved.tokenizer_dir / "torchxihe.json")
+        if not tokenizer:
+            raise UserError(f"{saved.tokenizer_dir}: torchxihe.json is damaged; starting its run again mends it")
         _write_weights(saved, draft, tokenizer["vocab_size"], dtype, shard_bytes, progress)
         _write_configs(saved, draft, tokenizer, str(dtype).removeprefix("torch."))
         _write_tokenizer(saved.tokenizer_dir, draft, tokenizer)
         (draft / "README.md").write_text(model_card(saved), encoding="utf-8")
         draft.replace(out)
     except OSError as error:
-        raise explained(error) from None
+        raise explained(error, out) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -35,6 +35,7 @@ KINDS: dict[Kind, dict[str, str]] = {
     },
     "recorded": {
         "model": "initializer_range",
+        "tokenizer": "path revision vocab_size train_bytes",  # where it is from: that it is the same is checked
         "data": "sources document_mask on_bad_rows max_bad_rows",
         "validation": "every max_tokens sets",
         "training": "steps tokens global_batch_size batch_ramp dtype max_grad_norm max_skipped skip_spikes_beyond",
@@ -45,7 +46,7 @@ KINDS: dict[Kind, dict[str, str]] = {
     "refused": {
         "model": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
         " vocab_size qk_norm tie_word_embeddings rope_theta rms_norm_eps",
-        "tokenizer": "path revision vocab_size train_bytes chat_template",
+        "tokenizer": "chat_template",
         "data": "format seq_len packing",  # they number the rows, and resuming goes by row numbers
         "validation": "fraction",  # what was held out would be trained on
         "training": "seed",
@@ -92,7 +93,12 @@ def describe_change(option: str, was: Any, now: Any) -> list[str]:
     entries = [*was, *now] if isinstance(was, list) and isinstance(now, list) else [was]
     if not all(isinstance(entry, dict) for entry in entries):
         return [f"{option} changes from {was} to {now}"]
-    old, new = ({e["name"] or f"{e['path']} {e['subset']}".rstrip(): e for e in tables} for tables in (was, now))
+
+    def by_name(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        keys = ("path", "subset", "glob")
+        return {e["name"] or " ".join(e[key] for key in keys if e.get(key)): e for e in tables}
+
+    old, new = by_name(was), by_name(now)
     lines = [f"{option}: {name} is gone" for name in old if name not in new]
     lines += [f"{option}: {name} is new" for name in new if name not in old]
     lines += [

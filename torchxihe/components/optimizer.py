@@ -11,9 +11,9 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from torchxihe.components.muon import Muon
-from torchxihe.components.staging import local_part
 from torchxihe.config import Optimizer
 from torchxihe.model.decoder import Decoder
+from torchxihe.utils.distributed import local_part
 
 
 def build_optimizer(

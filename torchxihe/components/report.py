@@ -11,7 +11,8 @@ import torch
 from torchxihe.components.metrics import METRICS, read_metrics
 from torchxihe.components.optimizer import describe, state_bytes
 from torchxihe.config import Config
-from torchxihe.data.order import Order, micro_batches
+from torchxihe.data.loader import micro_batches
+from torchxihe.data.order import Order
 from torchxihe.data.store import Prepared
 from torchxihe.model.decoder import flops_per_token, parameter_counts
 from torchxihe.utils.device import device_name
@@ -84,6 +85,8 @@ def report_end(config: Config) -> None:
     """Print what a finished run came to, and what can be done with it."""
     metrics = config.run_dir / METRICS
     train, valid = read_metrics(metrics) if metrics.exists() else ([], [])  # deleted, for all that we know
+    # An earlier start may have gone further than the checkpoint that the last one went on from.
+    train, valid = ([line for line in lines if line["step"] <= config.total_steps] for lines in (train, valid))
     rows = []
     if train:
         last = train[-1]

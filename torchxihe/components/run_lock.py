@@ -1,20 +1,16 @@
 """One run directory, one run at a time."""
 
-import errno
-import fcntl
 import logging
-import os
-import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO
 
 from torchxihe.components.manifest import checkpoints_of
 from torchxihe.components.ranks import Ranks
 from torchxihe.components.storage import explained
 from torchxihe.config import Config, UserError
+from torchxihe.utils.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -51,41 +47,19 @@ def run_locks(config: Config, ranks: Ranks) -> Iterator[None]:
 def run_lock(directory: Path, ranks: Ranks) -> Iterator[None]:
     """Hold `directory`, which is made if need be, against other runs; called on all ranks together.
 
-    The lock dies with the process that has it, however it ends: a file that is left behind locks nobody out. Raises
-    UserError, naming the holder's host and process, if it is taken.
+    Raises UserError, naming the holder's host and process, if it is taken.
     """
-    path = directory / ".lock"
-    held: list[IO[str]] = []
 
-    def take() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-        _take(file.fileno(), path)
-        held.append(file)
-
-    ranks.on_main(take)
-    try:
-        yield
-    finally:
-        for file in held:
-            file.truncate(0)  # whoever finds a name in it knows that its owner did not get here
-            file.close()
-
-
-def _take(descriptor: int, path: Path) -> None:
-    """Lock the file and write our name into it. Raises UserError if another process has it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = path.read_text(encoding="utf-8").strip() or "another process"
+    def taken(holder: str) -> None:
         remedy = "wait for it, stop it, or choose another --run.name"
-        raise UserError(f"{path.parent}: {holder} is training in it; {remedy}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-            raise
-        log.warning("%s: this file system has no locks: nothing keeps a second run out of the directory", path)
-        return
-    if earlier := path.read_text(encoding="utf-8").strip():
-        log.info("%s: the run before (%s) did not end in good order", path.parent, earlier)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        raise UserError(f"{directory}: {holder} is training in it; {remedy}")
+
+    with ExitStack() as held:
+
+        def take() -> None:
+            directory.mkdir(parents=True, exist_ok=True)
+            if earlier := held.enter_context(locked(directory / ".lock", taken)):
+                log.info("%s: the run before (%s) did not end in good order", directory, earlier)
+
+        ranks.on_main(take)
+        yield

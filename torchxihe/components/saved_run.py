@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from torchxihe.components.checkpoint import load_model_only, resolve
-from torchxihe.components.manifest import TRAIN_STATE, step_of
-from torchxihe.components.storage import Location, explained, with_retries
+from torchxihe.components.checkpoint import corrupt, load_model_only, resolve
+from torchxihe.components.manifest import TRAIN_STATE, CorruptError, read_manifest, step_of
+from torchxihe.components.storage import Location, explained, hash_file, with_retries
 from torchxihe.config import Model, UserError
 from torchxihe.model.attention import Attention, sdpa
 from torchxihe.model.decoder import Decoder
@@ -40,9 +40,13 @@ def open_saved(path: str | PathLike[str]) -> SavedRun:
     """
     step_dir = resolve(path)
     try:
+        if hash_file(step_dir / TRAIN_STATE) != read_manifest(step_dir).files.get(TRAIN_STATE):
+            raise corrupt(step_dir, f"{TRAIN_STATE} is not what was written")
         train_state = json.loads(with_retries((step_dir / TRAIN_STATE).read))
     except OSError as error:
         raise explained(error) from None
+    except CorruptError as error:
+        raise corrupt(step_dir, str(error)) from None
     config = train_state["config"]
     of_run = Path(config["run"]["dir"], config["run"]["name"])
     homes = [Path(path), Path(step_dir.parent.parent), of_run]
@@ -51,6 +55,8 @@ def open_saved(path: str | PathLike[str]) -> SavedRun:
         raise UserError(
             f"{step_dir}: the run's tokenizer/ is neither beside checkpoints/ nor in {of_run}; put it there"
         )
+    if hash_file(Location(found / "tokenizer.json"))[1] != train_state["tokenizer"]:
+        raise UserError(f"{found}: tokenizer.json is damaged, or another than the one that {step_dir} was trained with")
     return SavedRun(step_dir, train_state, Model.model_validate(config["model"]), config["data"]["seq_len"], found)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchxihe.utils.distributed import rank, world_size
+from torchxihe.utils.distributed import local_part, rank, world_size
 
 
 def share_of_this_rank(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,8 +72,3 @@ def _host_like(tensor: Tensor) -> Tensor:
     # The public from_local would move the copy to the mesh's device.
     constructor: Any = DTensor
     return constructor(copy, tensor._spec, requires_grad=False)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

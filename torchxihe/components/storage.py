@@ -13,8 +13,8 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from torchxihe.config import UserError
+from torchxihe.utils.files import hash_stream, sync_folder
 
-CHUNK_BYTES = 8 << 20
 READ_ATTEMPTS = 4
 
 REMEDIES = {
@@ -143,11 +143,7 @@ class Location(os.PathLike[str]):
     def sync(self) -> None:
         """Wait until this directory's entries are on the disk; nothing to do in an object store."""
         if self.local:
-            descriptor = os.open(self._path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_folder(self._path)
 
     @contextlib.contextmanager
     def create(self) -> Iterator["HashedFile"]:
@@ -205,13 +201,8 @@ class HashedFile:
 
 def hash_file(file: Location, progress: Callable[[int], object] = lambda size: None) -> tuple[int, str]:
     """Size in bytes and xxh3_128 of a file's content, read in pieces; `progress` is told the size of each."""
-    digest, size = xxhash.xxh3_128(), 0
     with file.open() as stream:
-        while piece := stream.read(CHUNK_BYTES):
-            digest.update(piece)
-            size += len(piece)
-            progress(len(piece))
-    return size, digest.hexdigest()
+        return hash_stream(stream, progress)
 
 
 def with_retries(read: Callable[[], T], pause: float = 0.5) -> T:
@@ -231,9 +222,12 @@ def with_retries(read: Callable[[], T], pause: float = 0.5) -> T:
     raise AssertionError("unreachable")
 
 
-def explained(error: OSError) -> UserError:
-    """An error of the disk as the one line that a user can act upon."""
+def explained(error: OSError, where: object = "a file") -> UserError:
+    """An error of the disk as the one line that a user can act upon; `where` it was, if the error does not say."""
+    if isinstance(error, shutil.Error):  # of copytree: a list of (from, to, why)
+        _, place, why = error.args[0][0]
+        return UserError(f"{place}: {why}; mend it and run again")
     if error.errno is None:  # one of ours, which says everything itself
         return UserError(str(error) or type(error).__name__)
     what = error.strerror or type(error).__name__
-    return UserError(f"{error.filename or 'a file'}: {what}; {REMEDIES.get(error.errno, 'mend it and run again')}")
+    return UserError(f"{error.filename or where}: {what}; {REMEDIES.get(error.errno, 'mend it and run again')}")

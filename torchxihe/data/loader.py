@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchxihe.data.order import Order, micro_batches
+from torchxihe.data.order import Order
 from torchxihe.data.store import Prepared, Split
 
 IGNORE = -100
@@ -103,7 +103,7 @@ class _Reader:
                 if at < seq_len:
                     starts.append(b * seq_len + at)
             if mask is None:
-                valid += min(at, seq_len + 1) - len(lengths)
+                valid += at - len(lengths)
             else:
                 targets[b, mask[1:] == 0] = IGNORE
                 valid += int(np.count_nonzero(targets[b] != IGNORE))
@@ -242,3 +242,17 @@ def validation_batches(prepared: Prepared, layout: BatchLayout, max_tokens: int)
         mine = chosen[start : start + layout.rows]
         samples = list(range(start, start + len(mine)))
         yield _to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), layout.device)
+
+
+def micro_batches(global_batch: int, world_size: int, rows: int) -> int:
+    """How many micro-batches of `rows` rows each of `world_size` ranks runs for a global batch.
+
+    Every global batch goes with every world size: the places that do not divide are filled with rows whose targets are
+    all masked, and all ranks run equally many micro-batches.
+    """
+    return -(-global_batch // (world_size * rows))
+
+
+def micro_batch_rows(global_batch: int, world_size: int, most: int) -> int:
+    """Rows of a micro-batch, at most `most`: as few as fill no more micro-batches than `most` rows would."""
+    return -(-global_batch // (world_size * micro_batches(global_batch, world_size, most)))

@@ -4,8 +4,6 @@ Samples are counted from 0 over the whole run. A *stage* is a stretch of it with
 seed. Within a stage, samples come in blocks of 2048 in which every source has a fixed quota, evenly interleaved; the
 n-th sample that a source gives is row `permute(seed, source, epoch, i)` with `epoch, i = divmod(n, rows)`. The samples
 consumed of a source are always a prefix of that sequence, whatever the stages: a stage only remembers how long it is.
-
-Only the standard library and numpy are used here.
 """
 
 import hashlib
@@ -223,17 +221,3 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def micro_batches(global_batch: int, world_size: int, rows: int) -> int:
-    """How many micro-batches of `rows` rows each of `world_size` ranks runs for a global batch.
-
-    Every global batch goes with every world size: the places that do not divide are filled with rows whose targets are
-    all masked, and all ranks run equally many micro-batches.
-    """
-    return -(-global_batch // (world_size * rows))
-
-
-def micro_batch_rows(global_batch: int, world_size: int, most: int) -> int:
-    """Rows of a micro-batch, at most `most`: as few as fill no more micro-batches than `most` rows would."""
-    return -(-global_batch // (world_size * micro_batches(global_batch, world_size, most)))

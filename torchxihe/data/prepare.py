@@ -8,20 +8,17 @@ work, and the manifest, written last, is the same in any case.
 training reads stores and must not pay for them.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from torchxihe.config import Config, Documents, UserError, documents_of
 from torchxihe.data.chat import Chat, read_messages
@@ -44,6 +41,7 @@ from torchxihe.data.store import (
     write_json,
 )
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain
+from torchxihe.utils.files import hash_stream, locked
 from torchxihe.utils.words import counted
 
 SAMPLED_SHARDS = 64
@@ -75,7 +73,7 @@ def prepare(config: Config) -> Prepared:
     A second process that prepares in the same cache waits for the first. Raises UserError.
     """
     cache = Path(config.data.cache_dir)
-    with _writing(cache), _lock(cache / "prepare.lock"):
+    with _writing(cache), _alone(cache / "prepare.lock"):
         plans = make_plans(config, cache)
         tokenizer = _tokenizer(config, plans, cache)
         stores = [_store(plan, config, tokenizer, cache) for plan in plans]
@@ -107,11 +105,11 @@ def prepare_part(config: Config, part: int, parts: int) -> None:
     """
     cache = Path(config.data.cache_dir)
     with _writing(cache):
-        with _lock(cache / "prepare.lock"):
+        with _alone(cache / "prepare.lock"):
             plans = make_plans(config, cache)
             tokenizer = _tokenizer(config, plans, cache)
         stores = [_store(plan, config, tokenizer, cache) for plan in plans]
-        with _lock(cache / f"prepare-{part}-of-{parts}.lock"):
+        with _alone(cache / f"prepare-{part}-of-{parts}.lock"):
             jobs = _jobs(plans, stores, config, tokenizer)
             mine = [[job for job in jobs[i] if int(job.name) % parts == part] for i in range(len(plans))]
             count = sum(1 for _ in run_jobs(mine))
@@ -166,11 +164,8 @@ def _hash_files(paths: list[str], key: str, cache: Path) -> dict[str, list[Any]]
 
 
 def _hash_file(path: str) -> str:
-    hasher = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
-        while data := file.read(2**20):
-            hasher.update(data)
-    return hasher.hexdigest()
+        return hash_stream(file)[1]
 
 
 def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
@@ -428,6 +423,11 @@ def _writing(cache: Path) -> Iterator[None]:
         ) from error
 
 
+def _alone(path: Path) -> AbstractContextManager[str]:
+    """Hold `path`; waits for whoever holds it, and says for whom."""
+    return locked(path, lambda holder: print(f"{path}: waiting for {holder}", flush=True))
+
+
 @contextmanager
 def _reading(key: str, path: str) -> Iterator[None]:
     """Errors of the disk below are not the cache's, but of a source: `key`, "data.sources.N", at `path`."""
@@ -435,20 +435,3 @@ def _reading(key: str, path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{key}.path: {error.filename or path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold `path` alone; waits for whoever holds it, and says for whom."""
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            print(f"{path}: waiting for {file.read().strip() or 'another process'}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-        file.truncate(0)

@@ -104,6 +104,10 @@ class Template:
         return "".join(out), ""  # of a single string, that is the string itself: no copy of a long document
 
 
+SAVED_DATASET = ("state.json", "dataset_info.json")
+"""What `save_to_disk` writes beside the Arrow files."""
+
+
 def source_name(source: Documents) -> str:
     """Name in logs and metrics."""
     parts = [part for part in source.path.strip("{}").split("/") if part and not set("*?[.") & set(part[:1])]
@@ -122,13 +126,19 @@ def find_pieces(source: Documents, key: str) -> list[Piece]:
     if root.is_dir():
         if _format(root, source) == "dataset":
             return [Piece(str(path), "arrow", size=path.stat().st_size) for path in _saved_dataset(root, source, key)]
-        files = [path for path in root.glob(source.glob or "**/*") if path.is_file()]
+        if os.path.isabs(source.glob):
+            raise UserError(f"{key}.glob: {source.glob}: is looked for in {root}, so it cannot begin with a slash")
+        # Unlike pathlib's, this goes through links to folders.
+        names = glob(source.glob or "**/*", root_dir=root, recursive=True, include_hidden=True)
+        files = [path for path in (root / name for name in names) if path.is_file()]
         skip = NOT_INSTALLED if source.path in INSTALLED else {"__pycache__", ".git"}
         files = [path for path in files if not skip.intersection(path.relative_to(root).parts)]
         if not source.glob:
             files = [path for path in files if not any(part[0] == "." for part in path.relative_to(root).parts)]
         files.sort(key=lambda path: path.relative_to(root).parts)
     elif root.is_file():
+        if source.format == "dataset":
+            raise UserError(f'{key}.path: {root}: a saved dataset is a folder; format = "arrow" reads one file of it')
         files = [root]
     else:
         files = [Path(path) for path in sorted(glob(source.path, recursive=True)) if Path(path).is_file()]
@@ -188,7 +198,13 @@ def read_rows(piece: Piece, columns: list[str], source: Documents, key: str) -> 
             yield from readers[piece.format](piece, columns)
     except UserError as error:
         raise UserError(f"{key}.{error}") from error
-    except (OSError, EOFError, ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        RecursionError,
+        csv.Error,
+    ) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise UserError(f"{key}.path: {piece.path}: cannot be read as {piece.format}: {error}") from error
 
 
@@ -197,7 +213,7 @@ def _format(path: Path, source: Documents) -> str:
     if source.format != "auto":
         return source.format
     if path.is_dir():
-        saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+        saved = (path / "dataset_dict.json").exists() or all((path / name).exists() for name in SAVED_DATASET)
         return "dataset" if saved else "text"
     suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in COMPRESSED]
     return SUFFIXES.get(suffixes[-1], "text") if suffixes else "text"
@@ -206,14 +222,17 @@ def _format(path: Path, source: Documents) -> str:
 def _saved_dataset(root: Path, source: Documents, key: str) -> list[Path]:
     """The Arrow files of a folder that `save_to_disk` wrote."""
     folder = root
-    if (root / "dataset_dict.json").exists():
-        splits = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
-        if source.split not in splits:
-            raise UserError(f"{key}.split: {root} has no split {source.split!r}; it has {', '.join(splits)}")
-        folder = root / source.split
-    if not (folder / "state.json").exists():
-        raise UserError(f"{key}.path: {root}: not a folder that `save_to_disk` wrote: there is no state.json")
-    return [folder / entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+    try:
+        if (root / "dataset_dict.json").exists():
+            splits = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
+            if source.split not in splits:
+                raise UserError(f"{key}.split: {root} has no split {source.split!r}; it has {', '.join(splits)}")
+            folder = root / source.split
+        state = json.loads((folder / "state.json").read_bytes())
+        return [folder / entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{key}.path: {root}: not a folder that `save_to_disk` wrote ({why})") from None
 
 
 def _hub_pieces(source: Documents, key: str) -> list[Piece]:
@@ -313,6 +332,10 @@ def _open(path: str) -> Iterator[BinaryIO]:
             yield file
 
 
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""Bytes that were decoded with "surrogateescape"."""
+
+
 def _decode(data: bytes, where: str) -> Row:
     try:
         return Row(where, {"text": data.decode()})
@@ -358,8 +381,10 @@ def _read_json(piece: Piece, columns: list[str]) -> Iterator[Row]:
     """JSON lines, or one array of objects."""
     if not piece.start and _is_array(piece.path):
         with _open(piece.path) as file:
-            for i, value in enumerate(_entries(io.TextIOWrapper(file, encoding="utf-8-sig"))):
-                yield _object(value, f"{piece.path}, entry {i}")
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+            for i, (value, valid) in enumerate(_entries(text)):
+                where = f"{piece.path}, entry {i}"
+                yield _object(value, where) if valid else Row(where, {}, "not UTF-8")
         return
     for where, line in _lines(piece):
         if line.strip():
@@ -373,24 +398,35 @@ def _read_json(piece: Piece, columns: list[str]) -> Iterator[Row]:
                 yield _object(value, where)
 
 
-def _entries(file: io.TextIOWrapper) -> Iterator[Any]:
-    """The entries of a JSON array, one after the other. Raises ValueError where it is not one."""
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    text = file.read(2**16).lstrip().removeprefix("[")
-    at = 0
+def _entries(file: io.TextIOWrapper) -> Iterator[tuple[Any, bool]]:
+    """The entries of a JSON array, one after the other, and whether each is UTF-8. Raises ValueError where it is not
+    one array."""
+    decoder, between = json.JSONDecoder(), re.compile(r"\s*(,?)\s*")
+    text, at, count, ended = file.read(2**16).lstrip()[1:], 0, 0, False
     while True:
-        at = between.match(text, at).end()  # type: ignore[union-attr]  # it matches "", too
-        if text[at : at + 1] == "]":
-            return
+        separator = between.match(text, at)
+        assert separator is not None  # it matches "", too
+        start, end, value = separator.end(), len(text), None
+        if start < end and text[start] == "]" and not separator[1]:
+            break
         try:
-            value, at = decoder.raw_decode(text, at)
-        except ValueError:  # an entry that is not whole yet; reading as much again each time bounds the retries
-            more = file.read(max(2**16, len(text) - at))
-            if not more:
+            value, end = decoder.raw_decode(text, start)
+        except ValueError:
+            if ended:
                 raise
-            text, at = text[at:] + more, 0
-        else:
-            yield value
+        if end == len(text) and not ended:  # perhaps not whole yet; reading as much again each time bounds the retries
+            more = file.read(max(2**16, len(text) - at))
+            text, at, ended = text[at:] + more, 0, not more
+            continue
+        if bool(separator[1]) == (count == 0):
+            raise ValueError(f"entry {count}: {'a comma before it' if count == 0 else 'no comma before it'}")
+        yield value, not _NOT_UTF8.search(text, start, end)
+        count, at = count + 1, end
+    rest = text[start + 1 :]
+    while rest:
+        if rest.strip():
+            raise ValueError("there is more after the array's end; an object a line is read as well")
+        rest = file.read(2**16)
 
 
 def _object(value: Any, where: str) -> Row:
@@ -400,18 +436,20 @@ def _object(value: Any, where: str) -> Row:
 def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
     """CSV with a header; every value is a string. A quote that is never closed is an error of the whole file."""
     csv.field_size_limit(sys.maxsize)
-    ended = False
+    ended, valid = False, True
 
     def lines(file: BinaryIO) -> Iterator[str]:
-        nonlocal ended
-        yield from io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        nonlocal ended, valid
+        for line in io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""):
+            valid &= not _NOT_UTF8.search(line)
+            yield line
         ended = True
 
     with _open(piece.path) as file:
         reader = csv.DictReader(lines(file), strict=True)
         _need(columns, list(reader.fieldnames or []), piece.path)
         while True:
-            where = f"{piece.path}, line {reader.line_num + 1}"
+            where, valid = f"{piece.path}, line {reader.line_num + 1}", True
             try:
                 row = next(reader)
             except StopIteration:
@@ -421,13 +459,13 @@ def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
                     raise
                 yield Row(where, {}, "malformed CSV")
             else:
-                yield Row(where, row)
+                yield Row(where, row) if valid else Row(where, {}, "not UTF-8")
 
 
 def _need(columns: list[str], have: list[str], path: str) -> None:
     for name in columns:
         if name not in have:
-            raise UserError(f"template: {path}: there is no column {name!r}; there are {', '.join(have)}")
+            raise UserError(f"template: {path}: there is no column {name!r}; there are {', '.join(have) or 'none'}")
 
 
 def _read_docstrings(piece: Piece, columns: list[str]) -> Iterator[Row]:

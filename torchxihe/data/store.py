@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from torchxihe.config import Config, UserError, documents_of
+from torchxihe.utils.files import sync_folder
 
 FORMAT = 3
 """Version of everything that this package writes below `data.cache_dir`; part of every content key."""
@@ -378,26 +379,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole and on the disk, or not there."""
+    """Write a text file so that it is either whole and on the disk, or as it was before."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole and on the disk, or as it was before. Raises OSError that names it."""
     temporary = draft(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)  # of a full disk, or where a folder is in the way
     sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardWriter:

@@ -62,6 +62,8 @@ def _read_megatron(path: Path) -> tuple[str, np.ndarray]:
         lengths = np.frombuffer(data, "<i4", sequences, 34).astype(np.int64)
         first_sequence = np.frombuffer(data, "<i8", documents, 34 + 12 * sequences)
         ends = np.concatenate([[0], np.cumsum(lengths)])[first_sequence[1:]]
+        if (np.diff(ends, prepend=0) < 0).any():
+            raise ValueError
     except (struct.error, ValueError, IndexError):
         raise UserError(f"path: {path}: a Megatron index that is cut off or damaged") from None
     return MEGATRON_TYPES[data[17]], ends

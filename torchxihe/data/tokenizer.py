@@ -89,6 +89,10 @@ class Encoder:
         self._fast = fast_encoding(content)
         self.special: dict[str, int] = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
         """Ids of the special tokens."""
+        meta = json.loads((folder / "torchxihe.json").read_bytes())
+        vocab = {index: token for token, index in self._exact.get_vocab().items()}
+        # What ends and begins documents may be no special token of the tokenizer's, but one that text can yield.
+        self._reserved = [vocab[index] for index in {meta["eos_id"], meta["bos_id"]} & vocab.keys()]
 
     def encode(self, text: str, exactly: bool = False) -> np.ndarray:
         """Token ids of `text`, uint32. Long text must come in `windows`. `exactly`: by `tokenizers` in any case."""
@@ -117,7 +121,13 @@ class Encoder:
 
     def _encode_exactly(self, text: str) -> np.ndarray:
         [encoding] = self._exact.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(encoding.ids, np.uint32)
+        ids = np.array(encoding.ids, np.uint32)
+        for token in self._reserved:
+            if self._exact.token_to_id(token) in ids and token in text:
+                # Divided inside the token's spelling, which then is no token any more.
+                head, tail = text[: text.index(token) + 1], text[text.index(token) + 1 :]
+                return np.concatenate([self._encode_exactly(head), self._encode_exactly(tail)])
+        return ids
 
 
 def encodable(text: str) -> str:
@@ -152,7 +162,12 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
     """The tokenizer in a folder that `obtain` has filled, or a copy of one. Raises UserError."""
     if not (folder / "torchxihe.json").exists():
         raise UserError(f"{folder}: there is no prepared tokenizer in it")
-    return TextTokenizer(folder)
+    try:
+        return TextTokenizer(folder)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(
+            f"{folder}: damaged: {error}; `torchxihe prepare` makes another, a run's may be copied"
+        ) from None
 
 
 def fast_encoding(tokenizer: dict[str, Any]) -> Any:
@@ -353,8 +368,11 @@ def _finish(folder: Path, where: str) -> None:
         )
     bos = special("bos_token", ())
     if "bos_token" not in settings:  # perhaps there are no settings at all; it is what stands before a text
+        tokenizer.no_padding()
         bos = next(iter(tokenizer.encode("").ids), -1)
-    np.save(folder / "bytes_per_token.npy", _bytes_per_token(folder, vocab, size))
+    lengths = _bytes_per_token(folder, vocab, size)
+    lengths[[index for index in (eos, bos) if index >= 0]] = 0
+    np.save(folder / "bytes_per_token.npy", lengths)
     write_json(folder / "torchxihe.json", {"eos_id": eos, "bos_id": -1 if bos == eos else bos, "vocab_size": size})
 
 
@@ -363,6 +381,9 @@ def _bytes_per_token(folder: Path, vocab: dict[str, int], size: int) -> np.ndarr
     tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
     added = {token["content"]: token["special"] for token in tokenizer.get("added_tokens", [])}
     byte_level = '"ByteLevel"' in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
+    model = tokenizer["model"]
+    prefix = model.get("continuing_subword_prefix") or ""  # they stand for no text of their own
+    suffix = model.get("end_of_word_suffix") or ""
     lengths = np.zeros(size, np.int32)
     for token, index in vocab.items():
         if token in added:
@@ -372,5 +393,6 @@ def _bytes_per_token(folder: Path, vocab: dict[str, int], size: int) -> np.ndarr
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             lengths[index] = 1
         else:
-            lengths[index] = len(token.replace("▁", " ").encode())  # SentencePiece's blank
+            text = token.removeprefix(prefix).removesuffix(suffix)
+            lengths[index] = len(text.replace("▁", " ").encode())  # SentencePiece's blank
     return lengths

@@ -72,7 +72,7 @@ def sample(logits_V: Tensor, generator: torch.Generator, temperature: float, top
     """Draw a token from one position's logits. temperature 0: the most likely; top_k 0 and top_p 1: no cut."""
     if temperature == 0:
         return int(logits_V.argmax())
-    logits_V = (logits_V.float() - logits_V.max()) / temperature  # at most 0, however small the temperature
+    logits_V = (logits_V.double() - logits_V.max()) / temperature  # at most 0, however small the temperature
     if top_k:
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(min(top_k, len(logits_V))).values[-1], -torch.inf)
     p, index = logits_V.softmax(-1).sort(descending=True)

@@ -51,7 +51,13 @@ def fused(
     """The same on a GPU, in 16-bit; norms and angles are computed in float32 without rounding between them."""
     assert isinstance(q_proj.weight, Tensor) and isinstance(k_proj.weight, Tensor)
     weight_EC = torch.cat((q_proj.weight.to(x_BTC.dtype), k_proj.weight.to(x_BTC.dtype)))
-    return _norm_and_turn(_product(x_BTC, weight_EC, q_proj), q_proj.weight.shape[0], q_norm, k_norm, cos_TD, sin_TD)
+    qk_BTE = _product(x_BTC, weight_EC, q_proj)
+    weight_2D, eps = None, 0.0
+    if q_norm is not None and k_norm is not None:
+        weight_2D, eps = torch.stack((q_norm.weight, k_norm.weight)).to(qk_BTE.dtype), q_norm.eps
+    heads = q_proj.weight.shape[0] // (2 * cos_TD.shape[1])
+    q_NHD, k_NKD = normed_rope(qk_BTE.flatten(0, 1), weight_2D, cos_TD, sin_TD, heads, eps)
+    return q_NHD.unflatten(0, x_BTC.shape[:2]), k_NKD.unflatten(0, x_BTC.shape[:2])
 
 
 def _product(x_BTC: Tensor, weight_EC: Tensor, like: nn.Module) -> Tensor:
@@ -62,21 +68,6 @@ def _product(x_BTC: Tensor, weight_EC: Tensor, like: nn.Module) -> Tensor:
 
     out: Tensor = matmul_with_hp_or_float8_args.apply(x_BTC, weight_EC.t(), like.linear_mm_config, like.config)
     return out
-
-
-def _norm_and_turn(
-    qk_BTE: Tensor, split: int, q_norm: RMSNorm | None, k_norm: RMSNorm | None, cos_TD: Tensor, sin_TD: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`normed_rope` of a batch of rows; queries end and keys begin at `split`."""
-    weight_2D, eps = None, 0.0
-    if q_norm is not None and k_norm is not None:
-        weight_2D, eps = torch.stack((q_norm.weight, k_norm.weight)).to(qk_BTE.dtype), q_norm.eps
-    heads = split // (2 * cos_TD.shape[1])
-    q_NHD, k_NKD = normed_rope(qk_BTE.flatten(0, 1), weight_2D, cos_TD, sin_TD, heads, eps)
-    return (
-        q_NHD.view(*qk_BTE.shape[:2], *q_NHD.shape[1:]),
-        k_NKD.view(*qk_BTE.shape[:2], *k_NKD.shape[1:]),
-    )
 
 
 def choose_queries_keys(head_dim: int, device: torch.device, dtype: torch.dtype) -> QueriesKeys:

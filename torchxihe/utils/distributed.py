@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchxihe.utils.device import default_device
 
@@ -89,3 +90,8 @@ def all_gather_object(value: T) -> list[T]:
     values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
