@@ -555,3 +555,18 @@ def test_urls() -> None:
     with pytest.raises(UserError, match="__0_0.distcp is missing"):
         Checkpointer(place, KEEP_ALL).newest()
     place.remove()
+
+
+def test_the_last_one_that_a_run_can_go_on_from_is_kept(tmp_path: Path) -> None:
+    """After the weights alone, whatever `keep_last` says; the line for a run that never had one says what they are
+    good for. Seen to fail without that."""
+    checkpointer = Checkpointer(tmp_path, Checkpoint(mode="sync", keep_last=1))
+    model, optimizer = toy()
+    for step in (10, 20):
+        checkpointer.save(step, flat_state(model, optimizer), {"step": step})
+    checkpointer.save(30, flat_state(model, None), {"step": 30})
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [20, 30]
+    assert checkpointer.newest() == tmp_path / "step-00000020"
+    shutil.rmtree(tmp_path / "step-00000020")
+    with pytest.raises(UserError, match="holds the model alone.*--checkpoint.load_only"):
+        checkpointer.newest()

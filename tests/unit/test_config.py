@@ -16,6 +16,7 @@ from torchxihe.commands.config import DOCS, reference
 from torchxihe.config import Config, Parallelism, UserError, config_from_args, dump_config, load_config
 
 ROOT = Path(__file__).parents[2]
+DEBUG = ROOT / "configs" / "xihe_debug.toml"
 PRESETS = sorted((ROOT / "configs").glob("*.toml"))
 
 MODEL = {
@@ -411,3 +412,18 @@ def test_dotenv_is_read_and_the_environment_wins(small: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines()[-1] == "shell file"
     assert "HF_TOKEN" not in done.stdout
+
+
+def test_weights_that_cannot_be_added() -> None:
+    with pytest.raises(UserError, match=r"data.sources.0.weight: must be at most 1e\+09, got 1e\+308"):
+        load_config(DEBUG, ["--data.sources=[{path = 'a', weight = 1e308}, {path = 'b', weight = 1e308}]"])
+
+
+def test_bytes_of_the_command_line_that_are_no_text() -> None:
+    with pytest.raises(UserError, match="^--metrics.sample_prompt: not UTF-8$"):
+        load_config(DEBUG, ["--metrics.sample_prompt=caf\udce9"])
+
+
+def test_a_budget_needs_the_compiler() -> None:
+    with pytest.raises(UserError, match="activation_checkpointing: .* needs training.compile"):
+        load_config(DEBUG, ["--parallelism.activation_checkpointing=budget", "--training.compile=false"])

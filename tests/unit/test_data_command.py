@@ -1,5 +1,8 @@
 """`torchxihe data` and `torchxihe prepare`, as they are called."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,10 +96,25 @@ def test_a_conversation_shows_what_the_assistant_says(tmp_path: Path, capsys: py
 
 
 def test_parts(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for part in ("2/2", "x", "1", "1/0"):
+    for part in ("2/2", "x", "1", "1/0", "²/4"):
         with pytest.raises(UserError, match=rf"--shard={part}: must be I/N with I from 0 to N - 1, such as 0/4"):
             prepare_command.main([config, "--shard", part])
     prepare_command.main([config, "--shard", "0/2"])
     prepare_command.main([config, "--shard=1/2", "--data.seq_len=16"])
     assert "part 0 of 2: 2 shards are done; after the last part, run" in capsys.readouterr().out
     prepare_command.main([config])
+
+
+@pytest.mark.parametrize("flags", [["--first=-5"], ["--rows=-1"], [f"--first={10**30}"]])
+def test_rows_that_there_are_not(config: str, flags: list[str]) -> None:
+    with pytest.raises(UserError, match="data: --rows and --first are 0 or more"):
+        data_command.main([config, "--rows=1", *flags])
+
+
+def test_a_reader_that_has_seen_enough(config: str) -> None:
+    """Such as `head -1`: no traceback."""
+    prepare_command.main([config])
+    command = f"{sys.executable} -m torchxihe data {config} --rows 3000 | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("source") and not done.stderr

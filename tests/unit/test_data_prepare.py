@@ -564,3 +564,7 @@ def test_token_files_that_do_not_fit(tmp_path: Path) -> None:
         assert "a.idx: " in message(b"\5\0\6\0\0\0\7\0\0\0", **given)
     (tmp_path / "a.idx").write_bytes(index[:-8] + (10**9).to_bytes(8, "little"))
     assert message(b"\5\0\6\0\0\0\7\0\0\0", **given).endswith("a.idx: a Megatron index that is cut off or damaged")
+    write_token_file(tmp_path / "a.bin", "megatron", [[5, 0], [6, 0], [7, 0]])
+    index = (tmp_path / "a.idx").read_bytes()
+    (tmp_path / "a.idx").write_bytes(index[:-32] + np.array([0, 2, 1, 3], "<i8").tobytes())  # documents do not rise
+    assert message((tmp_path / "a.bin").read_bytes(), **given).endswith("a Megatron index that is cut off or damaged")

@@ -143,3 +143,27 @@ def test_wrong_numbers_are_refused(tmp_path: Path) -> None:
     for flag in ("--temperature=-1", "--temperature=nan", "--top-p=0", "--top-k=-1", "--max-tokens=-1"):
         with pytest.raises(UserError, match="generate: --temperature"):
             run(["generate", str(tmp_path), flag])
+    for seed in ("-1", str(2**63)):
+        with pytest.raises(UserError, match="generate: --seed"):
+            run(["generate", str(tmp_path), f"--seed={seed}"])
+
+
+def test_the_smallest_temperature_takes_the_most_likely(tmp_path: Path) -> None:
+    logits = torch.tensor([0.0, 1.0, 0.999])
+    assert sample(logits, torch.Generator(), 1e-300, 0, 1.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("checkpoints/step-00000007/train_state.json", "corrupt: train_state.json is not what was written"),
+        ("tokenizer/tokenizer.json", "tokenizer: tokenizer.json is damaged, or another than"),
+        ("tokenizer/torchxihe.json", "tokenizer: (damaged|torchxihe.json is damaged)"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_damaged_files_of_a_run_are_named(tmp_path: Path, command: str, file: str, why: str) -> None:
+    config, _ = make_run(tmp_path, QWEN3)
+    (config.run_dir / file).write_text("{}")
+    with pytest.raises(UserError, match=why):
+        run([command, str(config.run_dir), "--prompt=" if command == "generate" else f"--out={tmp_path}/out"])

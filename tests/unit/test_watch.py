@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,41 @@ def test_a_sample_is_printed_on_the_way(tmp_path: Path) -> None:
     text = (run_dir / "logs" / "rank-00000.log").read_text()
     assert text.count("a sample of its writing") == 2 and "after step 4" in text and "after step 6" in text
     assert os.path.exists(run_dir / "config.toml")
+
+
+# What a run leaves in its directory
+
+
+def test_a_run_with_another_corpus_keeps_its_tokenizer(tmp_path: Path) -> None:
+    """By the path that the refusal names. Seen to fail while `tokenizer.path` was refused."""
+    config = write_training(tmp_path)
+    run_dir = train(config)
+    (tmp_path / "c.txt").write_text("".join(f"quite another text, of {i} zebras\n" for i in range(300)))
+    more = f'--data.sources=[{{path = "{tmp_path}/a.txt", format = "lines"}}, {{path = "{tmp_path}/c.txt"}}]'
+    with pytest.raises(UserError, match="tokenizer: it is not the one that this run was saved with"):
+        train(config, more, "--training.steps=8")
+    train(config, more, "--training.steps=8", f"--tokenizer.path={run_dir}/tokenizer")
+    assert [line["step"] for line in read_metrics(run_dir / METRICS)[0]][-1] == 8
+
+
+def test_a_full_disk_costs_no_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that a start writes anew. Seen to fail when they were written in place."""
+    config = write_training(tmp_path)
+    run_dir = train(config)
+    before = {file: file.read_bytes() for file in [run_dir / "config.toml", *(run_dir / "tokenizer").iterdir()]}
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=f"{run_dir}/config.toml: No space left on device; free some space"):
+        run(["train", str(config), "--training.steps=8", "--metrics.sample_prompt=x"])
+    assert {file: file.read_bytes() for file in before} == before and not list(run_dir.rglob("*.tmp"))
+
+
+def test_the_end_counts_no_step_of_an_earlier_start(tmp_path: Path) -> None:
+    config = write_training(tmp_path)
+    run_dir = train(config, "--checkpoint.every=3")
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
+    train(config, "--training.steps=5")
+    assert "finished 5 steps" in (run_dir / "logs" / "rank-00000.log").read_text()
