@@ -334,7 +334,7 @@ class Checkpoint(Section):
     """Steps between two exports: the checkpoints of such steps, and the last one, become Hugging Face folders too, in
     `exports/` in the run directory, while training goes on. A multiple of `every`. 0: none."""
     keep_last: NonNegativeInt = 3
-    """Newest checkpoints to keep. 0: all."""
+    """Newest checkpoints to keep, and always the newest that a run can go on from. 0: all."""
     keep_every: NonNegativeInt = 0
     """Keep for ever the checkpoints of steps divisible by this. 0: none beyond `keep_last`."""
     keep_best: NonNegativeInt = 0

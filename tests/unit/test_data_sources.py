@@ -410,3 +410,9 @@ def test_a_folder_that_is_no_saved_dataset(tmp_path: Path, files: dict[str, str]
 def test_a_state_of_somebody_elses_is_text(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"text": "a"}')
     assert rows_of(Source(path=str(tmp_path))) == [[("a", "")]]
+
+
+def test_an_empty_compressed_file_is_a_truncated_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a.jsonl.gz: cannot be read as json: it is empty"):
+        rows_of(Source(path=str(tmp_path / "a.jsonl.gz")))

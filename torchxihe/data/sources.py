@@ -325,6 +325,8 @@ def _open(path: str) -> Iterator[BinaryIO]:
     if compression := _compression(path):
         import pyarrow as pa  # slow, and only for compressed files
 
+        if not os.path.getsize(path):
+            raise EOFError("it is empty, which no compressed file is")
         with pa.input_stream(path, compression=compression, buffer_size=2**20) as file:
             yield io.BufferedReader(file, 2**20)
     else:
