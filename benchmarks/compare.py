@@ -29,6 +29,7 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from clock import timed  # noqa: E402
 
 from torchxihe.config import Config, UserError, load_config  # noqa: E402
 from torchxihe.model.decoder import flops_per_token  # noqa: E402
@@ -130,23 +131,6 @@ def run_peer(name: str, config: Config, steps: int, warmup: int) -> dict[str, An
         "loss": round(loss, 4),
         "versions": {package: importlib.metadata.version(package)},
     }
-
-
-def timed(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
-    """Seconds of each step, on the device's own clock."""
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        events[0].record()
-        for event in events[1:]:
-            step()
-            event.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
-    marks = [time.perf_counter()]
-    for _ in range(steps):
-        step()
-        marks.append(time.perf_counter())
-    return [b - a for a, b in itertools.pairwise(marks)]
 
 
 def random_rows(config: Config) -> torch.Tensor:

@@ -90,7 +90,7 @@ def train(config: Config, device: torch.device, every: int) -> dict[str, Any]:
     """Train `config` to its horizon; its training loss of every step, and [step, validation loss] of some."""
     prepared = open_prepared(config)
     trainer = Trainer(config, device, prepared.bytes_per_token)
-    order = Order(plan_stages(config, prepared), {source.key: source.train_rows for source in prepared.sources})
+    order = Order(plan_stages(config, prepared), prepared.rows)
     loader = Loader(prepared, order, trainer.batch_layout)
     losses, validation, seconds = [], [], 0.0
     while trainer.step < config.total_steps:

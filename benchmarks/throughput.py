@@ -17,11 +17,13 @@ import logging  # noqa: E402
 import platform  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from clock import timed  # noqa: E402
 
 from torchxihe.components.micro_batch import fit_micro_batch  # noqa: E402
 from torchxihe.config import Config, UserError, load_config  # noqa: E402
@@ -66,16 +68,17 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
     if data == "real":
         prepared = open_prepared(config)
         trainer = Trainer(config, device, prepared.bytes_per_token)
-        order = Order(plan_stages(config, prepared), {source.key: source.train_rows for source in prepared.sources})
+        order = Order(plan_stages(config, prepared), prepared.rows)
         loader: Iterator[Batch] = Loader(prepared, order, trainer.batch_layout)
     else:
         trainer = Trainer(config, device, np.full(config.model.vocab_size, 4, np.int32))
         loader = synthetic(trainer)
-    first_step = step_seconds(trainer, loader, 1)[0]
+    step = partial(trainer.train_step, loader)
+    first_step = timed(step, 1, device)[0]
     to_first_step = time.perf_counter() - STARTED
-    step_seconds(trainer, loader, max(warmup - 1, 0))
+    timed(step, max(warmup - 1, 0), device)
     barrier()
-    seconds = step_seconds(trainer, loader, steps)
+    seconds = timed(step, steps, device)
     loss = trainer.sums.read()["loss"]
     if isinstance(loader, Loader):
         loader.close()
@@ -109,24 +112,6 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         "loss": round(loss, 4),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-
-
-def step_seconds(trainer: Trainer, loader: Iterator[Batch], steps: int) -> list[float]:
-    """Seconds of each of `steps` steps, on the device's own clock: the host waits for it at the end alone."""
-    if trainer.device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        events[0].record()
-        for event in events[1:]:
-            trainer.train_step(loader)
-            event.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        trainer.train_step(loader)
-        seconds.append(time.perf_counter() - start)
-    return seconds
 
 
 def synthetic(trainer: Trainer) -> Iterator[Batch]:

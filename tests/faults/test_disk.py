@@ -65,7 +65,7 @@ def test_a_read_only_run_directory(workspace: Workspace) -> None:
     workspace.run_dir.mkdir(parents=True)
     with mounted(workspace.root / "runs", "--bind", str(workspace.root / "runs")):
         subprocess.run(["mount", "-o", "remount,ro,bind", str(workspace.root / "runs")], check=True)
-        workspace.run(2).check_mistake("runs/config", "Read-only file system", "--run.dir")
+        workspace.run(2).check_mistake("runs/config", "Read-only file system", "run.dir: ")
 
 
 @pytest.mark.parametrize("name", ["logs", "checkpoints", "metrics.jsonl", ".lock"])

@@ -1,0 +1,25 @@
+"""How long steps take; shared by the benchmarks of our own trainer and of its peers."""
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def timed(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
+    """Seconds of each of `steps` steps, on the device's own clock: the host waits for it at the end alone."""
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        events[0].record()
+        for event in events[1:]:
+            step()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+    marks = [time.perf_counter()]
+    for _ in range(steps):
+        step()
+        marks.append(time.perf_counter())
+    return [b - a for a, b in itertools.pairwise(marks)]
