@@ -89,7 +89,7 @@ def test_a_checkpoint_with_nothing_left_to_do_is_no_start(workspace: Workspace) 
     [
         ("--model.intermediate_size=96", "model.intermediate_size"),
         ("--training.seed=7", "training.seed"),
-        ("--tokenizer.chat_template=other.jinja", "tokenizer.chat_template"),
+        ("--data.packing=concat", "data.packing"),
     ],
 )
 def test_what_would_be_another_run_is_refused(flag: str, option: str, workspace: Workspace) -> None:
