@@ -388,8 +388,27 @@ def test_links_to_folders_are_gone_through(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.txt").write_text("a")
     (tmp_path / "own" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "own")
+    (tmp_path / "own" / "itself").symlink_to(".")
     for pattern in ("", "**/*.txt"):
         assert rows_of(Source(path=str(tmp_path / "own"), glob=pattern)) == [[("a", ""), ("b", "")]]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["**/*", "*", "*.txt", "**/*.txt", "a/*", "a/**/c/*", "**/b/**/*.txt", "./a/b/*", "[ab]/?.txt", "a/b", "x*"],
+)
+def test_globs_are_those_of_pathlib(tmp_path: Path, pattern: str) -> None:
+    for name in ("1.txt", ".hidden", "a/1.txt", "a/b/2.txt", "a/b/c/3.txt", "b/4.md", "a/c/b/5.txt", "a/c/6.TXT"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    expected = sorted(path for path in tmp_path.glob(pattern) if path.is_file())
+    try:
+        found = [Path(piece.path) for piece in find_pieces(Source(path=str(tmp_path), glob=pattern), "key")]
+    except UserError as error:
+        assert "no file there that matches" in str(error)
+        found = []
+    assert sorted(found) == expected
 
 
 def test_a_glob_is_below_its_path(tmp_path: Path) -> None:

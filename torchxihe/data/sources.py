@@ -19,9 +19,10 @@ import sys
 import sysconfig
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from glob import glob
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -128,9 +129,11 @@ def find_pieces(source: Documents, key: str) -> list[Piece]:
             return [Piece(str(path), "arrow", size=path.stat().st_size) for path in _saved_dataset(root, source, key)]
         if os.path.isabs(source.glob):
             raise UserError(f"{key}.glob: {source.glob}: is looked for in {root}, so it cannot begin with a slash")
-        # Unlike pathlib's, this goes through links to folders.
-        names = glob(source.glob or "**/*", root_dir=root, recursive=True, include_hidden=True)
-        files = [path for path in (root / name for name in names) if path.is_file()]
+        pattern = [part for part in source.glob.split("/") if part not in ("", ".")]
+        try:
+            files = list(_files_below(root, pattern or ["**"]))
+        except OSError as error:
+            raise UserError(f"{key}.path: {error.filename}: {error.strerror}") from None
         skip = NOT_INSTALLED if source.path in INSTALLED else {"__pycache__", ".git"}
         files = [path for path in files if not skip.intersection(path.relative_to(root).parts)]
         if not source.glob:
@@ -150,6 +153,46 @@ def find_pieces(source: Documents, key: str) -> list[Piece]:
     once = {path.resolve(): path for path in reversed(files)}
     unique = [path for path in files if once[path.resolve()] is path]
     return [Piece(str(path), _format(path, source), size=path.stat().st_size) for path in unique]
+
+
+def _files_below(root: Path, pattern: Sequence[str]) -> Iterator[Path]:
+    """The files below `root` that fit a glob, given in parts, through links to folders too.
+
+    A folder is entered once, however many links lead to it (they may go in circles), and by its own name if that is
+    below `root`.
+    """
+    folders, links, seen = [str(root)], [], set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        parts = Path(folder).relative_to(root).parts
+        if not _leads(parts, pattern) or (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry.path)
+                elif entry.is_file() and _matches((*parts, entry.name), pattern):
+                    yield Path(entry.path)
+
+
+def _leads(folder: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether there may be paths below a folder that fit a glob."""
+    for part, wanted in zip(folder, pattern, strict=False):
+        if wanted == "**":
+            return True
+        if not fnmatchcase(part, wanted):
+            return False
+    return len(folder) < len(pattern)
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path fits a glob, of which "**" stands for any number of parts."""
+    if not pattern or not parts:
+        return not parts and all(wanted == "**" for wanted in pattern)
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def is_hub(source: Documents) -> bool:
