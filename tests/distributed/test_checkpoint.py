@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.distributed.launch import run_distributed
 from torchxihe.components.checkpoint import Checkpointer, flat_state, load_model_only
 from torchxihe.components.manifest import CORRUPT
+from torchxihe.components.optimizer import create_state
 from torchxihe.components.staging import share_of_this_rank
 from torchxihe.components.storage import HashedFile
 from torchxihe.config import Checkpoint, UserError
@@ -39,6 +40,7 @@ def build(layout: str, seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]
             fully_shard(child, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the root has the table, as the decoder's
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    create_state(optimizer, torch.float32)
     return model, optimizer
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from torchxihe.components.checkpoint import Checkpointer, flat_state, load_model_only
+from torchxihe.components.optimizer import create_state
 from torchxihe.components.staging import Staging
 from torchxihe.components.watchdog import _flight_recording
 from torchxihe.config import Checkpoint
@@ -34,7 +35,9 @@ def sharded(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
     for child in model:
         fully_shard(child, mesh=init_device_mesh("cuda", (1,)))
     fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    create_state(optimizer, torch.float32)
+    return model, optimizer
 
 
 def step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:

@@ -30,6 +30,7 @@ from torchxihe.components.manifest import (
     step_of,
     write_manifest,
 )
+from torchxihe.components.optimizer import create_state
 from torchxihe.components.storage import HashedFile, Location
 from torchxihe.config import Checkpoint, UserError, dump_config
 
@@ -96,6 +97,7 @@ def test_optimizer_state_exists_before_the_first_step_and_changes_nothing() -> N
         model = nn.Linear(8, 8)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
         if prepared:
+            create_state(optimizer, torch.float32)
             assert len(flat_state(model, optimizer)) == 2 + 2 * 3
         for _ in range(3):
             optimizer.zero_grad()
@@ -285,7 +287,9 @@ def test_a_checkpoint_must_fit_exactly(
 def test_only_the_model(tmp_path: Path) -> None:
     states = saved(tmp_path, 10)
     model, _ = toy(99)
-    state = flat_state(model, torch.optim.AdamW(model.parameters()))
+    optimizer = torch.optim.AdamW(model.parameters())
+    create_state(optimizer, torch.float32)
+    state = flat_state(model, optimizer)
     Checkpointer(tmp_path / "other", KEEP_ALL).load(tmp_path / "step-00000010", state, only=("model",))
     assert torch.equal(state["model.0.weight"], states[10]["model.0.weight"])
     assert not state["optim.0.weight.exp_avg"].any()

@@ -11,6 +11,7 @@ from torchxihe.components.checkpoint import Checkpointer
 from torchxihe.components.optimizer import (
     BFloat16AdamW,
     build_optimizer,
+    create_state,
     describe,
     gradient_norm,
     optimizer_step,
@@ -96,6 +97,7 @@ def bfloat16_adamw() -> tuple[list[nn.Parameter], BFloat16AdamW]:
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(16, 24), (7,), (5, 3), (1,)]]
     optimizer = BFloat16AdamW([{"params": parameters}], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
+    create_state(optimizer, torch.bfloat16)
     return parameters, optimizer
 
 

@@ -50,7 +50,7 @@ from torchxihe.components.staging import Staging, share_of_this_rank
 from torchxihe.components.storage import Location, explained, with_retries
 from torchxihe.components.tensor_files import TensorReader, TensorWriter
 from torchxihe.config import Checkpoint, UserError
-from torchxihe.utils.distributed import is_main, local_part, rank, world_size
+from torchxihe.utils.distributed import is_main, rank, world_size
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
     """Every tensor that a run consists of, by a name that no parallelism changes; they share the originals' memory.
 
     "model.<parameter>" and "optim.<parameter>.<moment>". Works on a plain, DDP or FSDP2 model alike, so that a state
-    saved under one is loaded under any other. Optimizer state that does not exist yet is created, as the first step
-    would: DCP loads in place, into what is there.
+    saved under one is loaded under any other. The optimizer must have its state: DCP loads in place.
     """
     module = model.module if isinstance(model, DistributedDataParallel) else model
     for part in module.modules():
@@ -75,28 +74,11 @@ def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
         assert "_orig_mod" not in name and "_checkpoint_wrapped_module" not in name, f"a wrapper renamed {name}"
         state[f"model.{name}"] = parameter.detach()
     if optimizer is not None:
-        _create_adamw_state(optimizer)
         for name, parameter in module.named_parameters():
             assert optimizer.state[parameter], f"the optimizer does not know {name}"
             for key, value in optimizer.state[parameter].items():
                 state[f"optim.{name}.{key}"] = value
     return state
-
-
-def _create_adamw_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter that has no state yet the one that AdamW starts from."""
-    for group in optimizer.param_groups:
-        on_device = group.get("fused") or group.get("capturable")
-        for parameter in group["params"]:
-            if optimizer.state[parameter]:
-                continue
-            assert "betas" in group, f"{type(optimizer).__name__} must create its state before it is saved or loaded"
-            device = local_part(parameter).device if on_device else "cpu"
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
-            }
 
 
 class Checkpointer:

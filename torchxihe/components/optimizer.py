@@ -34,6 +34,7 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     adamw_class = torch.optim.AdamW if config.state_dtype == "float32" else BFloat16AdamW
     rest = adamw_class(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    create_state(rest, getattr(torch, config.state_dtype))
     if config.name == "adamw":
         return rest
     return Muon(
@@ -62,30 +63,29 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all moments, once."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # What PyTorch's AdamW has not made yet will be two float32 moments.
-    moments = [[v for v in optimizer.state[p].values() if v.ndim] or [p, p] for p in parameters]
-    return sum(moment.numel() * moment.element_size() for pair in moments for moment in pair)
+    moments = [moment for p in parameters for moment in optimizer.state[p].values() if moment.ndim]
+    return sum(moment.numel() * moment.element_size() for moment in moments)
+
+
+def create_state(adamw: torch.optim.AdamW, dtype: torch.dtype) -> None:
+    """What fused AdamW starts from, moments in `dtype`: there from the first, because DCP loads into what is there."""
+    for group in adamw.param_groups:
+        for parameter in group["params"]:
+            moment = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            step = torch.zeros((), device=moment.device)
+            adamw.state[parameter] = {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
 
 
 class BFloat16AdamW(torch.optim.AdamW):
     """Fused AdamW, in float32, with moments that are kept in bfloat16 between the steps: 4 bytes a parameter, not 8.
 
     torch 2.13's fused kernel can do that by itself on a GPU, older ones cannot, nor can the CPU's. Here the moments
-    become float32 for the step, not many at a time.
+    become float32 for the step, not many at a time. `create_state` makes them.
     """
 
     AT_ONCE = 2**26  # parameters, whose float32 moments take 512 MiB
     grad_scale: Tensor
     found_inf: Tensor
-
-    def __init__(self, params: list[dict[str, Any]], **options: Any) -> None:
-        """As torch.optim.AdamW. The state is made here, so that nobody else makes it, in another dtype."""
-        super().__init__(params, **options)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                moment = torch.zeros_like(parameter, dtype=torch.bfloat16, requires_grad=False)
-                step = torch.zeros((), device=moment.device)
-                self.state[parameter] = {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
