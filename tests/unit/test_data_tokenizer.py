@@ -321,6 +321,8 @@ def test_text_never_yields_the_token_that_ends_documents(tmp_path: Path, eos: di
     ids = ours.encode("i wrote </s> here</s></s>")
     assert 2 not in ids and 0 not in ids
     assert "</s>" in ours.decode(ids).replace(" ", "").replace("▁", "")
+    many = ours.encode("a</s>" * 5000)
+    assert 2 not in many and len(many) >= 5 * 5000
 
 
 def test_bytes_of_pieces_are_those_of_their_text(tmp_path: Path) -> None:
@@ -334,3 +336,11 @@ def test_bytes_of_pieces_are_those_of_their_text(tmp_path: Path) -> None:
         tokenizer.save(str(tmp_path / name / "tokenizer.json"))
         folder = obtain(Tokenizer(path=str(tmp_path / name)), tmp_path, (), "")
         assert np.load(folder / "bytes_per_token.npy").tolist() == lengths
+
+
+def test_a_token_of_one_character_ends_documents_too(tmp_path: Path) -> None:
+    """A text that has it yields it: nothing else could stand for it."""
+    characters = tokenizers.Tokenizer(models.WordLevel({"a": 0, "$": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
+    folder = prepared(tmp_path / "own", characters, eos_token="$")
+    assert load_tokenizer(folder).encode("a$a") == [0, 1, 0]

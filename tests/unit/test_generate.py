@@ -148,7 +148,7 @@ def test_wrong_numbers_are_refused(tmp_path: Path) -> None:
             run(["generate", str(tmp_path), f"--seed={seed}"])
 
 
-def test_the_smallest_temperature_takes_the_most_likely(tmp_path: Path) -> None:
+def test_the_smallest_temperature_takes_the_most_likely() -> None:
     logits = torch.tensor([0.0, 1.0, 0.999])
     assert sample(logits, torch.Generator(), 1e-300, 0, 1.0) == 1
 

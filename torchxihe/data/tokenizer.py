@@ -92,7 +92,9 @@ class Encoder:
         meta = json.loads((folder / "torchxihe.json").read_bytes())
         vocab = {index: token for token, index in self._exact.get_vocab().items()}
         # What ends and begins documents may be no special token of the tokenizer's, but one that text can yield.
-        self._reserved = [vocab[index] for index in {meta["eos_id"], meta["bos_id"]} & vocab.keys()]
+        # One character alone cannot be told from text.
+        reserved = [vocab[index] for index in (meta["eos_id"], meta["bos_id"]) if index in vocab]
+        self._reserved = [token for token in reserved if len(token) > 1]
 
     def encode(self, text: str, exactly: bool = False) -> np.ndarray:
         """Token ids of `text`, uint32. Long text must come in `windows`. `exactly`: by `tokenizers` in any case."""
@@ -125,8 +127,10 @@ class Encoder:
         for token in self._reserved:
             if self._exact.token_to_id(token) in ids and token in text:
                 # Divided inside the token's spelling, which then is no token any more.
-                head, tail = text[: text.index(token) + 1], text[text.index(token) + 1 :]
-                return np.concatenate([self._encode_exactly(head), self._encode_exactly(tail)])
+                first, *others = text.split(token)
+                starts = [first, *(token[1:] + other for other in others)]
+                parts = [*(start + token[:1] for start in starts[:-1]), starts[-1]]
+                return np.concatenate([self._encode_exactly(part) for part in parts])
         return ids
 
 
