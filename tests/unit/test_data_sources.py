@@ -363,6 +363,8 @@ def test_an_array_in_pieces_of_any_size(tmp_path: Path) -> None:
     texts = ["x" * (2**16 - 40 + i) for i in range(60)]
     (tmp_path / "a.json").write_text("[\n" + " ,\n ".join(json.dumps({"text": text}) for text in texts) + "  ]\n\n")
     assert rows_of(Source(path=str(tmp_path / "a.json"))) == [[(text, "") for text in texts]]
+    (tmp_path / "c.json").write_text(json.dumps([1234567890] * 10_000))  # the first half of a number is a number
+    assert rows_of(Source(path=str(tmp_path / "c.json"))) == [[("", "not a JSON object")] * 10_000]
     (tmp_path / "b.json").write_text(" [ ] ")
     assert rows_of(Source(path=str(tmp_path / "b.json"))) == [[]]
 
