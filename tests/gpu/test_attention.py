@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchxihe.model.attention import Attention, fa4, has_flash_attention_4, sdpa, varlen
+from torchxihe.config import Model
+from torchxihe.model.attention import Attention, choose_attention, fa4, has_flash_attention_4, sdpa, varlen
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -26,15 +27,8 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
     return torch.cat(out).view(batch, seq_len, heads, head_dim)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 6, 128), (12, 12, 64), (8, 2, 64)])
-@pytest.mark.parametrize("attention", [sdpa, varlen, fa4])
-def test_equals_masked_softmax(
-    attention: Attention, heads: int, kv_heads: int, head_dim: int, documents: bool, compiled: bool
-) -> None:
-    if attention is fa4 and not has_flash_attention_4(torch.device("cuda")):
-        pytest.skip("needs the extra [kernels] and a Hopper GPU")
+def check(attention: Attention, heads: int, kv_heads: int, head_dim: int, documents: bool, compiled: bool) -> None:
+    """`attention` and its gradients are those of the masked softmax."""
     batch, seq_len = 3, 200
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(batch, seq_len, n, head_dim) for n in (heads, kv_heads, kv_heads)]
@@ -51,6 +45,29 @@ def test_equals_masked_softmax(
     references = [expected, *torch.autograd.grad((expected * weight).sum(), exact)]
     for ours, theirs in zip(results, references, strict=True):
         assert (ours.float() - theirs).norm() < 1e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 6, 128), (12, 12, 64), (8, 2, 64)])
+@pytest.mark.parametrize("attention", [sdpa, varlen, fa4])
+def test_equals_masked_softmax(
+    attention: Attention, heads: int, kv_heads: int, head_dim: int, documents: bool, compiled: bool
+) -> None:
+    if attention is fa4 and not has_flash_attention_4(torch.device("cuda")):
+        pytest.skip("needs the extra [kernels] and a Hopper GPU")
+    check(attention, heads, kv_heads, head_dim, documents, compiled)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 20, 32, 40, 72, 80, 88, 96, 112, 128, 160, 192, 256, 264])
+def test_what_auto_takes_equals_masked_softmax(head_dim: int) -> None:
+    """Kernels say that they take head widths at which they are wrong, or do not compile."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 300}
+    model = Model(num_attention_heads=4, num_key_value_heads=1, head_dim=head_dim, **shape)
+    for documents in (False, True):
+        attention = choose_attention(model, torch.device("cuda"), torch.bfloat16, documents)
+        for kv_heads in (1, 4):
+            check(attention, 4, kv_heads, head_dim, documents, compiled=False)
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -228,6 +228,7 @@ def test_parameter_count_equals_the_model(shape: Shape) -> None:
     [
         ((9, 0), True, 128, True, "fa4"),
         ((9, 0), True, 20, True, "sdpa"),  # 40 bytes: not what its copies start at
+        ((9, 0), True, 80, True, "varlen"),
         ((9, 0), True, 192, True, "varlen"),
         ((9, 0), False, 64, True, "varlen"),
         ((8, 6), False, 64, False, "sdpa"),
