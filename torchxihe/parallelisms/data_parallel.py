@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchxihe.model.decoder import Decoder
 
-UNIT_PARAMETERS = 25_000_000  # FSDP2 takes about 1 ms of host time a unit: small blocks share one
+UNIT_PARAMETERS = 25_000_000  # FSDP2 takes milliseconds of host time a unit and step: small blocks share one
 
 
 def apply_ddp(model: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
