@@ -188,11 +188,11 @@ def run(config: Config) -> None:
     patience = max(limits) + 60 if all(limits) else 7 * 86_400
     wanted_trackers(config)  # one that is not installed is no reason to have built a model
     try:
-        with Watchdog(config.run_dir, "start", limits[0]) as watchdog, process_group(patience) as device:
+        with Watchdog(config.run_dir, *limits) as watchdog, process_group(patience) as device:
             ranks = Ranks()
             share_run_directory(config.run_dir, ranks)
             files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
-            with files, Stop(config.training.time_limit) as stop, run_locks(config, ranks):
+            with files, Stop(watchdog, config.training.time_limit) as stop, run_locks(config, ranks):
                 _run(config, device, stop, watchdog)
     except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
         raise explained(error) from error
@@ -233,7 +233,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
             raise UserError(f"checkpoint.load: {why}; give {longer}, or {weights} to begin with its weights alone")
         if is_finished(config, saved):
             with Exporter(config, checkpointer):  # the last export may have been interrupted
-                watchdog.begin("exports", config.training.init_timeout)
+                watchdog.begin("exports", slow=True)
             log.info("%s is finished: it has done %s.", config.run_dir, done)
             log.info("Go on with %s, or start another run with --run.name=NAME.", longer)
             return
@@ -266,7 +266,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         _train(trainer, order, prepared, history, checkpointer, stop, watchdog)
         if trainer.step < config.total_steps:
             exporter.cancel()
-        watchdog.begin("exports", config.training.init_timeout)
+        watchdog.begin("exports", slow=True)
     if trainer.step < config.total_steps:
         if is_main():
             (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")
@@ -288,7 +288,6 @@ def _train(
 ) -> None:
     """The loop: steps, and between them what is due. Ends at the horizon or when the ranks agree to stop, saved."""
     config, total = trainer.config, trainer.config.total_steps
-    limits = config.training
     loader = Loader(prepared, order, trainer.batch_layout, trainer.step)
     writer = checkpointer.ranks.each(lambda: MetricsWriter(config, trainer.step) if is_main() else None)
     profiler = Profiler(config, trainer.device)
@@ -305,14 +304,14 @@ def _train(
     gc.freeze()
     gc.disable()
     try:
-        first = trainer.step  # compiles
-        while trainer.step < total and not stop.agreed():
-            limit = limits.init_timeout if trainer.step == first else limits.step_timeout
-            watchdog.begin(f"step {trainer.step + 1}", limit)
+        first = trainer.step
+        while trainer.step < total:
+            watchdog.begin(f"step {trainer.step + 1}", slow=trainer.step == first)  # which compiles
+            if stop.agreed():
+                break
             lr = trainer.lr
             profiler.before_step(trainer.step + 1)
-            with stop.unhurried(trainer.step == first):
-                trainer.train_step(loader)
+            trainer.train_step(loader)
             checkpointer.poll()
             if due(config.metrics.log_every) or trainer.step == 1:  # the first loss tells most about a new model
                 metrics = trainer.measure(order, prepared.names, window, loader, lr)
@@ -324,22 +323,21 @@ def _train(
             sampling = due(config.metrics.sample_every) and trainer.step < total
             if not (validating or sampling or saving):
                 continue
-            with window.pause(trainer.device), stop.unhurried():
+            with window.pause(trainer.device):
                 validation_loss = None
                 if validating:
-                    watchdog.begin(f"validation after step {trainer.step}", limits.init_timeout)
+                    watchdog.begin(f"validation after step {trainer.step}", slow=True)
                     result = trainer.validate(prepared)
                     validation_loss = result["validation/loss"]
                     if writer:
                         writer.validation(trainer.step, result)
                 if sampling:
-                    watchdog.begin(f"sample after step {trainer.step}", limits.init_timeout)
+                    watchdog.begin(f"sample after step {trainer.step}", slow=True)
                     trainer.log_sample(prepared)
                 if saving:
-                    watchdog.begin(f"checkpoint of step {trainer.step}", limits.init_timeout)
+                    watchdog.begin(f"checkpoint of step {trainer.step}", slow=True)
                     trainer.save(checkpointer, history, validation_loss)
-        watchdog.begin(f"last checkpoint, of step {trainer.step}", limits.init_timeout)
-        stop.over()
+        watchdog.begin(f"last checkpoint, of step {trainer.step}", slow=True)
         if trainer.step < total:
             trainer.save(checkpointer, history)
         checkpointer.close()

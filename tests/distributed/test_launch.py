@@ -2,12 +2,14 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.launch import run_distributed
 from torchxihe.components.stop import Stop
+from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import Parallelism
 from torchxihe.parallelisms.mesh import build_mesh
 from torchxihe.utils.distributed import all_reduce_sum, rank, world_size
@@ -57,7 +59,7 @@ def test_a_hang_ends_with_stacks() -> None:
 def _timeouts(degrees: tuple[int, int]) -> set[float]:
     mesh = build_mesh(Parallelism(dp_replicate=degrees[0], dp_shard=degrees[1]), world_size(), "cpu")
     assert mesh is not None
-    with Stop() as stop:
+    with Stop(Watchdog(Path(), 0, 0)) as stop:
         groups = [*mesh.get_all_groups(), stop._group]
         return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from torchxihe.components.stop import Stop
+from torchxihe.components import stop
 
 Where = Literal[
     "step",  # before optimizer step `number`
@@ -32,7 +32,7 @@ class Fault:
     where: Where
     number: int
     what: Literal["kill", "sleep", "SIGTERM", "slow", "EIO", "nan", "spike"]
-    """"slow": SIGTERM, and then nothing for longer than the timer of the signal runs, which is shorter than usual."""
+    """"slow": SIGTERM, and then nothing for longer than the watchdog's patience, which is less than usual."""
     rank: int = 0
     for_ever: bool = False
     """Losses only: at every later step too."""
@@ -42,7 +42,7 @@ class Fault:
         if self.rank in (-1, rank):
             _ARM[self.where](self)
         if self.what == "slow":
-            Stop.__init__.__defaults__ = (0.0, 1.0)
+            stop.PATIENCE_SECONDS = 1.0
 
     def happen(self) -> None:
         """Do it."""

@@ -46,7 +46,7 @@ def test_sigterm_during_a_save(workspace: Workspace, unbroken: Callable[..., Wor
 
 
 def test_a_signal_while_the_first_step_compiles(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """That step is finished, however long it takes, and one more. Seen to fail with the timer as in any other step."""
+    """That step is finished, however long it takes, and one more. Seen to fail with it not `slow`."""
     outcome = workspace.run(2, fault=Fault("step", 1, "slow", rank=1))
     assert outcome.succeeded, outcome.log
     assert workspace.steps() == [2]
@@ -57,9 +57,9 @@ def test_a_signal_while_the_first_step_compiles(workspace: Workspace, unbroken: 
 def test_a_signal_during_a_sample(
     step: int, ends: int, workspace: Workspace, unbroken: Callable[..., Workspace]
 ) -> None:
-    """Longer than the timer, on the way or after the last step, when there is nothing to stop any more.
+    """Longer than the patience, on the way or after the last step, when there is nothing to stop any more.
 
-    Seen to fail without `unhurried` (the first) and `over` (the second).
+    Seen to fail with the sample (the first) and what comes after the last step (the second) not `slow`.
     """
     flags = ("--metrics.sample_tokens=4", "--metrics.sample_every=5")
     outcome = workspace.run(2, *flags, fault=Fault("sample", step, "slow", rank=1))
@@ -93,7 +93,7 @@ def test_the_time_limit(workspace: Workspace, unbroken: Callable[..., Workspace]
 
 
 def test_a_signal_while_a_rank_is_stuck_ends_the_run(workspace: Workspace) -> None:
-    """The timer: rank 1 sleeps, so the ranks never agree, and rank 0, which waits for it, may not wait for ever.
+    """The hurry: rank 1 sleeps, so the ranks never agree, and rank 0, which waits for it, may not wait for ever.
 
     Seen to fail with a handler that does what the thread does: Python calls none while the main thread waits inside a
     collective. (With the signal sent to both ranks it passes: the one that sleeps can handle it, and ends both.)

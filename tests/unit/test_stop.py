@@ -2,8 +2,10 @@
 
 import threading
 import time
+from pathlib import Path
 
 from torchxihe.components.stop import Stop
+from torchxihe.components.watchdog import Watchdog
 
 
 class SlowToEnd(Stop):
@@ -15,6 +17,6 @@ class SlowToEnd(Stop):
 def test_the_thread_has_ended_before_python_does() -> None:
     """One that lets go of the last tensor while Python ends aborts the process, after all was well: seen once in some
     forty runs on a busy machine."""
-    with SlowToEnd():
+    with SlowToEnd(Watchdog(Path(), 0, 0)):
         assert "stop" in {thread.name for thread in threading.enumerate()}
     assert "stop" not in {thread.name for thread in threading.enumerate()}

@@ -1,20 +1,17 @@
 """Stopping in good order: on a signal or at the time limit, all ranks after the same step, with a checkpoint."""
 
-import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
+from torchxihe.components.watchdog import Watchdog
 from torchxihe.config import UserError
-from torchxihe.utils.distributed import as_patient, rank
+from torchxihe.utils.distributed import as_patient
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 END = b"\0"  # no signal's number
@@ -24,20 +21,18 @@ PATIENCE_SECONDS = 20.0  # torchrun, and most schedulers, kill 30 s after their 
 class Stop:
     """Collects reasons to stop and has the ranks agree on the step to stop after. Used in a `with`, on all ranks.
 
-    From a signal until the ranks agree a timer runs, which ends this process: a peer that has crashed will never
-    agree, and its survivors must not wait for it in a collective for ever. It listens in a thread of its own, because
-    Python handles no signal while its main thread waits inside one.
+    From a signal until the ranks agree the watchdog is in a hurry: a peer that has crashed will never agree, and its
+    survivors must not wait for it in a collective for ever. It listens in a thread of its own, because Python handles
+    no signal while its main thread waits inside one.
     """
 
-    def __init__(self, time_limit: float = 0.0, patience: float = PATIENCE_SECONDS) -> None:
-        """`time_limit`: seconds after which to stop, 0: never. `patience`: the timer's least length, in seconds."""
+    def __init__(self, watchdog: Watchdog, time_limit: float = 0.0) -> None:
+        """`time_limit`: seconds after which to stop, 0: never."""
         self.reason = ""
         """Why this rank wants to stop; "" if it does not."""
-        self._limit, self._patience = time_limit, patience
+        self._watchdog, self._limit = watchdog, time_limit
         self._start = self._last = time.monotonic()
         self._step_seconds = 0.0
-        self._timer: threading.Timer | None = None
-        self._unhurried = False
         self._before: dict[signal.Signals, object] = {}
         self._flag = torch.zeros(1)
         self._work: dist.Work | None = None
@@ -54,7 +49,7 @@ class Stop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._stop_timer()
+        self._watchdog.hurry(0)
         if kind is None and self._work is not None:
             self._work.wait()  # every rank has started it
         signal.set_wakeup_fd(self._wakeup_before)
@@ -88,21 +83,8 @@ class Stop:
             self._work = dist.all_reduce(self._flag, group=self._group, async_op=True)
         if answer:
             self.reason = self.reason or "another rank was asked to"
-            self._stop_timer()
+            self._watchdog.hurry(0)
         return answer
-
-    @contextmanager
-    def unhurried(self, slow: bool = True) -> Iterator[None]:
-        """Inside, if it is `slow`, the timer ends nothing: compiling, validating and saving take longer than a step."""
-        self._unhurried = slow
-        try:
-            yield
-        finally:
-            self._unhurried = False
-
-    def over(self) -> None:
-        """There are no more steps: the timer ends nothing of what is left to do."""
-        self._unhurried = True
 
     def _listen(self) -> None:
         """Wait for signals, from now to the end."""
@@ -110,28 +92,9 @@ class Stop:
             if self.reason or number[0] not in SIGNALS:
                 continue  # a second signal changes nothing
             self.reason = signal.Signals(number[0]).name
-            self._start_timer(max(self._patience, 3 * self._step_seconds))
+            patience = max(PATIENCE_SECONDS, 3 * self._step_seconds)
+            self._watchdog.hurry(patience, f"{self.reason}, but not all ranks agreed to stop")
         os.close(self._read_fd)
-
-    def _start_timer(self, seconds: float) -> None:
-        self._timer = threading.Timer(seconds, self._give_up, (seconds,))
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _give_up(self, seconds: float) -> None:
-        """End this process: the others have not answered."""
-        if self._unhurried:
-            self._start_timer(seconds)
-            return
-        what = f"{self.reason}, but not all ranks agreed to stop within {seconds:.0f} s: ending without a checkpoint"
-        print(f"[rank {rank()}] {what}", file=sys.stderr)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stderr.flush()
-        os._exit(1)
 
 
 def _noted_elsewhere(number: int, frame: FrameType | None) -> None:

@@ -19,11 +19,13 @@ class Watchdog:
     Every rank has one, with the same limits: in a hang all of them report, the one that sleeps and those that wait.
     """
 
-    def __init__(self, run_dir: Path, phase: str, timeout: float) -> None:
-        """`run_dir` gets NCCL's flight recordings; `phase` is the first one, with its limit in seconds (0: none)."""
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, init_timeout: float, step_timeout: float) -> None:
+        """`run_dir` gets NCCL's flight recordings. Slow phases, and the first one, the start, may take `init_timeout`
+        seconds, others `step_timeout`; 0: for ever."""
+        self._run_dir, self._limits = run_dir, (step_timeout, init_timeout)
         self._changed = threading.Condition()
-        self._phase, self._timeout, self._since = phase, timeout, time.monotonic()
+        self._phase, self._timeout, self._slow, self._since = "start", init_timeout, False, time.monotonic()
+        self._hurry, self._hurried_since, self._why = 0.0, 0.0, ""
         self._ended = False
 
     def __enter__(self) -> "Watchdog":
@@ -35,11 +37,19 @@ class Watchdog:
             self._ended = True
             self._changed.notify()
 
-    def begin(self, phase: str, timeout: float) -> None:
-        """The phase before is over; this one may take `timeout` seconds (0: for ever)."""
-        # No notify: the thread looks at these when the limit before runs out, so that a step costs two assignments.
+    def begin(self, phase: str, *, slow: bool = False) -> None:
+        """The phase before is over. `slow`: compiling, validating, saving, which take their time in a hurry too."""
+        # No notify: the thread looks at these when the limit before runs out, so that a step costs a few assignments.
         with self._changed:
-            self._phase, self._timeout, self._since = phase, timeout, time.monotonic()
+            now = time.monotonic()
+            if self._slow:
+                self._hurried_since = now
+            self._phase, self._timeout, self._slow, self._since = phase, self._limits[slow], slow, now
+
+    def hurry(self, seconds: float, why: str = "") -> None:
+        """From now on, what is not slow has `seconds` in all, because of `why`; 0: no hurry any more."""
+        with self._changed:
+            self._hurry, self._hurried_since, self._why = seconds, time.monotonic(), why
 
     @property
     def phase(self) -> str:
@@ -49,15 +59,17 @@ class Watchdog:
     def _watch(self) -> None:
         with self._changed:
             while not self._ended:
-                left = self._since + self._timeout - time.monotonic() if self._timeout else 1.0
+                now = time.monotonic()
+                left = self._since + self._timeout - now if self._timeout else 1.0
                 if left <= 0:
-                    self._report()
+                    self._end(f"no progress for {self._timeout:.0f} s")
+                if self._hurry and not self._slow and now > self._hurried_since + self._hurry:
+                    self._end(f"{self._why} within {self._hurry:.0f} s")
                 self._changed.wait(min(left, 1.0))
 
-    def _report(self) -> None:
+    def _end(self, why: str) -> None:
         """Say where this rank is and end it."""
-        text = f"[rank {rank()}] no progress for {self._timeout:.0f} s in: {self._phase}; stacks of this rank follow"
-        print(text, file=sys.stderr)
+        print(f"[rank {rank()}] {why} in: {self._phase}; stacks of this rank follow", file=sys.stderr)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if recording := _flight_recording():
             file = self._run_dir / f"nccl-rank-{rank()}.pickle"
