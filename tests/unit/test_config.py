@@ -373,10 +373,8 @@ def test_unknown_commands_and_help() -> None:
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        ("train", "train: the following arguments are required: CONFIG; torchxihe train --help says more"),
         ("verify", "verify: the following arguments are required: PATH; torchxihe verify --help says more"),
         ("verify a b", "verify: unrecognized arguments: b; torchxihe verify --help says more"),
-        ("data", "data: the following arguments are required: CONFIG; "),
         ("generate", "generate: the following arguments are required: RUN_OR_STEP; "),
         ("generate a --seed x", "generate: argument --seed: invalid int value: 'x'; "),
         ("plot a --b step", "plot: unrecognized arguments: --b step; "),
@@ -385,6 +383,10 @@ def test_unknown_commands_and_help() -> None:
         ("import a", "import: the following arguments are required: --out; "),
         ("launch", "no config file; expected CONFIG"),
         ("config", "no config file; expected CONFIG"),
+        ("train", "no config file; expected CONFIG"),
+        ("prepare --shard 0/2", "no config file; expected CONFIG"),
+        ("data --rows 2 a.toml b.toml", "more than one config file: a.toml b.toml; expected CONFIG"),
+        ("data --rows x a.toml", "data: argument --rows: invalid int value: 'x'; "),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_like_those_in_a_config(args: str, line: str) -> None:

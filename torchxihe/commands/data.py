@@ -14,7 +14,7 @@ import itertools
 
 import numpy as np
 
-from torchxihe.config import Config, UserError, load_config
+from torchxihe.config import Config, UserError, config_from_args
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
@@ -25,13 +25,12 @@ from torchxihe.utils.words import counted
 def main(args: list[str]) -> None:
     """Run the command with its arguments. Raises UserError."""
     parser = Arguments("data")
-    parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--rows", type=int, default=0, metavar="N")
     parser.add_argument("--first", type=int, default=0, metavar="G")
-    known, overrides = parser.parse_known_args(args)
+    known, rest = parser.parse_known_args(args)
     if known.first < 0 or known.rows < 0 or known.first + known.rows > 2**62:
         raise UserError("data: --rows and --first are 0 or more, and below 2^62")
-    config = load_config(known.config, overrides)
+    config = config_from_args(rest)
     prepared = open_prepared(config)
     order = Order(plan_stages(config, prepared), prepared.rows)
     print(_table(summarise(config, prepared, order)))

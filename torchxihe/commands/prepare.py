@@ -11,7 +11,7 @@ examples: torchxihe prepare configs/xihe_debug.toml
           torchxihe prepare configs/xihe_debug.toml --shard 0/4
 """
 
-from torchxihe.config import UserError, load_config
+from torchxihe.config import UserError, config_from_args
 from torchxihe.data.prepare import prepare, prepare_part
 from torchxihe.utils.arguments import Arguments
 
@@ -19,10 +19,9 @@ from torchxihe.utils.arguments import Arguments
 def main(args: list[str]) -> None:
     """Run the command with its arguments. Raises UserError."""
     parser = Arguments("prepare")
-    parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--shard", metavar="I/N", default="")
-    known, overrides = parser.parse_known_args(args)
-    config = load_config(known.config, overrides)
+    known, rest = parser.parse_known_args(args)
+    config = config_from_args(rest)
     if not known.shard:
         prepare(config)
         return

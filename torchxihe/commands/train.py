@@ -9,16 +9,12 @@ examples: torchxihe train configs/xihe_debug.toml
           torchrun --nproc-per-node=2 -m torchxihe train configs/xihe_debug.toml
 """
 
-from torchxihe.config import load_config
+from torchxihe.config import config_from_args
 from torchxihe.trainer import run
-from torchxihe.utils.arguments import Arguments
 from torchxihe.utils.log import setup_logging
 
 
 def main(args: list[str]) -> None:
     """Parse `CONFIG [--section.key=value ...]` and train."""
-    parser = Arguments("train")
-    parser.add_argument("config", metavar="CONFIG")
-    options, overrides = parser.parse_known_args(args)
     setup_logging()
-    run(load_config(options.config, overrides))
+    run(config_from_args(args))
