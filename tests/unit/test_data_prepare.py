@@ -147,7 +147,7 @@ def test_too_many_bad_rows_are_an_error_at_once(tmp_path: Path) -> None:
         prepare(make_config(tmp_path / "cache", few, tokenizer=BYTES))
     assert str(error.value) == (
         f"data.sources.0: 1 of 3 rows: column 'text' is not a string, first {few['path']}, line 2; "
-        "data.max_bad_rows = 0.01 allows fewer"
+        "data.max_bad_rows = 0.01 allows fewer: mend them, or leave files out with glob"
     )
     none = write_lines(tmp_path / "none.jsonl", [{"other": "a"}] * 3)
     with pytest.raises(

@@ -271,7 +271,7 @@ def check_bad_rows(key: str, bad: Counter[str], rows: int, most: float, examples
     if sum(bad.values()) > max(most, 0.0) * rows:
         reasons = "; ".join(f"{count} of {rows} rows: {why}, first {examples[why]}" for why, count in bad.most_common())
         rule = f"data.max_bad_rows = {most:g} allows fewer" if most >= 0 else 'data.on_bad_rows = "error" allows none'
-        raise UserError(f"{key}: {reasons}; {rule}")
+        raise UserError(f"{key}: {reasons}; {rule}: mend them, or leave files out with glob")
 
 
 def _content_hash() -> "hashlib.blake2b":
