@@ -134,7 +134,7 @@ class Documents(Section):
     format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset", "tokens", "docstrings"] = (
         "auto"
     )
-    """How files are read. "auto": by their endings (.jsonl and .json, .parquet, .arrow, .csv, everything else one
+    """How files are read. "auto": by their endings (.jsonl and .json, .parquet, .arrow, .csv and .tsv, all else one
     text document a file; a directory written by `save_to_disk` is a "dataset"). "lines": a text document a line;
     "json" covers JSON lines; "tokens": token files of nanoGPT, llm.c or Megatron, used where they lie; "docstrings":
     the functions of Python files, each a conversation in which somebody asks for its docstring and gets it. Files

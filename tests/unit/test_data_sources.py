@@ -50,6 +50,12 @@ def write_zstd(folder: Path) -> str:
     return "a.jsonl.zst"
 
 
+def write_tsv(folder: Path) -> str:
+    with (folder / "a.tsv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t").writerows([("n", "text"), *enumerate(TEXTS)])
+    return "a.tsv"
+
+
 def write_csv(folder: Path) -> str:
     with (folder / "a.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -84,7 +90,7 @@ def write_saved_dataset(folder: Path) -> str:
     return "saved"
 
 
-WRITERS = [write_jsonl, write_json_array, write_gzip, write_zstd, write_csv, write_parquet, write_arrow_file,
+WRITERS = [write_jsonl, write_json_array, write_gzip, write_zstd, write_csv, write_tsv, write_parquet, write_arrow_file,
            write_saved_dataset]  # fmt: skip
 CUT = {write_jsonl, write_parquet, write_arrow_file}
 

@@ -31,7 +31,7 @@ from torchxihe.components.checkpoint import Checkpointer, flat_state
 from torchxihe.components.export import draft_of
 from torchxihe.components.storage import Location, explained, hash_file
 from torchxihe.config import Checkpoint, Model, Tokenizer, UserError
-from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain, read_meta
 from torchxihe.model.attention import sdpa
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.hf import hf_name, model_from_hf
@@ -67,7 +67,7 @@ def import_model(folder: Path, out: Path, origin: str) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         with tempfile.TemporaryDirectory() as cache:
             tokenizer = obtain(Tokenizer(path=str(folder)), Path(cache), (), "")
-            vocab_size = json.loads((tokenizer / "torchxihe.json").read_bytes())["vocab_size"]
+            vocab_size = read_meta(tokenizer)["vocab_size"]
             if vocab_size > model.vocab_size:
                 sizes = f"its tokenizer has {vocab_size} tokens, its embedding {model.vocab_size} rows"
                 raise UserError(f"{folder}: {sizes}; give it rows (resize_token_embeddings in transformers)")

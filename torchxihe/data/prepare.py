@@ -9,7 +9,6 @@ training reads stores and must not pay for them.
 """
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ from torchxihe.data.store import (
     recipe_path,
     write_json,
 )
-from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain, read_meta
 from torchxihe.utils.files import hash_stream, locked
 from torchxihe.utils.words import counted
 
@@ -178,7 +177,7 @@ def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
     sample = (text for plan in plans for text in _sample(plan, share))
     key = digest([[plan.identity for plan in plans], share])
     folder = obtain(config.tokenizer, cache, sample, key, config.data.format == "chat")
-    check_vocab_size(config, json.loads((folder / "torchxihe.json").read_bytes())["vocab_size"])
+    check_vocab_size(config, read_meta(folder)["vocab_size"])
     if config.data.format == "chat":
         Chat(folder)  # what is wrong with it is better said here than by every worker
     return folder
@@ -217,16 +216,12 @@ def _store(plan: Plan, config: Config, tokenizer: Path, cache: Path) -> Path:
         "source": plan.identity,
         "max_tokens": plan.source.max_tokens,
         "tokenizer": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
-        "ends": {k: v for k, v in _meta(tokenizer).items() if k != "vocab_size"},
+        "ends": {k: v for k, v in read_meta(tokenizer).items() if k != "vocab_size"},
         "validation": plan.fraction,
     }
     if plan.chat:
         key["chat_template"] = (tokenizer / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
     return cache / "stores" / digest(key)
-
-
-def _meta(tokenizer: Path) -> dict[str, int]:
-    return json.loads((tokenizer / "torchxihe.json").read_bytes())
 
 
 def _refuse_twins(plans: list[Plan], stores: list[Path]) -> None:
@@ -241,7 +236,7 @@ def _refuse_twins(plans: list[Plan], stores: list[Path]) -> None:
 
 def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path) -> list[list[Job]]:
     """A job a shard, by source."""
-    meta = _meta(tokenizer)
+    meta = read_meta(tokenizer)
     return [
         [
             Job(

@@ -48,6 +48,7 @@ SUFFIXES = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".csv": "csv",
+    ".tsv": "csv",
 }
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 
@@ -481,6 +482,7 @@ def _object(value: Any, where: str) -> Row:
 def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
     """CSV with a header; every value is a string. A quote that is never closed is an error of the whole file."""
     csv.field_size_limit(sys.maxsize)
+    delimiter = "\t" if ".tsv" in map(str.lower, Path(piece.path).suffixes) else ","
     ended, valid = False, True
 
     def lines(file: BinaryIO) -> Iterator[str]:
@@ -491,7 +493,7 @@ def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
         ended = True
 
     with _open(piece.path) as file:
-        reader = csv.DictReader(lines(file), strict=True)
+        reader = csv.DictReader(lines(file), strict=True, delimiter=delimiter)
         _need(columns, list(reader.fieldnames or []), piece.path)
         while True:
             where, valid = f"{piece.path}, line {reader.line_num + 1}", True

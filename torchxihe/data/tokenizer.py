@@ -89,7 +89,7 @@ class Encoder:
         self._fast = fast_encoding(content)
         self.special: dict[str, int] = {t["content"]: t["id"] for t in content.get("added_tokens", []) if t["special"]}
         """Ids of the special tokens."""
-        meta = json.loads((folder / "torchxihe.json").read_bytes())
+        meta = read_meta(folder)
         vocab = {index: token for token, index in self._exact.get_vocab().items()}
         # What ends and begins documents may be no special token of the tokenizer's, but one that text can yield.
         # One character alone cannot be told from text.
@@ -147,7 +147,7 @@ class TextTokenizer:
 
         self._encoder = Encoder(folder)
         self._decoder = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        meta = json.loads((folder / "torchxihe.json").read_bytes())
+        meta = read_meta(folder)
         self.eos_id: int = meta["eos_id"]
         self.bos_id: int = meta["bos_id"]
         self.vocab_size: int = meta["vocab_size"]
@@ -160,6 +160,11 @@ class TextTokenizer:
     def decode(self, ids: list[int], special: bool = False) -> str:
         """The text of `ids`, with `special` that of special tokens too. Bytes that are not UTF-8 become U+FFFD."""
         return self._decoder.decode(ids, skip_special_tokens=not special)
+
+
+def read_meta(folder: Path) -> dict[str, int]:
+    """`eos_id`, `bos_id` (-1: none) and `vocab_size` of the tokenizer in a folder that `obtain` has filled."""
+    return json.loads((folder / "torchxihe.json").read_bytes())
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:
