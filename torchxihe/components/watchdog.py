@@ -22,7 +22,7 @@ class Watchdog:
     def __init__(self, run_dir: Path, init_timeout: float, step_timeout: float) -> None:
         """`run_dir` gets NCCL's flight recordings. Slow phases, and the first one, the start, may take `init_timeout`
         seconds, others `step_timeout`; 0: for ever."""
-        self._run_dir, self._limits = run_dir, (step_timeout, init_timeout)
+        self._run_dir, self._init_timeout, self._step_timeout = run_dir, init_timeout, step_timeout
         self._changed = threading.Condition()
         self._phase, self._timeout, self._slow, self._since = "start", init_timeout, False, time.monotonic()
         self._hurry, self._hurried_since, self._why = 0.0, 0.0, ""
@@ -44,7 +44,8 @@ class Watchdog:
             now = time.monotonic()
             if self._slow:
                 self._hurried_since = now
-            self._phase, self._timeout, self._slow, self._since = phase, self._limits[slow], slow, now
+            self._timeout = self._init_timeout if slow else self._step_timeout
+            self._phase, self._slow, self._since = phase, slow, now
 
     def hurry(self, seconds: float, why: str = "") -> None:
         """From now on, what is not slow has `seconds` in all, because of `why`; 0: no hurry any more."""
