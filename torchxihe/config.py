@@ -99,8 +99,8 @@ class Model(Section):
     """Standard deviation of the truncated normal (cut at 3 sigma) that weights start from. Projections back into
     the residual stream get it divided by sqrt(2 * num_hidden_layers)."""
     attention: Literal["auto", "fa4", "varlen", "sdpa"] = "auto"
-    """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer), PyTorch's variable-length one (a
-    GPU) or PyTorch's own choice. "auto": the fastest that works here."""
+    """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer, heads of 32, 64, 96 or 128),
+    PyTorch's variable-length one (a GPU) or PyTorch's own choice. "auto": the fastest that works here."""
     mlp: Literal["auto", "quack", "torch"] = "auto"
     """Feed-forward kernel: quack's SwiGLU, fused into the products (the extra `[kernels]`, Hopper), or PyTorch's.
     "auto": the fastest that works here; with `float8.recipe = "tensorwise"` one of our own, around float8 products."""
