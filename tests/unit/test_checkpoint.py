@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -337,6 +338,26 @@ def test_no_code_runs_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="it asks for posix.system"):
         loaded(tmp_path)
     assert not (tmp_path / "exploded").exists()
+
+
+class Reach:
+    """Something else than an enumeration's member, by `getattr`."""
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return getattr, (torch.Size, "__init__")
+
+
+def test_metadata_of_any_python_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.2 (Debian 12) pickles an enumeration's members as attributes. Seen to fail without `_member`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+        states = saved(tmp_path, 10)
+    directory = Location(tmp_path / "step-00000010")
+    assert b"getattr" in (directory / ".metadata").read()
+    assert equal(loaded(tmp_path)[1], states[10])
+    replace_metadata(directory, pickle.dumps(Reach()))
+    with pytest.raises(UserError, match="it asks for an attribute __init__"):
+        loaded(tmp_path)
 
 
 def test_metadata_may_not_point_outside_the_manifest(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -118,7 +119,16 @@ class _Unpickler(pickle.Unpickler):
         value = getattr(torch, name, None)
         if module == "torch" and isinstance(value, torch.dtype):
             return value
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """What `getattr` is for in metadata that early Pythons 3.11 have written: the members of enumerations."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for an attribute {name}")
 
 
 METADATA_CLASSES = {
