@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchxihe.components.checkpoint import Checkpointer
-from torchxihe.components.ranks import Ranks
-from torchxihe.config import Checkpoint, Config, UserError, load_config
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.runtime.ranks import Ranks
+from torchxihe.config.load import load_config
+from torchxihe.config.options import Checkpoint, Config
+from torchxihe.errors import UserError
 from torchxihe.trainer import Trainer
 from torchxihe.utils.device import device_name
 from torchxihe.utils.distributed import barrier, is_main, process_group, world_size
@@ -89,7 +91,7 @@ def measure(config: Config, device: torch.device, root: Path, saves: int) -> dic
         "config": config.run.name,
         "device": device_name(device),
         "processes": world_size(),
-        "layout": trainer.layout,
+        "layout": trainer.dims.describe(),
         "bytes_on_disk": size,
         "sync_save_blocked_s": statistics.median(blocked["sync"]),
         "async_first_save_blocked_s": blocked["async"][0],

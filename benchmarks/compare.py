@@ -13,28 +13,30 @@ import time
 
 STARTED = time.perf_counter()  # before torch is imported: time to the first step counts that too
 
-import argparse  # noqa: E402
-import dataclasses  # noqa: E402
-import importlib.metadata  # noqa: E402
-import importlib.util  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from clock import timed  # noqa: E402
+import numpy as np
+import torch
+from clock import timed
 
-from torchxihe.config import Config, UserError, load_config  # noqa: E402
-from torchxihe.model.decoder import flops_per_token  # noqa: E402
-from torchxihe.model.hf import hf_config  # noqa: E402
-from torchxihe.utils.device import default_device, device_name, memory_gib, peak_flops  # noqa: E402
+from torchxihe.config.load import load_config
+from torchxihe.config.options import Config
+from torchxihe.errors import UserError
+from torchxihe.model.decoder import flops_per_token
+from torchxihe.model.hf import hf_config
+from torchxihe.utils.device import default_device, device_name, memory_gib, peak_flops
 
 SHARED = ["--data.document_mask=false", "--model.tie_word_embeddings=false", "--optimizer.name=adamw"]
 OURS = {

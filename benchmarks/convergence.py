@@ -16,26 +16,23 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import torchxihe.model.decoder as decoder
-import torchxihe.parallelisms.parallelize as parallelize
-from torchxihe.config import Config, UserError, load_config
+from torchxihe.config.load import load_config
+from torchxihe.config.options import Config
 from torchxihe.data.loader import Loader
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import open_prepared
-from torchxihe.model.linear_cross_entropy import linear_cross_entropy_reference
-from torchxihe.model.queries_keys import plain
+from torchxihe.errors import UserError
+from torchxihe.kernels.select import REFERENCE, Kernels
 from torchxihe.trainer import Trainer
 from torchxihe.utils.device import device_name
 from torchxihe.utils.distributed import is_main, process_group, world_size
 
-SLOW = ["--training.compile=false", "--model.attention=sdpa", "--model.mlp=torch"]
+SLOW = ["--training.compile=false"]
 
 
 def main() -> None:
@@ -62,8 +59,8 @@ def main() -> None:
         }
         with process_group() as device:
             for name, config in configs.items():
-                with references() if name == options.reference else nullcontext():
-                    results.append({"variant": name} | train(config, device, options.every))
+                kernels = REFERENCE if name == options.reference else None
+                results.append({"variant": name} | train(config, device, options.every, kernels))
                 if not is_main():
                     continue
                 print_row(results[-1], options.target or results[0]["validation"][-1][1], header=len(results) == 1)
@@ -74,24 +71,15 @@ def main() -> None:
         sys.exit(str(error))
 
 
-@contextmanager
-def references() -> Iterator[None]:
-    """Models that are built inside have full float32 logits, and queries and keys without a kernel of their own."""
-    fast = decoder.linear_cross_entropy, parallelize.choose_queries_keys
-    decoder.linear_cross_entropy = linear_cross_entropy_reference
-    parallelize.choose_queries_keys = lambda *_: plain  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        decoder.linear_cross_entropy, parallelize.choose_queries_keys = fast
+def train(config: Config, device: torch.device, every: int, kernels: Kernels | None) -> dict[str, Any]:
+    """Train `config` to its horizon; its training loss of every step, and [step, validation loss] of some.
 
-
-def train(config: Config, device: torch.device, every: int) -> dict[str, Any]:
-    """Train `config` to its horizon; its training loss of every step, and [step, validation loss] of some."""
+    kernels: those of the model; None: what the config asks for.
+    """
     prepared = open_prepared(config)
-    trainer = Trainer(config, device, prepared.bytes_per_token)
+    trainer = Trainer(config, device, prepared.bytes_per_token, kernels=kernels)
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(prepared, order, trainer.batch_layout)
+    loader = Loader(prepared, order, trainer.batch_spec)
     losses, validation, seconds = [], [], 0.0
     while trainer.step < config.total_steps:
         start = time.perf_counter()

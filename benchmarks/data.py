@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from torchxihe.config import Config, Source, Tokenizer
+from torchxihe.config.options import Config, Source, Tokenizer
 from torchxihe.data.order import Order, Stage, make_quotas, permute
-from torchxihe.data.sources import find_pieces
-from torchxihe.data.tokenizer import obtain
+from torchxihe.data.prepare.obtain_tokenizer import obtain
+from torchxihe.data.prepare.sources import find_pieces
 
 CONFIG: dict[str, Any] = {
     "model": {
@@ -73,7 +73,7 @@ def make_config(folder: Path, seq_len: int, **tokenizer: Any) -> Config:
 
 def run_prepare(folder: Path) -> dict[str, float]:
     """`torchxihe prepare` without the tokenizer's training."""
-    from torchxihe.data.prepare import prepare
+    from torchxihe.data.prepare.pipeline import prepare
 
     started = time.perf_counter()
     prepared = prepare(make_config(folder, 1024, path=str(folder / "tokenizer")))
@@ -107,14 +107,14 @@ def run_loader(folder: Path) -> dict[str, float]:
     import torch
 
     started = time.perf_counter()
-    from torchxihe.data.loader import BatchLayout, Loader
+    from torchxihe.data.loader import BatchSpec, Loader
     from torchxihe.data.order import plan_stages
     from torchxihe.data.store import open_prepared
 
     config = make_config(folder, 1024, path=str(folder / "tokenizer"))
     prepared = open_prepared(config)
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(prepared, order, BatchLayout(1024, 64, torch.device("cpu")), step=10**9 // 64)
+    loader = Loader(prepared, order, BatchSpec(1024, 64, torch.device("cpu")), step=10**9 // 64)
     next(loader)
     first = time.perf_counter() - started
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -10,30 +10,33 @@ import time
 
 STARTED = time.perf_counter()  # before torch is imported: time to the first step counts that too
 
-import argparse  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import logging  # noqa: E402
-import platform  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import itertools
+import json
+import logging
+import platform
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from clock import timed  # noqa: E402
+import numpy as np
+import torch
+from clock import timed
 
-from torchxihe.components.micro_batch import fit_micro_batch  # noqa: E402
-from torchxihe.config import Config, UserError, load_config  # noqa: E402
-from torchxihe.data.loader import Batch, Loader, random_batch  # noqa: E402
-from torchxihe.data.order import Order, plan_stages  # noqa: E402
-from torchxihe.data.store import open_prepared  # noqa: E402
-from torchxihe.model.decoder import flops_per_token, parameter_counts  # noqa: E402
-from torchxihe.trainer import Trainer, trial_step  # noqa: E402
-from torchxihe.utils.device import device_name, memory_gib, peak_flops  # noqa: E402
-from torchxihe.utils.distributed import all_gather_object, barrier, is_main, process_group, world_size  # noqa: E402
+from torchxihe.components.runtime.micro_batch import fit_micro_batch
+from torchxihe.config.load import load_config
+from torchxihe.config.options import Config
+from torchxihe.data.loader import Batch, Loader, random_batch
+from torchxihe.data.order import Order, plan_stages
+from torchxihe.data.store import open_prepared
+from torchxihe.errors import UserError
+from torchxihe.model.decoder import flops_per_token, parameter_counts
+from torchxihe.parallelisms.dims import build_dims
+from torchxihe.trainer import Trainer, trial_step
+from torchxihe.utils.device import device_name, memory_gib, peak_flops
+from torchxihe.utils.distributed import all_gather_object, barrier, is_main, process_group, world_size
 
 DOCUMENTS_A_ROW = 3
 
@@ -51,7 +54,7 @@ def main() -> None:
     try:
         config = load_config(options.config, [*overrides, "--training.batch_ramp=[]"])
         with process_group() as device:
-            config = fit_micro_batch(config, device, trial_step)
+            config = fit_micro_batch(config, device, trial_step, build_dims(config.parallelism).size("data"))
             result = measure(config, device, steps=options.steps, warmup=options.warmup, data=options.data)
     except UserError as error:
         sys.exit(str(error))
@@ -69,7 +72,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         prepared = open_prepared(config)
         trainer = Trainer(config, device, prepared.bytes_per_token)
         order = Order(plan_stages(config, prepared), prepared.rows)
-        loader: Iterator[Batch] = Loader(prepared, order, trainer.batch_layout)
+        loader: Iterator[Batch] = Loader(prepared, order, trainer.batch_spec)
     else:
         trainer = Trainer(config, device, np.full(config.model.vocab_size, 4, np.int32))
         loader = synthetic(trainer)
@@ -89,7 +92,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
     return {
         "config": config.run.name,
         "device": f"{world_size()} × {device_name(device)}",
-        "layout": trainer.layout,
+        "layout": trainer.dims.describe(),
         "parameters": parameter_counts(config.model)[0],
         "seq_len": config.data.seq_len,
         "micro_batch_size": trainer.micro_batch_size,
@@ -116,7 +119,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
 
 def synthetic(trainer: Trainer) -> Iterator[Batch]:
     """Random tokens, the same batch over and over, on the device already."""
-    return itertools.repeat(random_batch(trainer.batch_layout, trainer.config.model.vocab_size, DOCUMENTS_A_ROW))
+    return itertools.repeat(random_batch(trainer.batch_spec, trainer.config.model.vocab_size, DOCUMENTS_A_ROW))
 
 
 def print_table(result: dict[str, Any]) -> None:

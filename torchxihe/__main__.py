@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torchxihe
-from torchxihe.config import UserError
+from torchxihe.errors import UserError
 
 COMMANDS = Path(__file__).parent / "commands"
 

@@ -15,13 +15,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.launch import run_distributed
-from torchxihe.components.checkpoint import Checkpointer, flat_state, load_model_only
-from torchxihe.components.manifest import CORRUPT
-from torchxihe.components.optimizer import create_state
-from torchxihe.components.staging import share_of_this_rank
-from torchxihe.components.storage import HashedFile
-from torchxihe.config import Checkpoint, UserError
-from torchxihe.utils.distributed import rank
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.checkpoint.manifest import CORRUPT
+from torchxihe.components.checkpoint.staging import describe_state, find_holders, share_of_this_rank
+from torchxihe.components.checkpoint.state import flat_state, load_model_only
+from torchxihe.components.checkpoint.storage import HashedFile
+from torchxihe.components.optimizer.adamw import create_state
+from torchxihe.config.options import Checkpoint
+from torchxihe.errors import UserError
+from torchxihe.utils.distributed import all_gather_object, rank
 
 LAYOUTS = {"none": 1, "ddp2": 2, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "hsdp4": 4}  # processes
 
@@ -142,7 +144,8 @@ def test_async_saves_of_sharded_and_replicated_tensors(tmp_path: Path) -> None:
 def _share(layout: str) -> tuple[int, int]:
     """Bytes that this rank copies and writes, and bytes of the whole state."""
     state = flat_state(*build(layout))
-    mine = share_of_this_rank(state).values()
+    holders = find_holders(all_gather_object(describe_state(state)))
+    mine = share_of_this_rank(state, holders, rank()).values()
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in mine]
     return sum(t.nbytes for t in local), sum(t.numel() * t.element_size() for t in state.values())
 

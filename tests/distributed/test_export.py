@@ -22,17 +22,19 @@ from tests.unit.test_export import difference
 from tests.unit.test_export_every import same
 from tests.unit.test_model import Shape
 from torchxihe.__main__ import run
-from torchxihe.components.checkpoint import Checkpointer, flat_state
-from torchxihe.config import dump_config
-from torchxihe.parallelisms.mesh import build_mesh
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.checkpoint.state import flat_state
+from torchxihe.config.load import dump_config
+from torchxihe.kernels.select import PORTABLE
+from torchxihe.parallelisms.dims import build_dims
 from torchxihe.parallelisms.parallelize import parallelize
-from torchxihe.utils.distributed import is_main, world_size
+from torchxihe.utils.distributed import is_main
 
 
 def _save_sharded(root: Path, shape: Shape) -> None:
     """A run's checkpoint from an FSDP2 model whose weights are `make_decoder`'s."""
     config = make_config(root, shape)
-    model, _ = parallelize(config, torch.device("cpu"), build_mesh(config.parallelism, world_size(), "cpu"))
+    model, _ = parallelize(config, torch.device("cpu"), build_dims(config.parallelism), PORTABLE)
     shake_norms(model)
     tokenizer = config.run_dir / "tokenizer"
     if is_main():

@@ -8,27 +8,27 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_distributed
-from torchxihe.components.stop import Stop
-from torchxihe.components.watchdog import Watchdog
-from torchxihe.config import Parallelism
-from torchxihe.parallelisms.mesh import build_mesh
-from torchxihe.utils.distributed import all_reduce_sum, rank, world_size
+from torchxihe.components.runtime.stop import Stop
+from torchxihe.components.runtime.watchdog import Watchdog
+from torchxihe.config.options import Parallelism
+from torchxihe.parallelisms.dims import build_dims
+from torchxihe.utils.distributed import all_gather_object, barrier, rank
 
 
 def _sum_of_ranks() -> float:
-    return all_reduce_sum(torch.tensor(float(rank()))).item()
+    return sum(all_gather_object(float(rank())))
 
 
 def _rank_one_raises() -> None:
     if rank() == 1:
         raise KeyError("deliberate")
-    all_reduce_sum(torch.zeros(()))
+    barrier()
 
 
 def _rank_one_dies() -> None:
     if rank() == 1:
         os._exit(3)
-    all_reduce_sum(torch.zeros(()))
+    barrier()
 
 
 def _rank_one_sleeps() -> None:
@@ -57,8 +57,7 @@ def test_a_hang_ends_with_stacks() -> None:
 
 
 def _timeouts(degrees: tuple[int, int]) -> set[float]:
-    mesh = build_mesh(Parallelism(dp_replicate=degrees[0], dp_shard=degrees[1]), world_size(), "cpu")
-    assert mesh is not None
+    mesh = build_dims(Parallelism(dp_replicate=degrees[0], dp_shard=degrees[1])).mesh("dp_replicate", "dp_shard")
     with Stop(Watchdog(Path(), 0, 0)) as stop:
         groups = [*mesh.get_all_groups(), stop._group]
         return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}

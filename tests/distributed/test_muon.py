@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.distributed.launch import run_distributed
 from tests.distributed.test_parity import NAMES, VOCAB, batch_of, config
-from torchxihe.components.checkpoint import Checkpointer
-from torchxihe.components.muon import Muon
-from torchxihe.config import Checkpoint, Parallelism, UserError
-from torchxihe.parallelisms.mesh import build_mesh
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.optimizer.muon import Muon
+from torchxihe.config.options import Checkpoint, Parallelism
+from torchxihe.errors import UserError
+from torchxihe.parallelisms.dims import ParallelDims, build_dims
 from torchxihe.trainer import Trainer
 from torchxihe.utils.distributed import rank, world_size
 
@@ -24,23 +24,21 @@ SHAPES = [(16, 8)] * 5 + [(10, 12)] * 3 + [(3, 8)] * 2 + [(8, 16)]
 STEPS = 4
 
 
-def steps(mesh: DeviceMesh | None, dtype: torch.dtype) -> list[Tensor]:
+def steps(dims: ParallelDims, dtype: torch.dtype) -> list[Tensor]:
     """Whole parameters and momenta after some steps, one of them skipped, on the same gradients everywhere."""
     generator = torch.Generator().manual_seed(0)
 
     def laid_out(whole: Tensor) -> Tensor:
-        if mesh is None or mesh["dp_shard"].size() == 1:
+        if dims.dp_shard == 1:
             return whole
-        flat = mesh["dp_replicate"].size() == 1
-        return distribute_tensor(
-            whole, mesh["dp_shard"] if flat else mesh, [Shard(0)] if flat else [Replicate(), Shard(0)]
-        )
+        mesh = dims.mesh("dp_replicate", "dp_shard")
+        return distribute_tensor(whole, mesh, [Replicate(), Shard(0)][-mesh.ndim :])
 
     parameters = [nn.Parameter(laid_out(torch.randn(shape, generator=generator))) for shape in SHAPES]
     vector = nn.Parameter(laid_out(torch.randn(16, generator=generator)))
     adamw = torch.optim.AdamW([vector], lr=0.1, fused=True)
     options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "state_dtype": torch.float32}
-    optimizer = Muon(parameters, adamw, **options, dtype=dtype, mesh=mesh, compile=False)
+    optimizer = Muon(parameters, adamw, **options, dtype=dtype, replicas=dims.group("dp_replicate"), compile=False)
     for step in range(STEPS):
         for parameter in [*parameters, vector]:
             parameter.grad = laid_out(torch.randn(parameter.shape, generator=generator))
@@ -52,20 +50,20 @@ def steps(mesh: DeviceMesh | None, dtype: torch.dtype) -> list[Tensor]:
 
 def rank_steps(dtype: torch.dtype, replicate: int, shard: int) -> list[Tensor]:
     parallelism = Parallelism(dp_replicate=replicate, dp_shard=shard)
-    return steps(build_mesh(parallelism, replicate * shard, "cpu"), dtype)
+    return steps(build_dims(parallelism), dtype)
 
 
 @pytest.mark.parametrize(("replicate", "shard"), [(1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1), (2, 2)])
 def test_steps_are_those_of_one_process(replicate: int, shard: int) -> None:
     """Seen to fail with rows or matrices divided otherwise, and with the replicas' parts in another order."""
-    expected = steps(None, torch.float32)
+    expected = steps(ParallelDims(), torch.float32)
     for found in run_distributed(rank_steps, replicate * shard, torch.float32, replicate, shard):
         for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             assert (ours - theirs).abs().max() < 1e-6, f"tensor {i}"
 
 
 def test_bfloat16_travels() -> None:
-    expected = steps(None, torch.bfloat16)
+    expected = steps(ParallelDims(), torch.bfloat16)
     for found in run_distributed(rank_steps, 4, torch.bfloat16, 2, 2):
         assert max((ours - theirs).abs().max() for ours, theirs in zip(found, expected, strict=True)) < 1e-6
 

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.launch import run_distributed
-from torchxihe.config import Config, UserError
+from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch
-from torchxihe.model.attention import sdpa
+from torchxihe.errors import UserError
 from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms import data_parallel
 from torchxihe.parallelisms.float8 import apply_float8
@@ -75,10 +75,10 @@ def batch_of(step: int, i: int, rank: int, world_size: int, micro_batch: int) ->
     tokens = np.stack([tokens[j] if j < BATCH else np.zeros(SEQ_LEN, np.int64) for j in chosen])
     targets = np.stack([targets[j] if j < BATCH else np.full(SEQ_LEN, -100) for j in chosen])
     starts = [b * SEQ_LEN + at for b in range(micro_batch) for at in (0, 9)]
-    docs = torch.tensor([*starts, micro_batch * SEQ_LEN, micro_batch * SEQ_LEN], dtype=torch.int32)
+    cu_seqlens = torch.tensor([*starts, micro_batch * SEQ_LEN, micro_batch * SEQ_LEN], dtype=torch.int32)
     valid = int((targets >= 0).sum())
     sources = torch.tensor([int(j >= 5) if j < BATCH else 0 for j in chosen])
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), docs, (), sources, valid)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), cu_seqlens, (), sources, valid)
 
 
 History = list[tuple[float, ...]]
@@ -99,7 +99,7 @@ def losses(options: dict[str, dict[str, Any]], rank: int = 0, world_size: int = 
         sums = trainer.sums.read(NAMES)
         assert sums.keys() == {"loss", "bpb", "grad_norm", "skipped", "loss/a", "loss/b"}
         history.append((sums["loss"], sums["grad_norm"], sums["loss/a"], sums["loss/b"]))
-    return history, trainer.layout
+    return history, trainer.dims.describe()
 
 
 def rank_losses(options: dict[str, dict[str, Any]], world_size: int) -> tuple[History, str]:
@@ -120,7 +120,7 @@ def test_each_source_has_the_loss_of_its_rows() -> None:
     trainer = Trainer(config(training={"micro_batch_size": BATCH}), torch.device("cpu"), np.ones(VOCAB, np.int32))
     batch = batch_of(0, 0, 0, 1, BATCH)
     with torch.no_grad():
-        logits = trainer.model(batch.tokens, docs=batch.docs)
+        logits = trainer.model(batch.tokens, cu_seqlens=batch.cu_seqlens)
     losses_BT = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
     a, b = (float(losses_BT[rows].sum() / (batch.targets[rows] >= 0).sum()) for rows in (slice(0, 5), slice(5, BATCH)))
     assert reference()[0][2:] == pytest.approx((a, b), rel=1e-6) and abs(a - b) > 1e-3
@@ -131,7 +131,7 @@ LAYOUTS = [
     (2, {"dp_shard": 2}, "FSDP2 over 2"),
     (4, {"dp_shard": 1, "dp_replicate": 4}, "DDP over 4"),
     (4, {"dp_shard": 4, "reshard_after_forward": False}, "FSDP2 over 4"),
-    (4, {"dp_shard": 2, "dp_replicate": 2}, "HSDP of 2 × 2"),
+    (4, {"dp_shard": 2, "dp_replicate": 2}, "HSDP 2 × 2"),
     (3, {"dp_shard": 3}, "FSDP2 over 3"),  # 8 rows on 3 ranks: one row is padding
 ]
 
@@ -262,7 +262,7 @@ def test_float8_needs_rows_that_its_units_can_sum_over(monkeypatch: pytest.Monke
     pytest.importorskip("torchao")
     monkeypatch.setattr("torchxihe.parallelisms.float8.compute_capability", lambda device: (9, 0))
     with torch.device("meta"):
-        model = Decoder(config().model, seq_len=40, dtype=torch.bfloat16, attention=sdpa)
+        model = Decoder(config().model, seq_len=40, dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"data.seq_len: 40 must be a multiple of 16 with float8.recipe"):
         apply_float8(model, "tensorwise", torch.device("cuda"))
 
@@ -309,8 +309,8 @@ def graphs_of_some_steps(parallelism: dict[str, Any]) -> list[int]:
         batches = []
         for i in range(trainer.accumulation):
             cuts = generator.integers(1, 2 * SEQ_LEN, generator.integers(0, 8)).tolist()
-            docs = torch.tensor(sorted({0, SEQ_LEN, 2 * SEQ_LEN, *cuts}), dtype=torch.int32)
-            batches.append(replace(batch_of(step, i, rank, world_size, 2), docs=docs))
+            cu_seqlens = torch.tensor(sorted({0, SEQ_LEN, 2 * SEQ_LEN, *cuts}), dtype=torch.int32)
+            batches.append(replace(batch_of(step, i, rank, world_size, 2), cu_seqlens=cu_seqlens))
         trainer.train_step(iter(batches))
         graphs.append(counters["stats"]["unique_graphs"] - before)
     return graphs
@@ -337,7 +337,7 @@ def kept_bytes(**parallelism: Any) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        trainer.module(batch.tokens, batch.targets, batch.docs)
+        trainer.module(batch.tokens, batch.targets, batch.cu_seqlens)
     return sum(kept.values()) - sum(kept.get(p.untyped_storage().data_ptr(), 0) for p in trainer.model.parameters())
 
 

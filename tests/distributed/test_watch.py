@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.launch import run_distributed
 from tests.unit.saved_runs import write_training
 from torchxihe.__main__ import run
-from torchxihe.components.metrics import METRICS, read_metrics
+from torchxihe.components.observe.metrics import METRICS, read_metrics
 
 KEY = "fedcba9876543210fedcba9876543210fedcba98"
 

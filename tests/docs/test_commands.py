@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 
 from torchxihe.__main__ import COMMANDS, command_names
-from torchxihe.config import tomllib
+from torchxihe.config.options import tomllib
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]

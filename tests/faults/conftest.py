@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.harness import Workspace
-from torchxihe.config import load_config
-from torchxihe.data.prepare import prepare
+from torchxihe.config.load import load_config
+from torchxihe.data.prepare.pipeline import prepare
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from torchxihe.components import stop
+from torchxihe.components.runtime import stop
 
 Where = Literal[
     "step",  # before optimizer step `number`
@@ -103,7 +103,7 @@ def _arm_sample(fault: Fault) -> None:
 
 
 def _arm_write(fault: Fault) -> None:
-    from torchxihe.components.storage import Location
+    from torchxihe.components.checkpoint.storage import Location
 
     create, opened = Location.create, 0
 
@@ -123,7 +123,7 @@ def _arm_write(fault: Fault) -> None:
 
 
 def _arm_manifest(fault: Fault) -> None:
-    from torchxihe.components import checkpoint
+    from torchxihe.components.checkpoint import checkpointer as checkpoint
 
     write, calls = checkpoint.write_manifest, 0
 
@@ -138,7 +138,7 @@ def _arm_manifest(fault: Fault) -> None:
 
 
 def _arm_rename(fault: Fault) -> None:
-    from torchxihe.components.checkpoint import Location
+    from torchxihe.components.checkpoint.checkpointer import Location
 
     rename, calls = Location.rename, 0
 
@@ -153,7 +153,7 @@ def _arm_rename(fault: Fault) -> None:
 
 
 def _arm_delete(fault: Fault) -> None:
-    from torchxihe.components.storage import Location
+    from torchxihe.components.checkpoint.storage import Location
 
     remove, calls = Location.remove, 0
 

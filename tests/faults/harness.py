@@ -252,7 +252,7 @@ def _rank(root: Path, argv: list[str], env: dict[str, str], fault: Fault | None,
 
 def _keep_ledger(path: Path) -> None:
     """Write a line a step from now on."""
-    from torchxihe.components.bad_steps import BadSteps
+    from torchxihe.components.optimizer.bad_steps import BadSteps
     from torchxihe.trainer import Trainer
 
     entry: dict[str, Any] = {}

@@ -8,8 +8,8 @@ import pytest
 from tests.faults.conftest import write_texts
 from tests.faults.faults import Fault
 from tests.faults.harness import Workspace
-from torchxihe.config import load_config
-from torchxihe.data.prepare import prepare
+from torchxihe.config.load import load_config
+from torchxihe.data.prepare.pipeline import prepare
 
 
 def stopped(workspace: Workspace, at: int = 6) -> Workspace:

@@ -11,8 +11,8 @@ import pytest
 from tests.faults.harness import Workspace
 from tests.faults.test_kill import newest
 from tests.unit.test_checkpoint import Bomb, flip, replace_metadata, truncate
-from torchxihe.components.manifest import CORRUPT
-from torchxihe.components.storage import Location
+from torchxihe.components.checkpoint.manifest import CORRUPT
+from torchxihe.components.checkpoint.storage import Location
 
 FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "train_state.json", "MANIFEST.json"]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.faults.faults import Fault
 from tests.faults.harness import Workspace
 from tests.faults.test_kill import newest
-from torchxihe.components.metrics import read_metrics
+from torchxihe.components.observe.metrics import read_metrics
 
 
 @contextmanager

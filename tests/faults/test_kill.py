@@ -8,8 +8,8 @@ import pytest
 
 from tests.faults.faults import Fault
 from tests.faults.harness import Workspace
-from torchxihe.components.checkpoint import Checkpointer
-from torchxihe.config import Checkpoint
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.config.options import Checkpoint
 
 
 def newest(workspace: Workspace) -> int:

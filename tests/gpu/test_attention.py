@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchxihe.config import Model
-from torchxihe.model.attention import Attention, choose_attention, fa4, has_flash_attention_4, sdpa, varlen
+from torchxihe.config.options import Model
+from torchxihe.kernels.attention import Attention, sdpa, varlen
+from torchxihe.kernels.flash_attention_4 import fa4, has_flash_attention_4
+from torchxihe.kernels.select import select_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def by_hand(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
+def by_hand(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Softmax over an explicit mask, a document at a time."""
     batch, seq_len, heads, head_dim = q.shape
-    edges = docs.tolist() if docs is not None else [b * seq_len for b in range(batch + 1)]
+    edges = cu_seqlens.tolist() if cu_seqlens is not None else [b * seq_len for b in range(batch + 1)]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     out = []
@@ -35,11 +37,11 @@ def check(attention: Attention, heads: int, kv_heads: int, head_dim: int, docume
     inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
     total = batch * seq_len
     edges = [0, 1, 70, 200, 333, 400, total, total, total]  # a document of one token, one of a whole row, padding
-    docs = torch.tensor(edges, dtype=torch.int32, device="cuda") if documents else None
+    cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda") if documents else None
     function = torch.compile(attention, fullgraph=True, dynamic=False) if compiled else attention
-    out = function(*inputs, docs)
+    out = function(*inputs, cu_seqlens)
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    expected = by_hand(exact[0], exact[1], exact[2], docs)
+    expected = by_hand(exact[0], exact[1], exact[2], cu_seqlens)
     weight = torch.randn(out.shape, device="cuda", generator=generator)
     results = [out, *torch.autograd.grad((out.float() * weight).sum(), inputs)]
     references = [expected, *torch.autograd.grad((expected * weight).sum(), exact)]
@@ -65,7 +67,7 @@ def test_what_auto_takes_equals_masked_softmax(head_dim: int) -> None:
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 300}
     model = Model(num_attention_heads=4, num_key_value_heads=1, head_dim=head_dim, **shape)
     for documents in (False, True):
-        attention = choose_attention(model, torch.device("cuda"), torch.bfloat16, documents)
+        attention = select_attention(model, torch.device("cuda"), torch.bfloat16, documents)
         for kv_heads in (1, 4):
             check(attention, 4, kv_heads, head_dim, documents, compiled=False)
 
@@ -79,11 +81,15 @@ def test_deterministic_gradients_are_bitwise_equal(attention: Attention, documen
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(4, 2048, n, 128) for n in (8, 2, 2)]
     inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
-    docs = torch.tensor([0, 2000, 2048, 4096, 6144, 8192], dtype=torch.int32, device="cuda") if documents else None
+    cu_seqlens = (
+        torch.tensor([0, 2000, 2048, 4096, 6144, 8192], dtype=torch.int32, device="cuda") if documents else None
+    )
     weight = torch.randn(shapes[0], device="cuda", generator=generator)
     torch.use_deterministic_algorithms(True)
     try:
-        results = [torch.autograd.grad((attention(*inputs, docs).float() * weight).sum(), inputs) for _ in range(5)]
+        results = [
+            torch.autograd.grad((attention(*inputs, cu_seqlens).float() * weight).sum(), inputs) for _ in range(5)
+        ]
     finally:
         torch.use_deterministic_algorithms(False)
     for again in results[1:]:

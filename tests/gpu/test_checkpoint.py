@@ -11,11 +11,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from torchxihe.components.checkpoint import Checkpointer, flat_state, load_model_only
-from torchxihe.components.optimizer import create_state
-from torchxihe.components.staging import Staging
-from torchxihe.components.watchdog import _flight_recording
-from torchxihe.config import Checkpoint
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.checkpoint.staging import Staging
+from torchxihe.components.checkpoint.state import flat_state, load_model_only
+from torchxihe.components.optimizer.adamw import create_state
+from torchxihe.components.runtime.watchdog import _flight_recording
+from torchxihe.config.options import Checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.unit.test_float8_swiglu import errors, reference, reference_backward
-from torchxihe.model.float8_swiglu import _rounded_swiglu_backward, rounded_swiglu
-from torchxihe.model.swiglu import Swiglu
+from torchxihe.kernels.float8_swiglu import _rounded_swiglu_backward, rounded_swiglu
+from torchxihe.kernels.swiglu import SwiGLU
 from torchxihe.utils.device import compute_capability
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def test_what_is_not_finite_shows(what: float) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_exact_as_torchao(dtype: torch.dtype, compiled: bool) -> None:
-    def wrap(function: Swiglu) -> Swiglu:
+    def wrap(function: SwiGLU) -> SwiGLU:
         return torch.compile(function, fullgraph=True, dynamic=False) if compiled else function
 
     for ours, theirs in zip(*errors(torch.device("cuda"), dtype, wrap), strict=True):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tests.gpu.test_step import VOCAB, batches, config, losses
-from torchxihe.components.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalize
-from torchxihe.components.optimizer import BFloat16AdamW, create_state
+from torchxihe.components.optimizer.adamw import BFloat16AdamW, create_state
+from torchxihe.components.optimizer.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalize
 from torchxihe.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -27,7 +27,7 @@ def made(compile: bool, state_dtype: torch.dtype = torch.float32) -> tuple[list[
     rest = BFloat16AdamW([{"params": parameters[-1:]}], lr=LR, weight_decay=0.0, fused=True)
     create_state(rest, torch.bfloat16)
     options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "momentum": 0.95, "dtype": torch.bfloat16}
-    return parameters, Muon(parameters[:-1], rest, **options, state_dtype=state_dtype, mesh=None, compile=compile)
+    return parameters, Muon(parameters[:-1], rest, **options, state_dtype=state_dtype, replicas=None, compile=compile)
 
 
 def gradients(parameters: list[nn.Parameter], number: int) -> None:

@@ -28,11 +28,11 @@ def shares(part: int, parts: int) -> list[Batch]:
         for row in range(ROWS):
             targets[row, : 20 * (ROWS - row)] = -100
         tokens, targets, length = batch.tokens[mine], targets[mine], batch.tokens.shape[1]
-        assert batch.docs is not None
+        assert batch.cu_seqlens is not None
         first, last = mine.start * length, mine.stop * length
-        docs = batch.docs[(batch.docs >= first) & (batch.docs <= last)] - first
+        cu_seqlens = batch.cu_seqlens[(batch.cu_seqlens >= first) & (batch.cu_seqlens <= last)] - first
         valid = int((targets >= 0).sum())
-        made.append(Batch(tokens, targets, docs, (), batch.sources[mine], valid))
+        made.append(Batch(tokens, targets, cu_seqlens, (), batch.sources[mine], valid))
     return made
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from torchxihe.components import micro_batch
-from torchxihe.components.micro_batch import fit_micro_batch, peak_memory
-from torchxihe.config import Config
+from torchxihe.components.runtime import micro_batch
+from torchxihe.components.runtime.micro_batch import fit_micro_batch, peak_memory
+from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch
-from torchxihe.model import linear_cross_entropy as lce
+from torchxihe.kernels import linear_cross_entropy as lce
 from torchxihe.trainer import Trainer, trial_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -49,9 +49,9 @@ def batches(rows: int) -> list[Batch]:
         tokens = (torch.randint(0, VOCAB, (rows, 1), generator=generator) * 3 + torch.arange(SEQ_LEN + 1)) % VOCAB
         cuts = torch.randint(1, SEQ_LEN, (1 + len(made),), generator=generator).tolist()
         starts = [b * SEQ_LEN + at for b in range(rows) for at in sorted({0, *cuts})]
-        docs = torch.tensor([*starts, rows * SEQ_LEN], dtype=torch.int32).cuda()
+        cu_seqlens = torch.tensor([*starts, rows * SEQ_LEN], dtype=torch.int32).cuda()
         inputs, targets = tokens[:, :-1].contiguous().cuda(), tokens[:, 1:].contiguous().cuda()
-        made.append(Batch(inputs, targets, docs, (), torch.arange(rows, device="cuda") % 2, rows * SEQ_LEN))
+        made.append(Batch(inputs, targets, cu_seqlens, (), torch.arange(rows, device="cuda") % 2, rows * SEQ_LEN))
     return made
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from torchxihe.kernels.quack_swiglu import has_quack, swiglu_quack
+from torchxihe.kernels.swiglu import swiglu_reference
 from torchxihe.model.decoder import Linear
-from torchxihe.model.swiglu import has_quack, plain, quack
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or not has_quack(torch.device("cuda")),
@@ -26,8 +27,8 @@ def test_equals_plain(batch: int, seq_len: int, hidden: int, width: int, compile
         torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
         layer.weight.data = layer.weight.data.bfloat16().float()
     weights = [layer.weight for layer in layers]
-    function = torch.compile(quack, fullgraph=True, dynamic=False) if compiled else quack
-    out, expected = function(x, *layers), plain(exact, *layers)
+    function = torch.compile(swiglu_quack, fullgraph=True, dynamic=False) if compiled else swiglu_quack
+    out, expected = function(x, *layers), swiglu_reference(exact, *layers)
     weight = torch.randn(out.shape, device="cuda", generator=generator)
     results = [out, *torch.autograd.grad((out.float() * weight).sum(), (x, *weights))]
     references = [expected, *torch.autograd.grad((expected * weight).sum(), (exact, *weights))]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchxihe.config import Config
+from torchxihe.config.options import Config
 
 MODEL = {
     "hidden_size": 8,

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from tests.unit.test_model import Shape, model_config
-from torchxihe.components.checkpoint import Checkpointer, flat_state
-from torchxihe.components.history import History
-from torchxihe.config import Config, dump_config
-from torchxihe.data.tokenizer import obtain
-from torchxihe.model.attention import sdpa
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.checkpoint.history import History
+from torchxihe.components.checkpoint.state import flat_state
+from torchxihe.config.load import dump_config
+from torchxihe.config.options import Config
+from torchxihe.data.prepare.obtain_tokenizer import obtain
 from torchxihe.model.decoder import Decoder
 
 LLAMA = Shape(64, 4, 2, 16, False, False)
@@ -42,7 +43,7 @@ def make_tokenizer(config: Config) -> Path:
 def make_decoder(config: Config) -> Decoder:
     """Weights with norms away from one, or a norm that is missing would not show."""
     with torch.device("meta"):
-        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=torch.float32, attention=sdpa)
+        model = Decoder(config.model, seq_len=config.data.seq_len, dtype=torch.float32)
     model.to_empty(device="cpu")
     model.init_weights(config.training.seed)
     shake_norms(model)

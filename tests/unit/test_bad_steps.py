@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchxihe.components.bad_steps import LEAST, WINDOW, BadSteps
-from torchxihe.config import Training, UserError
+from torchxihe.components.optimizer.bad_steps import LEAST, WINDOW, BadSteps
+from torchxihe.config.options import Training
+from torchxihe.errors import UserError
 
 
 def judge(bad_steps: BadSteps, loss: float, grad_norm: float = 1.0) -> bool:

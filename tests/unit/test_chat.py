@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tests.unit.data_corpus import make_config, write_lines
-from torchxihe.config import Config, Tokenizer, UserError
-from torchxihe.data import encode
-from torchxihe.data import sources as sources_module
-from torchxihe.data.chat import Chat, Message
-from torchxihe.data.loader import IGNORE, BatchLayout, Loader
+from torchxihe.config.options import Config, Tokenizer
+from torchxihe.data.loader import IGNORE, BatchSpec, Loader
 from torchxihe.data.order import Order, plan_stages
-from torchxihe.data.prepare import prepare, prepare_part
-from torchxihe.data.sources import Row, read_rows
+from torchxihe.data.prepare import encode
+from torchxihe.data.prepare import sources as sources_module
+from torchxihe.data.prepare.chat import Chat, Message
+from torchxihe.data.prepare.obtain_tokenizer import CHAT_TEMPLATE, END_OF_TEXT, obtain
+from torchxihe.data.prepare.pipeline import prepare, prepare_part
+from torchxihe.data.prepare.readers import read_rows
+from torchxihe.data.prepare.rows import Row
 from torchxihe.data.store import Prepared
-from torchxihe.data.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, GPT2, PATTERNS, obtain
+from torchxihe.data.tokenizer import GPT2, PATTERNS
+from torchxihe.errors import UserError
 
 BYTES = {"vocab_size": 257}
 """A tokenizer of bytes alone: id 0 ends a document, byte b is 1 + its place among the byte characters."""
@@ -72,7 +75,7 @@ def test_three_conversations_from_the_file_to_the_batch(tmp_path: Path) -> None:
     assert np.fromfile(store / "train-00000.idx", "<i8").tolist() == [0, 20, 20, 48, 68, 18]
 
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(prepared, order, BatchLayout(19, 5, torch.device("cpu")))
+    loader = Loader(prepared, order, BatchSpec(19, 5, torch.device("cpu")))
     batch = next(loader)
     loader.close()
     found = {spell(x): (spell(y)) for x, y in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True)}
@@ -99,7 +102,7 @@ def test_a_step_without_a_target_has_no_loss_and_no_gradient(tmp_path: Path) -> 
     prepared = prepare(config)
     trainer = Trainer(config, torch.device("cpu"), prepared.bytes_per_token)
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(prepared, order, trainer.batch_layout)
+    loader = Loader(prepared, order, trainer.batch_spec)
     valid = []
     for _ in range(8):
         batch = next(loader)
@@ -424,7 +427,7 @@ def test_all_spellings_and_files_give_the_same_store(tmp_path: Path) -> None:
 
 
 def test_options_that_do_not_go_with_conversations(tmp_path: Path) -> None:
-    from torchxihe.config import dump_config, load_config
+    from torchxihe.config.load import dump_config, load_config
 
     (tmp_path / "a.toml").write_text(dump_config(make_config(tmp_path / "cache", {"path": "a.jsonl"})))
     for flags, why in (

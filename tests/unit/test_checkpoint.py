@@ -19,9 +19,9 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 from tests.unit.saved_runs import LLAMA, make_config
-from torchxihe.components import storage, tensor_files
-from torchxihe.components.checkpoint import Checkpointer, flat_state, load_model_only, resolve
-from torchxihe.components.manifest import (
+from torchxihe.components.checkpoint import storage, tensor_files
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.checkpoint.manifest import (
     CORRUPT,
     MANIFEST,
     check_fresh_start,
@@ -31,9 +31,12 @@ from torchxihe.components.manifest import (
     step_of,
     write_manifest,
 )
-from torchxihe.components.optimizer import create_state
-from torchxihe.components.storage import HashedFile, Location
-from torchxihe.config import Checkpoint, UserError, dump_config
+from torchxihe.components.checkpoint.state import flat_state, load_model_only, resolve
+from torchxihe.components.checkpoint.storage import HashedFile, Location
+from torchxihe.components.optimizer.adamw import create_state
+from torchxihe.config.load import dump_config
+from torchxihe.config.options import Checkpoint
+from torchxihe.errors import UserError
 
 KEEP_ALL = Checkpoint(mode="sync", keep_last=0)
 FILES = [".metadata", "__0_0.distcp", "train_state.json", MANIFEST]

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import torchxihe
 from torchxihe.__main__ import run as run_here
 from torchxihe.commands.config import DOCS, reference
-from torchxihe.config import Config, Parallelism, UserError, config_from_args, dump_config, load_config
+from torchxihe.config.load import config_from_args, dump_config, load_config
+from torchxihe.config.options import Config, Parallelism
+from torchxihe.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "configs" / "xihe_debug.toml"

@@ -10,7 +10,8 @@ import pytest
 from tests.unit.data_corpus import make_config, write_lines, write_texts
 from torchxihe.commands import data as data_command
 from torchxihe.commands import prepare as prepare_command
-from torchxihe.config import UserError, dump_config
+from torchxihe.config.load import dump_config
+from torchxihe.errors import UserError
 
 
 @pytest.fixture

@@ -10,13 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data_corpus import make_config, write_texts
-from torchxihe.config import Config
-from torchxihe.data import encode
-from torchxihe.data import sources as sources_module
+from torchxihe.config.options import Config
 from torchxihe.data.loader import (
     IGNORE,
     Batch,
-    BatchLayout,
+    BatchSpec,
     Loader,
     micro_batch_rows,
     micro_batches,
@@ -24,7 +22,9 @@ from torchxihe.data.loader import (
     validation_rows,
 )
 from torchxihe.data.order import Order, Stage, plan_stages
-from torchxihe.data.prepare import prepare
+from torchxihe.data.prepare import encode
+from torchxihe.data.prepare import sources as sources_module
+from torchxihe.data.prepare.pipeline import prepare
 from torchxihe.data.store import Prepared
 
 Data = tuple[Prepared, Order]
@@ -69,7 +69,7 @@ def global_batches(prepared: Prepared, config: Config, starts: dict[int, int], m
         order = Order(stages, prepared.rows)
         micro_batch = micro_batch_rows(config.training.global_batch_size, world_size, most)
         loaders = [
-            Loader(prepared, order, BatchLayout(SEQ_LEN, micro_batch, CPU, True, rank, world_size), start)
+            Loader(prepared, order, BatchSpec(SEQ_LEN, micro_batch, CPU, True, rank, world_size), start)
             for rank in range(world_size)
         ]
         for step in range(start, end):
@@ -144,7 +144,7 @@ def read_slowly(prepared: Prepared, source: int, row: int, split: str) -> tuple[
 
 def check_rows(prepared: Prepared, batch: Batch, rows: dict[int, tuple[int, int]], split: str) -> None:
     """The batch against `read_slowly`."""
-    assert batch.docs is not None
+    assert batch.cu_seqlens is not None
     ends, valid = [0], 0
     for b, g in enumerate(batch.samples):
         if g < 0:
@@ -157,14 +157,14 @@ def check_rows(prepared: Prepared, batch: Batch, rows: dict[int, tuple[int, int]
         valid += sum(target != IGNORE for target in targets)
         for length in lengths:
             ends.append(ends[-1] + length)
-    assert batch.docs.tolist() == ends
+    assert batch.cu_seqlens.tolist() == ends
     assert batch.valid == valid == int((batch.targets != IGNORE).sum())
-    assert (batch.tokens.dtype, batch.targets.dtype, batch.docs.dtype) == (torch.int64, torch.int64, torch.int32)
+    assert (batch.tokens.dtype, batch.targets.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int64, torch.int32)
 
 
 def test_batches_equal_what_lies_in_the_files(data: Data) -> None:
     prepared, order = data
-    loader = Loader(prepared, order, BatchLayout(SEQ_LEN, 3, CPU, rank=1, world_size=2), step=5)
+    loader = Loader(prepared, order, BatchSpec(SEQ_LEN, 3, CPU, data_rank=1, data_ranks=2), step=5)
     for _ in range(40):
         batch = next(loader)
         check_rows(prepared, batch, {g: order.sample(g) for g in batch.samples if g >= 0}, "train")
@@ -181,7 +181,7 @@ def test_validation_reads_every_held_out_row_once(
     have = [source.valid_rows for source in prepared.sources]
     seen: dict[int, tuple[int, tuple[int, ...]]] = {}
     batches = [
-        list(validation_batches(prepared, BatchLayout(SEQ_LEN, micro_batch, CPU, True, rank, world_size), max_tokens))
+        list(validation_batches(prepared, BatchSpec(SEQ_LEN, micro_batch, CPU, True, rank, world_size), max_tokens))
         for rank in range(world_size)
     ]
     assert len({len(of_rank) for of_rank in batches}) == 1
@@ -214,11 +214,9 @@ def test_a_short_validation_is_spread_over_all_held_out_rows(data: Data) -> None
 
 def test_without_document_masks_the_targets_stay_masked(data: Data) -> None:
     prepared, order = data
-    masked, plain = (
-        Loader(prepared, order, BatchLayout(SEQ_LEN, 4, CPU, document_mask=mask)) for mask in (True, False)
-    )
+    masked, plain = (Loader(prepared, order, BatchSpec(SEQ_LEN, 4, CPU, document_mask=mask)) for mask in (True, False))
     a, b = next(masked), next(plain)
-    assert b.docs is None and torch.equal(a.targets, b.targets) and torch.equal(a.tokens, b.tokens)
+    assert b.cu_seqlens is None and torch.equal(a.targets, b.targets) and torch.equal(a.tokens, b.tokens)
     masked.close(), plain.close()
 
 
@@ -227,7 +225,7 @@ def test_an_error_of_the_thread_reaches_the_training_loop(tmp_path: Path) -> Non
     prepared = prepare(config)
     [file] = tmp_path.glob("cache/stores/*/train-00000.bin")
     file.write_bytes(file.read_bytes()[:100])
-    loader = Loader(prepared, Order(plan_stages(config, prepared), prepared.rows), BatchLayout(SEQ_LEN, 4, CPU))
+    loader = Loader(prepared, Order(plan_stages(config, prepared), prepared.rows), BatchSpec(SEQ_LEN, 4, CPU))
     with pytest.raises(OSError, match=r"train-00000.bin: ends at byte 100, so it is not the file that was prepared"):
         for _ in range(100):
             next(loader)
@@ -238,7 +236,7 @@ def test_an_error_of_the_thread_reaches_the_training_loop(tmp_path: Path) -> Non
 
 def test_waiting_is_counted(data: Data) -> None:
     prepared, order = data
-    loader = Loader(prepared, order, BatchLayout(SEQ_LEN, 4, CPU))
+    loader = Loader(prepared, order, BatchSpec(SEQ_LEN, 4, CPU))
     next(loader)
     assert 0 < loader.wait_seconds < 5
     loader.close()

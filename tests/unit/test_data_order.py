@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data_corpus import make_config
-from torchxihe.config import Config, UserError
+from torchxihe.config.options import Config
 from torchxihe.data.loader import micro_batch_rows, micro_batches
 from torchxihe.data.order import (
     BLOCK,
@@ -24,6 +24,7 @@ from torchxihe.data.order import (
     permute,
     plan_stages,
 )
+from torchxihe.errors import UserError
 
 MASK = 2**64 - 1
 Ramp = Sequence[tuple[int, int]]

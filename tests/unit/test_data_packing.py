@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchxihe.data import prepare
-from torchxihe.data.packing import Packed, best_fit, concat
+from torchxihe.data.prepare import row_index as prepare
+from torchxihe.data.prepare.packing import Packed, best_fit, concat
 
 Rows = list[list[tuple[int, int]]]
 

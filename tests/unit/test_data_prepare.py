@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from tests.unit.data_corpus import make_config, write_lines, write_texts
-from torchxihe.config import UserError, dump_config
-from torchxihe.data import encode, sources
-from torchxihe.data import prepare as module
-from torchxihe.data.loader import IGNORE, BatchLayout, Loader
+from torchxihe.config.load import dump_config
+from torchxihe.data.loader import IGNORE, BatchSpec, Loader
 from torchxihe.data.order import Order, plan_stages
-from torchxihe.data.prepare import prepare, prepare_part
+from torchxihe.data.prepare import encode, sources
+from torchxihe.data.prepare import pipeline as module
+from torchxihe.data.prepare.pipeline import prepare, prepare_part
 from torchxihe.data.store import Prepared, open_prepared
+from torchxihe.errors import UserError
 
 BYTES = {"vocab_size": 257}
 """A tokenizer of bytes alone: id 0 ends a document, byte b is 1 + its place among the byte characters."""
@@ -48,7 +49,7 @@ def test_three_lines_from_the_file_to_the_batch(tmp_path: Path) -> None:
     assert np.fromfile(store / "train-00000.idx", "<i8").tolist() == [0, 6, 6, 4, 10, 2]
 
     order = Order(plan_stages(config, prepared), prepared.rows)
-    loader = Loader(prepared, order, BatchLayout(4, 4, torch.device("cpu")))
+    loader = Loader(prepared, order, BatchSpec(4, 4, torch.device("cpu")))
     batch = next(loader)
     loader.close()
     expected = {
@@ -62,7 +63,7 @@ def test_three_lines_from_the_file_to_the_batch(tmp_path: Path) -> None:
     assert [tuple(row) for row in batch.targets.tolist()] == [*(expected[row][0] for row in tokens[:3]), (IGNORE,) * 4]
     assert tokens[3] == (end,) * 4 and batch.valid == 4 + 3 + 1
     starts = [4 * b + s for b in range(3) for s in expected[tokens[b]][1]] + [12]
-    assert batch.docs is not None and batch.docs.tolist() == [*starts, 16]
+    assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [*starts, 16]
     assert prepared.bytes_per_token[[a, end]].tolist() == [1, 0]
     [source_rows] = prepared.sources
     assert (source_rows.documents, source_rows.tokens, source_rows.bytes) == (3, 12, 9)
@@ -335,9 +336,9 @@ def test_a_disk_that_fills_while_the_tokenizer_is_trained(tmp_path: Path) -> Non
 
 KILLED = """
 import sys
-from torchxihe.config import load_config
-from torchxihe.data import sources
-from torchxihe.data.prepare import prepare
+from torchxihe.config.load import load_config
+from torchxihe.data.prepare import sources
+from torchxihe.data.prepare.pipeline import prepare
 if __name__ == "__main__":
     sources.SMALLEST_SHARD = 30_000
     prepare(load_config(sys.argv[1]))
@@ -408,8 +409,8 @@ def test_a_new_seq_len_does_not_tokenise_again(tmp_path: Path, monkeypatch: pyte
 
 LONG = """
 import re, sys
-from torchxihe.config import load_config
-from torchxihe.data.prepare import prepare
+from torchxihe.config.load import load_config
+from torchxihe.data.prepare.pipeline import prepare
 if __name__ == "__main__":
     print(prepare(load_config(sys.argv[1])).sources[0].tokens)
     print(1024 * int(re.search(r"VmHWM:\\s*([0-9]+)", open("/proc/self/status").read())[1]))
@@ -437,7 +438,7 @@ def test_training_imports_no_preparing_library(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(dump_config(config))
     script = f"""
 import sys
-from torchxihe.config import load_config
+from torchxihe.config.load import load_config
 from torchxihe.data.store import open_prepared
 import torchxihe.data.loader, torchxihe.data.order
 open_prepared(load_config({str(tmp_path / "a.toml")!r}))
@@ -467,7 +468,7 @@ def write_token_file(path: Path, kind: str, documents: list[list[int]]) -> None:
 @pytest.mark.parametrize("kind", ["nanogpt", "llm.c", "megatron"])
 def test_token_files_are_used_where_they_lie(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rows as from the text, and documents that cross the chunks they are read in."""
-    monkeypatch.setattr("torchxihe.data.token_files.CHUNK", 7)
+    monkeypatch.setattr("torchxihe.data.prepare.token_files.CHUNK", 7)
     texts = [f"text {i} " * (1 + i % 5) for i in range(80)]
     plain = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", texts), tokenizer=BYTES)
     by_text = prepare(plain)

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-from torchxihe.config import Source, UserError
-from torchxihe.data import sources
-from torchxihe.data.sources import Template, cut_shards, find_pieces, read_rows, source_name
+from torchxihe.config.options import Source
+from torchxihe.data.prepare import hub, sources
+from torchxihe.data.prepare.readers import read_rows
+from torchxihe.data.prepare.rows import Row, Template
+from torchxihe.data.prepare.sources import cut_shards, find_pieces, source_name
+from torchxihe.errors import UserError
 
 TEXTS = [f"Text {i}: café 中文 😀, " + "word " * (i % 9) for i in range(300)]
 
@@ -194,7 +197,7 @@ def test_shards_depend_on_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_templates() -> None:
-    row = sources.Row("here", {"q": "Why?", "a": "So.", "n": 3})
+    row = Row("here", {"q": "Why?", "a": "So.", "n": 3})
     assert Template("{q}\n{{{a}}}").text(row) == ("Why?\n{So.}", "")
     assert Template("{q}{n}").text(row) == ("", "column 'n' is not a string")
     assert Template("{q}{x}").text(row) == ("", "column 'x' is missing")
@@ -321,13 +324,13 @@ def test_an_unreachable_hub_is_not_tried_again_and_again(monkeypatch: pytest.Mon
         assert address == ("hub.example", 443) and timeout <= 5
         raise OSError
 
-    monkeypatch.setattr(sources.socket, "create_connection", refuse)
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
     for proxy, expected in (("https://proxy.example", None), ("", "1")):
         monkeypatch.setenv("HTTPS_PROXY", proxy) if proxy else monkeypatch.delenv("HTTPS_PROXY")
         monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that it is put back
         monkeypatch.delenv("HF_HUB_OFFLINE")
-        sources.settle_hub()
+        hub.settle_hub()
         assert os.environ.get("HF_HUB_OFFLINE") == expected
 
 

@@ -12,10 +12,12 @@ import pytest
 from xxhash import xxh3_128_hexdigest
 
 from tests.unit.data_corpus import make_config, write_texts
-from torchxihe.config import UserError
 from torchxihe.data import store as module
-from torchxihe.data.prepare import prepare
-from torchxihe.data.store import Rows, ShardWriter, TokenFile, committed_shard, digest, open_prepared, write_json
+from torchxihe.data.prepare.pipeline import prepare
+from torchxihe.data.prepare.shard_writer import ShardWriter, committed_shard
+from torchxihe.data.store import Rows, TokenFile, digest, open_prepared
+from torchxihe.errors import UserError
+from torchxihe.utils.files import write_json
 
 
 @pytest.fixture

@@ -18,9 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from torchxihe.config import Tokenizer, UserError
+from torchxihe.config.options import Tokenizer
 from torchxihe.data import tokenizer as module
-from torchxihe.data.tokenizer import END_OF_TEXT, PATTERNS, Encoder, byte_alphabet, load_tokenizer, obtain, windows
+from torchxihe.data.prepare import obtain_tokenizer as obtain_module
+from torchxihe.data.prepare.obtain_tokenizer import END_OF_TEXT, obtain
+from torchxihe.data.tokenizer import PATTERNS, Encoder, byte_alphabet, load_tokenizer, windows
+from torchxihe.errors import UserError
 
 FILES = sorted(Path(module.__file__).parents[1].rglob("*.py"))
 TEXTS = [path.read_text() for path in FILES]
@@ -159,8 +162,8 @@ def test_where_the_encoders_differ_the_slow_one_is_right(folder: Path, monkeypat
 TRAINED = """
 import hashlib, sys
 from pathlib import Path
-from torchxihe.config import Tokenizer
-from torchxihe.data.tokenizer import obtain
+from torchxihe.config.options import Tokenizer
+from torchxihe.data.prepare.obtain_tokenizer import obtain
 texts = [path.read_text() for path in sorted(Path(sys.argv[1]).rglob("*.py"))]
 folder = obtain(Tokenizer(vocab_size=1500), Path(sys.argv[2]), texts, "texts")
 print(hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest())
@@ -267,17 +270,17 @@ def test_text_without_blanks_trains_in_bounded_time(tmp_path: Path) -> None:
         start = time.perf_counter()
         obtain(Tokenizer(vocab_size=300), tmp_path / str(len(set(text))), iter([text]), "")
         assert time.perf_counter() - start < 5
-    cut = module._LONG_RUN.sub(r"\1\2\3 ", f"{'a' * 600}{'=' * 600} b{' ' * 700}c")
+    cut = obtain_module._LONG_RUN.sub(r"\1\2\3 ", f"{'a' * 600}{'=' * 600} b{' ' * 700}c")
     assert max(map(len, re.findall(r"\w+|[^\w\s]+|\s+", cut))) == 257
     assert re.sub(r"\s", "", cut) == "a" * 600 + "=" * 600 + "bc"
     prose = "第一句话很短，第二句话也很短。" * 100  # has no blank, but places to cut at
-    assert module._LONG_RUN.sub(r"\1\2\3 ", prose) == prose
+    assert obtain_module._LONG_RUN.sub(r"\1\2\3 ", prose) == prose
 
 
 TRAINING = """
 import os, pathlib, sys
-from torchxihe.config import Tokenizer
-from torchxihe.data.tokenizer import obtain
+from torchxihe.config.options import Tokenizer
+from torchxihe.data.prepare.obtain_tokenizer import obtain
 def texts():
     for _ in range(100):
         yield os.urandom(50_000).hex(" ", 5)

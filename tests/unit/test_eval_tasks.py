@@ -9,8 +9,8 @@ import torch
 
 from tests.unit.saved_runs import QWEN3, make_run
 from torchxihe.__main__ import run
-from torchxihe.config import UserError
 from torchxihe.data.tokenizer import load_tokenizer
+from torchxihe.errors import UserError
 from torchxihe.model.decoder import Decoder
 
 TASK = """

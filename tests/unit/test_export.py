@@ -16,10 +16,13 @@ from tests.unit.saved_runs import LLAMA, QWEN3, TEXT, TOKENS, make_config, make_
 from tests.unit.test_model import Shape, model_config
 from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
-from torchxihe.components.export import _write_tokenizer, draft_of, export
-from torchxihe.components.saved_run import load_decoder, open_saved
-from torchxihe.config import Model, Tokenizer, UserError, load_config
-from torchxihe.data.tokenizer import load_tokenizer, obtain
+from torchxihe.components.checkpoint.export import _write_tokenizer, draft_of, export
+from torchxihe.components.checkpoint.saved_run import load_decoder, open_saved
+from torchxihe.config.load import load_config
+from torchxihe.config.options import Model, Tokenizer
+from torchxihe.data.prepare.obtain_tokenizer import obtain
+from torchxihe.data.tokenizer import load_tokenizer
+from torchxihe.errors import UserError
 from torchxihe.model.hf import hf_config, model_from_hf
 
 transformers: Any = pytest.importorskip("transformers")

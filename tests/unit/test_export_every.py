@@ -13,11 +13,16 @@ from safetensors.torch import load_file
 from tests.unit.saved_runs import LLAMA, make_run, write_training
 from tests.unit.test_watch import losses, train
 from torchxihe.__main__ import run
-from torchxihe.components import export as module
-from torchxihe.components.checkpoint import Checkpointer, flat_state
-from torchxihe.components.export import Exporter, draft_of, write_safetensors
-from torchxihe.components.manifest import steps_in
-from torchxihe.config import Config, UserError, load_config
+from torchxihe.components.checkpoint import export as module
+from torchxihe.components.checkpoint import exporter
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.checkpoint.export import draft_of, write_safetensors
+from torchxihe.components.checkpoint.exporter import Exporter
+from torchxihe.components.checkpoint.manifest import steps_in
+from torchxihe.components.checkpoint.state import flat_state
+from torchxihe.config.load import load_config
+from torchxihe.config.options import Config
+from torchxihe.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 EVERY = ("--checkpoint.every=2", "--checkpoint.keep_last=1")
@@ -75,7 +80,7 @@ def test_an_export_that_was_never_begun_is_made_at_the_next_start(tmp_path: Path
 KILLED = """
 import os, sys
 from torchxihe.__main__ import run
-from torchxihe.components import export as module
+from torchxihe.components.checkpoint import export as module
 def cut(path, shapes, dtype, tensors):
     path.write_bytes(next(tensors).numpy().tobytes())
     os.kill(os.getpid(), 9)
@@ -129,7 +134,7 @@ class Slow:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
     slow = Slow()
-    monkeypatch.setattr(module, "export", slow)
+    monkeypatch.setattr(exporter, "export", slow)
     return slow
 
 

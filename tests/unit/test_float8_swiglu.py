@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchxihe.kernels.float8_swiglu import swiglu_float8
+from torchxihe.kernels.swiglu import SwiGLU, swiglu_reference
 from torchxihe.model.decoder import Linear
-from torchxihe.model.float8_swiglu import float8
-from torchxihe.model.swiglu import Swiglu, plain
 
 E4M3_LARGEST = 448.0
 
@@ -36,8 +36,8 @@ def reference_backward(gate_NF: Tensor, up_NF: Tensor, dafter_NF: Tensor) -> tup
     return dgate, dup, scale, *reference(gate_NF, up_NF)
 
 
-def errors(device: torch.device, dtype: torch.dtype, wrap: Callable[[Swiglu], Swiglu]) -> tuple[list[float], ...]:
-    """Relative errors of output and gradients against float64: (`float8`'s, those of torchao's products in `plain`).
+def errors(device: torch.device, dtype: torch.dtype, wrap: Callable[[SwiGLU], SwiGLU]) -> tuple[list[float], ...]:
+    """Relative errors of output and gradients against float64: (ours, those of torchao's products).
 
     Gradients of the tokens span three decades, so that a scale in the wrong place shows.
     """
@@ -52,14 +52,14 @@ def errors(device: torch.device, dtype: torch.dtype, wrap: Callable[[Swiglu], Sw
     spread = torch.logspace(-9, -6, batch * seq_len, device=device).view(batch, seq_len, 1)
     grad = (torch.randn(x.shape, device=device, generator=generator) * spread).bfloat16()
 
-    def run(function: Swiglu, layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
+    def run(function: SwiGLU, layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
         out = function(x, *layers)
         return [out.detach(), *torch.autograd.grad(out, (x, *layers.parameters()), grad.to(out.dtype))]
 
-    exact = run(plain, copy.deepcopy(layers).double(), x.detach().double().requires_grad_())
+    exact = run(swiglu_reference, copy.deepcopy(layers).double(), x.detach().double().requires_grad_())
     config = torchao.Float8LinearConfig(emulate=device.type == "cpu")  # tensorwise
     theirs = torchao.convert_to_float8_training(copy.deepcopy(layers), config=config)
-    results = run(wrap(float8), layers, x), run(wrap(plain), theirs, x)
+    results = run(wrap(swiglu_float8), layers, x), run(wrap(swiglu_reference), theirs, x)
     return tuple(
         [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)] for ours in results
     )
@@ -68,6 +68,6 @@ def errors(device: torch.device, dtype: torch.dtype, wrap: Callable[[Swiglu], Sw
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_as_exact_as_torchao(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     kernel = SimpleNamespace(forward=reference, backward=reference_backward)
-    monkeypatch.setitem(sys.modules, "torchxihe.model.float8_swiglu_kernel", kernel)
+    monkeypatch.setitem(sys.modules, "torchxihe.kernels.float8_swiglu_triton", kernel)
     for ours, theirs in zip(*errors(torch.device("cpu"), dtype, lambda function: function), strict=True):
         assert 1e-2 < ours < 1.05 * theirs

@@ -4,25 +4,30 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchxihe.config import Config, Documents, Section, Source
+from torchxihe.config.options import Config, Documents, Section, Source
 
 PACKAGE = Path(__file__).parents[2] / "torchxihe"
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 
 FLOORS = {
     "__init__": 0,
+    "errors": 0,
     "config": 0,
     "utils": 0,
+    "kernels": 1,
     "model": 1,
     "data": 1,
     "parallelisms": 2,
     "components": 2,
     "trainer": 3,
+    "run": 3,
     "commands": 4,
     "__main__": 4,
 }
-STRANGERS = [{"model", "data"}, {"parallelisms", "components"}]
+STRANGERS = [{"model", "data"}, {"kernels", "data"}, {"parallelisms", "components"}]
 LONGEST_FUNCTION = 80
+LONGEST_FILE = 450
+MAY_ASK_FOR_THE_WORLD = {"parallelisms/dims.py", "utils/distributed.py", "utils/log.py", "commands/launch.py"}
 
 FunctionDef = (ast.FunctionDef, ast.AsyncFunctionDef)
 Import = (ast.Import, ast.ImportFrom)
@@ -113,6 +118,41 @@ def test_functions_are_short_and_annotated() -> None:
     assert not faults, "\n".join(faults)
 
 
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in TREES}
+    assert not (long := {str(path): lines for path, lines in lengths.items() if lines > LONGEST_FILE}), long
+
+
+def test_kernels_know_no_model() -> None:
+    """One way between two rooms: the model is built of kernels."""
+    rooms = {str(path): list(imports(tree)) for path, tree in TREES.items() if path.parent.name == "kernels"}
+    faults = [f"{path}:{line}" for path, found in rooms.items() for line, module in found if part_of(module) == "model"]
+    assert not faults, faults
+
+
+def test_rooms_of_components_know_each_others_faces_alone() -> None:
+    faults = []
+    for path, tree in TREES.items():
+        here = name_of(path).split(".")
+        for line, module in imports(tree):
+            there = module.split(".")
+            if here[1:2] == there[1:2] == ["components"] and here[2] != there[2] and len(there) > 3:
+                faults.append(f"{path}:{line}: import from {'.'.join(there[:3])}")
+    assert not faults, "\n".join(faults)
+
+
+def test_only_the_layout_asks_for_the_number_of_processes() -> None:
+    """Everything else asks `ParallelDims` for the axis that it means."""
+    asking = {
+        str(path.relative_to(PACKAGE))
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Name, ast.Attribute, ast.alias)) and "world_size" in ast.dump(node)
+        if not (isinstance(node, ast.Attribute) and node.attr != "world_size")
+    }
+    assert asking <= MAY_ASK_FOR_THE_WORLD | {"config/load.py", "config/checks.py", "config/options.py"}, asking
+
+
 def sections() -> Iterator[tuple[str, type[Section]]]:
     """Name and class of every section of a config."""
     for name, field in Config.model_fields.items():
@@ -163,7 +203,7 @@ def reads(tree: ast.AST) -> set[tuple[str, str]]:
 
 
 def test_every_option_is_read() -> None:
-    read = set().union(*(reads(tree) for path, tree in TREES.items() if path != PACKAGE / "config.py"))
+    read = set().union(*(reads(tree) for path, tree in TREES.items() if path.parent != PACKAGE / "config"))
     # Config.run_dir, Config.total_steps and Parallelism.degrees read these for the others.
     read |= {("run", "dir"), ("run", "name"), ("training", "steps"), ("training", "tokens")}
     read |= {("parallelism", "dp_replicate"), ("parallelism", "dp_shard")}

@@ -11,8 +11,8 @@ import torch
 from tests.unit.saved_runs import LLAMA, QWEN3, make_config, make_decoder, make_run
 from tests.unit.test_model import Shape
 from torchxihe.__main__ import run
-from torchxihe.config import UserError
 from torchxihe.data.tokenizer import load_tokenizer
+from torchxihe.errors import UserError
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.generate import cached, generate, sample, window_start
 
@@ -56,7 +56,10 @@ def test_cached_logits_equal_uncached_whatever_the_parts(tmp_path: Path) -> None
     model = make_decoder(make_config(tmp_path, LLAMA))
     tokens = torch.randint(0, 290, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), cached(model, 64):
-        parts = [model(tokens[:, a:b], start=a) for a, b in [(0, 7), (7, 8), (8, 30), (30, 31), (31, 40)]]
+        parts = [
+            model(tokens[:, a:b], positions_T=torch.arange(a, b))
+            for a, b in [(0, 7), (7, 8), (8, 30), (30, 31), (31, 40)]
+        ]
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=1e-5)
 

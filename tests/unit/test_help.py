@@ -14,7 +14,7 @@ import pytest
 
 from torchxihe.__main__ import command_names, run
 from torchxihe.commands.completion import command_arguments, takes_config
-from torchxihe.config import Config
+from torchxihe.config.options import Config
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def test_what_needs_no_torch_does_not_import_it(args: str) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "torchxihe", *args.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
-    assert "torchxihe.config" in imported
+    assert "torchxihe.errors" in imported
     assert not imported & {"torch", "numpy", "datasets", "transformers", "tokenizers", "fsspec"}
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from torchxihe.components.history import KINDS, describe_change, recorded_changes
-from torchxihe.config import Config, Section, UserError, load_config
+from torchxihe.components.checkpoint.history import KINDS, describe_change, recorded_changes
+from torchxihe.config.load import load_config
+from torchxihe.config.options import Config, Section
+from torchxihe.errors import UserError
 
 DEBUG = Path(__file__).parents[2] / "configs" / "xihe_debug.toml"
 

@@ -14,9 +14,10 @@ import pytest
 
 from torchxihe.commands import launch
 from torchxihe.commands.launch import Launch, read_environment
-from torchxihe.components.manifest import TRAIN_STATE, Manifest, write_manifest
-from torchxihe.components.storage import Location
-from torchxihe.config import UserError, load_config
+from torchxihe.components.checkpoint.manifest import TRAIN_STATE, Manifest, write_manifest
+from torchxihe.components.checkpoint.storage import Location
+from torchxihe.config.load import load_config
+from torchxihe.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "xihe_debug.toml")
@@ -171,7 +172,7 @@ def command(fake: Path, name: str, body: str) -> None:
     lines = "\n    ".join(body.splitlines())
     # Whole lines, because two processes may print at once.
     say = "def say(*words):\n    os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
-    head = f"import os, signal, sys, time\nfrom torchxihe.config import UserError\n{say}"
+    head = f"import os, signal, sys, time\nfrom torchxihe.errors import UserError\n{say}"
     (fake / "torchxihe" / "commands" / f"{name}.py").write_text(f"{head}\ndef main(args):\n    {lines}\n")
 
 

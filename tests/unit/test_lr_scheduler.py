@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from torchxihe.components.lr_scheduler import learning_rate
-from torchxihe.config import LRScheduler
+from torchxihe.components.optimizer.lr_scheduler import learning_rate
+from torchxihe.config.options import LRScheduler
 
 
 def rates(total: int, **options: Any) -> list[float]:

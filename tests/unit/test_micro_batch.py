@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from torchxihe.components import micro_batch
-from torchxihe.components.micro_batch import fit_micro_batch, rows_that_fit
-from torchxihe.config import Config, UserError
+from torchxihe.components.runtime import micro_batch
+from torchxihe.components.runtime.micro_batch import fit_micro_batch, rows_that_fit
+from torchxihe.config.options import Config
+from torchxihe.errors import UserError
 
 GIB = 2**30
 
@@ -63,7 +64,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch, free: int, config: Config) -> tuple[
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak(tried[-1]))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    return fit_micro_batch(config, torch.device("cuda", 0), trial).training.micro_batch_size, tried
+    return fit_micro_batch(config, torch.device("cuda", 0), trial, data_ranks=1).training.micro_batch_size, tried
 
 
 def test_the_largest_that_fits_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_one_row_fits_where_two_run_out_of_memory(monkeypatch: pytest.MonkeyPatc
 
 def test_a_number_is_left_alone_and_a_cpu_needs_one() -> None:
     given = config(3)
-    fit = partial(fit_micro_batch, trial=lambda config, device: pytest.fail("no trial is needed"))
+    fit = partial(fit_micro_batch, data_ranks=1, trial=lambda config, device: pytest.fail("no trial is needed"))
     assert fit(given, torch.device("cuda", 0)) is given
     with pytest.raises(UserError, match=r"training\.micro_batch_size: 0 .* on a CPU give a number"):
         fit(config(0), torch.device("cpu"))

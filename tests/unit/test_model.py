@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchxihe.config import Model, UserError
-from torchxihe.model import attention, float8_swiglu, swiglu
-from torchxihe.model import linear_cross_entropy as lce
-from torchxihe.model.attention import choose_attention, sdpa
+from torchxihe.config.options import Model
+from torchxihe.errors import UserError
+from torchxihe.kernels import float8_swiglu, select
+from torchxihe.kernels import linear_cross_entropy as lce
+from torchxihe.kernels.attention import sdpa
+from torchxihe.kernels.select import select_attention, select_swiglu
 from torchxihe.model.decoder import Decoder, flops_per_token, parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
-from torchxihe.model.swiglu import choose_swiglu
 
 XIHE = {
     "hidden_size": 768,
@@ -68,7 +69,7 @@ def model_config(shape: Shape) -> Model:
 
 def build(config: Model, seq_len: int = 64, seed: int = 0) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(config, seq_len=seq_len, dtype=torch.float32, attention=sdpa)
+        model = Decoder(config, seq_len=seq_len, dtype=torch.float32)
     model.to_empty(device="cpu")
     model.init_weights(seed)
     return model
@@ -99,8 +100,8 @@ def test_documents_do_not_see_each_other() -> None:
     model = build(model_config(SHAPES[1]))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 131, (2, 20), generator=generator)
-    docs = torch.tensor([0, 7, 20, 33, 40], dtype=torch.int32)  # two documents a row
-    logits = model(tokens, None, docs)
+    cu_seqlens = torch.tensor([0, 7, 20, 33, 40], dtype=torch.int32)  # two documents a row
+    logits = model(tokens, None, cu_seqlens)
     for row, start, end in [(0, 0, 7), (0, 7, 20), (1, 0, 13), (1, 13, 20)]:
         alone = model(tokens[row : row + 1, start:end])
         torch.testing.assert_close(logits[row, start:end], alone[0], atol=2e-5, rtol=1e-5)
@@ -109,10 +110,10 @@ def test_documents_do_not_see_each_other() -> None:
 def test_sdpa_with_documents_equals_softmax_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 12, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
-    docs = torch.tensor([0, 5, 12, 15, 24, 24], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 5, 12, 15, 24, 24], dtype=torch.int32)
     owner = torch.tensor([0] * 5 + [1] * 7 + [2] * 3 + [3] * 9).view(2, 12)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = sdpa(q, k, v, docs)
+    out = sdpa(q, k, v, cu_seqlens)
     expected = torch.zeros_like(out)
     for b in range(2):
         for h in range(4):
@@ -209,7 +210,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 def test_counts_of_xihe_120m() -> None:
     config = Model(**XIHE)
     with torch.device("meta"):
-        model = Decoder(config, seq_len=1024, dtype=torch.float32, attention=sdpa)
+        model = Decoder(config, seq_len=1024, dtype=torch.float32)
     total, multiplying = parameter_counts(config)
     assert total == sum(p.numel() for p in model.parameters()) == 123_590_400
     assert multiplying == 84_934_656 + 50304 * 768  # the blocks' matrices, and the table as the head
@@ -244,42 +245,41 @@ def test_auto_attention_is_one_that_works(
     documents: bool,
     chosen: str,
 ) -> None:
-    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "has_flash_attention_4", lambda device: extra)
+    monkeypatch.setattr(select, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(select, "has_flash_attention_4", lambda device: extra)
     model = Model.model_validate(XIHE | {"head_dim": head_dim})
     device = torch.device("cuda")
-    assert choose_attention(model, device, torch.bfloat16, documents).__name__ == chosen
-    assert choose_attention(model, device, torch.float32, documents).__name__ == "sdpa"
+    assert select_attention(model, device, torch.bfloat16, documents).__name__ == chosen
+    assert select_attention(model, device, torch.float32, documents).__name__ == "sdpa"
     if chosen != "fa4":
         with pytest.raises(UserError, match='model.attention: "fa4" needs a Hopper'):
-            choose_attention(model.model_copy(update={"attention": "fa4"}), device, torch.bfloat16, documents)
+            select_attention(model.model_copy(update={"attention": "fa4"}), device, torch.bfloat16, documents)
 
 
 @pytest.mark.parametrize(
     ("capability", "recipe", "width", "mlp", "chosen"),
     [
-        ((9, 0), "tensorwise", 2048, "auto", "float8"),
-        ((8, 9), "tensorwise", 14336, "auto", "float8"),
-        ((8, 0), "tensorwise", 2048, "auto", "plain"),
-        ((9, 0), "tensorwise", 2048, "torch", "plain"),
-        ((9, 0), "rowwise", 2048, "auto", "plain"),
-        ((9, 0), "tensorwise", 2056, "auto", "plain"),  # torchao leaves such a matrix alone too
-        ((9, 0), "tensorwise", 28672, "auto", "plain"),
-        ((9, 0), "", 2056, "auto", "quack"),
-        ((9, 0), "", 2056, "torch", "plain"),
+        ((9, 0), "tensorwise", 2048, "auto", "swiglu_float8"),
+        ((8, 9), "tensorwise", 14336, "auto", "swiglu_float8"),
+        ((8, 0), "tensorwise", 2048, "auto", "swiglu_reference"),
+        ((9, 0), "tensorwise", 2048, "torch", "swiglu_reference"),
+        ((9, 0), "rowwise", 2048, "auto", "swiglu_reference"),
+        ((9, 0), "tensorwise", 2056, "auto", "swiglu_reference"),  # torchao leaves such a matrix alone too
+        ((9, 0), "tensorwise", 28672, "auto", "swiglu_reference"),
+        ((9, 0), "", 2056, "auto", "swiglu_quack"),
+        ((9, 0), "", 2056, "torch", "swiglu_reference"),
     ],
 )
 def test_auto_mlp_is_one_that_works(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], recipe: str, width: int, mlp: str, chosen: str
 ) -> None:
-    for module in (swiglu, float8_swiglu):
-        monkeypatch.setattr(module, "compute_capability", lambda device: capability)
-    monkeypatch.setattr(swiglu, "has_quack", lambda device: True)
+    monkeypatch.setattr(float8_swiglu, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(select, "has_quack", lambda device: True)
     monkeypatch.setattr(float8_swiglu, "compile_obstacle", lambda: "")
     model = Model.model_validate(XIHE | {"intermediate_size": width, "mlp": mlp})
     device = torch.device("cuda")
-    assert choose_swiglu(model, device, torch.bfloat16, recipe).__name__ == chosen
-    assert choose_swiglu(model, device, torch.float32, recipe).__name__ == "plain"
+    assert select_swiglu(model, device, torch.bfloat16, recipe).__name__ == chosen
+    assert select_swiglu(model, device, torch.float32, recipe).__name__ == "swiglu_reference"
     if recipe:
         with pytest.raises(UserError, match='model.mlp: "quack" needs .* no float8.recipe'):
-            choose_swiglu(model.model_copy(update={"mlp": "quack"}), device, torch.bfloat16, recipe)
+            select_swiglu(model.model_copy(update={"mlp": "quack"}), device, torch.bfloat16, recipe)

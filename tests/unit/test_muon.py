@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchxihe.components.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalize
+from torchxihe.components.optimizer.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalize
 from torchxihe.utils.device import compile_obstacle
 
 SHAPES = [(32, 32)] * 3 + [(48, 32)] * 4 + [(32, 48)] * 2 + [(8, 32)]
@@ -21,7 +21,7 @@ def made(
     parameters = [nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in [*SHAPES, (32,)]]
     adamw = torch.optim.AdamW(parameters[-1:], lr=LR, weight_decay=0.0, fused=True)
     options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "momentum": 0.95, "state_dtype": state_dtype}
-    return parameters, Muon(parameters[:-1], adamw, **options, dtype=dtype, mesh=None, compile=compile)
+    return parameters, Muon(parameters[:-1], adamw, **options, dtype=dtype, replicas=None, compile=compile)
 
 
 def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, number: int, skip: bool = False) -> None:

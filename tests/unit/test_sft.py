@@ -15,14 +15,17 @@ from tests.unit.test_chat import conversation
 from tests.unit.test_watch import train
 from torchxihe.__main__ import run
 from torchxihe.commands import generate as command
-from torchxihe.components.history import recorded_changes
-from torchxihe.components.metrics import METRICS, read_metrics
-from torchxihe.components.saved_run import load_decoder, open_saved
-from torchxihe.config import UserError, load_config
-from torchxihe.data.chat import Chat
-from torchxihe.data.sources import find_pieces, read_rows
+from torchxihe.components.checkpoint.history import recorded_changes
+from torchxihe.components.checkpoint.saved_run import load_decoder, open_saved
+from torchxihe.components.observe.metrics import METRICS, read_metrics
+from torchxihe.config.load import load_config
+from torchxihe.data.prepare.chat import Chat
+from torchxihe.data.prepare.obtain_tokenizer import CHAT_TEMPLATE
+from torchxihe.data.prepare.readers import read_rows
+from torchxihe.data.prepare.sources import find_pieces
 from torchxihe.data.store import open_prepared
-from torchxihe.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
+from torchxihe.data.tokenizer import load_tokenizer
+from torchxihe.errors import UserError
 
 BASE = """
 [model]
@@ -248,7 +251,7 @@ def test_talking(tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 def test_a_sample_is_an_answer(tuned: Path) -> None:
     [file] = (tuned / "logs").glob("*")
-    [sample] = file.read_text().split("a sample of its writing after step 160:\n")[1:]
+    [sample] = file.read_text().split("sample at step 160:\n")[1:]
     assert sample.startswith("Write a docstring for this function.\n")
 
 

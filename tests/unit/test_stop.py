@@ -4,8 +4,8 @@ import threading
 import time
 from pathlib import Path
 
-from torchxihe.components.stop import Stop
-from torchxihe.components.watchdog import Watchdog
+from torchxihe.components.runtime.stop import Stop
+from torchxihe.components.runtime.watchdog import Watchdog
 
 
 class SlowToEnd(Stop):

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from tests.unit.saved_runs import write_training
 from tests.unit.test_watch import losses, train
 from torchxihe.__main__ import run
-from torchxihe.components.metrics import METRICS, read_metrics
-from torchxihe.components.saved_run import load_decoder, open_saved
-from torchxihe.config import UserError, load_config
+from torchxihe.components.checkpoint.saved_run import load_decoder, open_saved
+from torchxihe.components.observe.metrics import METRICS, read_metrics
+from torchxihe.config.load import load_config
 from torchxihe.data.loader import validation_rows
 from torchxihe.data.store import open_prepared
 from torchxihe.data.tokenizer import load_tokenizer
+from torchxihe.errors import UserError
 
 POEMS = [f"no fox, no dog: {'the quick brown ' * (i % 3)}poem number {i} of many" for i in range(40)]
 NOTES = [f"a note {i}" for i in range(5)]

@@ -9,9 +9,9 @@ import pytest
 
 from tests.unit.test_checkpoint import flip, saved
 from torchxihe.commands.verify import main
-from torchxihe.components.manifest import CORRUPT, read_manifest, step_flaws
-from torchxihe.components.storage import Location
-from torchxihe.config import UserError
+from torchxihe.components.checkpoint.manifest import CORRUPT, read_manifest, step_flaws
+from torchxihe.components.checkpoint.storage import Location
+from torchxihe.errors import UserError
 
 
 def test_a_sound_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,12 @@ import torch
 from tests.unit.saved_runs import write_training
 from torchxihe.__main__ import run
 from torchxihe.commands.plot import draw
-from torchxihe.components import trackers
-from torchxihe.components.metrics import METRICS, StepSums, Window, read_metrics
-from torchxihe.components.profiler import describe_overlap
-from torchxihe.config import UserError, load_config
+from torchxihe.components.observe import trackers
+from torchxihe.components.observe.metrics import METRICS, StepSums, Window, read_metrics
+from torchxihe.components.observe.profiler import describe_overlap
+from torchxihe.config.load import load_config
 from torchxihe.data.store import open_prepared
+from torchxihe.errors import UserError
 from torchxihe.trainer import Trainer
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -83,7 +84,7 @@ def test_a_skipped_step_is_counted_and_nothing_of_it() -> None:
 
 def test_speed_is_that_of_the_tokens_of_the_window() -> None:
     """Whose steps need not have equally many."""
-    window = Window(10, 5000)
+    window = Window(10, 5000, processes=1)
     with window.pause(torch.device("cpu")):
         pass
     for step, tokens, before in ((14, 5600, 5000), (15, 6600, 5600)):
@@ -335,7 +336,7 @@ def test_plot_of_what_is_no_run(tmp_path: Path) -> None:
 def test_a_sample_is_printed_on_the_way(tmp_path: Path) -> None:
     run_dir = train(write_training(tmp_path), "--metrics.sample_every=4")
     text = (run_dir / "logs" / "rank-00000.log").read_text()
-    assert text.count("a sample of its writing") == 2 and "after step 4" in text and "after step 6" in text
+    assert text.count("sample at step") == 2 and "sample at step 4:" in text and "sample at step 6:" in text
     assert os.path.exists(run_dir / "config.toml")
 
 

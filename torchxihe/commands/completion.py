@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from torchxihe.__main__ import command_names, command_source
-from torchxihe.config import Config, Section
+from torchxihe.config.options import Config, Section
 from torchxihe.utils.arguments import Arguments
 
 BASH = r"""

@@ -17,7 +17,8 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from torchxihe.config import Config, Section, config_from_args, dump_config
+from torchxihe.config.load import config_from_args, dump_config
+from torchxihe.config.options import Config, Section
 from torchxihe.utils.arguments import Arguments
 
 DOCS = Path(__file__).parents[2] / "docs" / "config.md"

@@ -14,10 +14,12 @@ import itertools
 
 import numpy as np
 
-from torchxihe.config import Config, UserError, config_from_args
+from torchxihe.config.load import config_from_args
+from torchxihe.config.options import Config
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
+from torchxihe.errors import UserError
 from torchxihe.utils.arguments import Arguments
 from torchxihe.utils.words import counted
 

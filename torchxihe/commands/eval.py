@@ -23,19 +23,22 @@ import contextlib
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchxihe.components.export import export
-from torchxihe.components.saved_run import SavedRun, load_decoder, open_saved
-from torchxihe.components.storage import Location, hash_file
-from torchxihe.components.validation import validate
-from torchxihe.config import Config, UserError, load_config
-from torchxihe.data.loader import BatchLayout, validation_batches
+from torchxihe.components.checkpoint.export import export
+from torchxihe.components.checkpoint.saved_run import SavedRun, load_decoder, open_saved
+from torchxihe.components.checkpoint.storage import Location, hash_file
+from torchxihe.components.validation import validation_metrics, validation_sums
+from torchxihe.config.load import load_config
+from torchxihe.config.options import Config
+from torchxihe.data.loader import BatchSpec, validation_batches
 from torchxihe.data.store import Prepared, open_prepared
-from torchxihe.model.attention import choose_attention
+from torchxihe.errors import UserError
+from torchxihe.kernels.select import PORTABLE, select_attention
 from torchxihe.utils.arguments import Arguments
 from torchxihe.utils.device import default_device
 
@@ -74,11 +77,12 @@ def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: in
     device = default_device()
     dtype = getattr(torch, config.training.dtype) if device.type == "cuda" else torch.float32
     model = saved.model.model_copy(update={"attention": "auto"})  # what it was trained with may not be here
-    attention = choose_attention(model, device, dtype, config.data.document_mask)
-    layout = BatchLayout(config.data.seq_len, config.training.micro_batch_size or 1, device, config.data.document_mask)
-    batches = validation_batches(prepared, layout, max_tokens)
+    attention = select_attention(model, device, dtype, config.data.document_mask)
+    spec = BatchSpec(config.data.seq_len, config.training.micro_batch_size or 1, device, config.data.document_mask)
+    batches = validation_batches(prepared, spec, max_tokens)
     bytes_per_token = torch.from_numpy(prepared.bytes_per_token).to(device)
-    return validate(load_decoder(saved, device, dtype, attention), batches, bytes_per_token, prepared)
+    decoder = load_decoder(saved, device, dtype, replace(PORTABLE, attention=attention))
+    return validation_metrics(validation_sums(decoder, batches, bytes_per_token, len(prepared.held_out)), prepared)
 
 
 def _own_config(saved: SavedRun) -> Config:

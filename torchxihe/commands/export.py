@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from torchxihe.components.export import SHARD_BYTES, export
-from torchxihe.components.saved_run import open_saved
-from torchxihe.config import UserError
+from torchxihe.components.checkpoint.export import SHARD_BYTES, export
+from torchxihe.components.checkpoint.saved_run import open_saved
+from torchxihe.errors import UserError
 from torchxihe.utils.arguments import Arguments
 
 

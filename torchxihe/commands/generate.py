@@ -23,10 +23,10 @@ from collections.abc import Iterator
 
 import torch
 
-from torchxihe.components.saved_run import load_decoder, open_saved
-from torchxihe.config import UserError
-from torchxihe.data.chat import Chat, Message
+from torchxihe.components.checkpoint.saved_run import load_decoder, open_saved
+from torchxihe.data.prepare.chat import Chat, Message
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
+from torchxihe.errors import UserError
 from torchxihe.model.generate import generate
 from torchxihe.utils.arguments import Arguments
 from torchxihe.utils.device import default_device

@@ -27,12 +27,14 @@ from pydantic import ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
-from torchxihe.components.checkpoint import Checkpointer, flat_state
-from torchxihe.components.export import draft_of
-from torchxihe.components.storage import Location, explained, hash_file
-from torchxihe.config import Checkpoint, Model, Tokenizer, UserError
-from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, obtain, read_meta
-from torchxihe.model.attention import sdpa
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.checkpoint.export import draft_of
+from torchxihe.components.checkpoint.state import flat_state
+from torchxihe.components.checkpoint.storage import Location, hash_file
+from torchxihe.config.options import Checkpoint, Model, Tokenizer
+from torchxihe.data.prepare.obtain_tokenizer import obtain
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, read_meta
+from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.hf import hf_name, model_from_hf
 from torchxihe.utils.arguments import Arguments
@@ -138,7 +140,7 @@ def _read_weights(folder: Path, model: Model) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open  # only for imports
 
     with torch.device("meta"):
-        decoder = Decoder(model, seq_len=2, dtype=torch.float32, attention=sdpa)
+        decoder = Decoder(model, seq_len=2, dtype=torch.float32)
     wanted = {hf_name(key.removeprefix("model.")): (key, value) for key, value in flat_state(decoder, None).items()}
     state: dict[str, Tensor] = {}
     flaws: list[str] = []

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from torchxihe.components.history import check_changes
-from torchxihe.config import UserError, config_from_args
+from torchxihe.components.checkpoint.history import check_changes
+from torchxihe.config.load import config_from_args
+from torchxihe.errors import UserError
 from torchxihe.utils.words import counted
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

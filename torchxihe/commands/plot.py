@@ -13,8 +13,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torchxihe.components.metrics import METRICS, read_metrics
-from torchxihe.config import UserError
+from torchxihe.components.observe.metrics import METRICS, read_metrics
+from torchxihe.errors import UserError
 from torchxihe.utils.arguments import Arguments
 
 # Title, unit, key of training's lines, key of validation's, logarithmic axis.

@@ -11,8 +11,9 @@ examples: torchxihe prepare configs/xihe_debug.toml
           torchxihe prepare configs/xihe_debug.toml --shard 0/4
 """
 
-from torchxihe.config import UserError, config_from_args
-from torchxihe.data.prepare import prepare, prepare_part
+from torchxihe.config.load import config_from_args
+from torchxihe.data.prepare.pipeline import prepare, prepare_part
+from torchxihe.errors import UserError
 from torchxihe.utils.arguments import Arguments
 
 

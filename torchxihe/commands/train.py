@@ -9,8 +9,8 @@ examples: torchxihe train configs/xihe_debug.toml
           torchrun --nproc-per-node=2 -m torchxihe train configs/xihe_debug.toml
 """
 
-from torchxihe.config import config_from_args
-from torchxihe.trainer import run
+from torchxihe.config.load import config_from_args
+from torchxihe.run import run
 from torchxihe.utils.log import setup_logging
 
 

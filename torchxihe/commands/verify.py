@@ -18,7 +18,7 @@ import time
 
 from tqdm import tqdm
 
-from torchxihe.components.manifest import (
+from torchxihe.components.checkpoint.manifest import (
     CORRUPT,
     MANIFEST,
     CorruptError,
@@ -28,8 +28,8 @@ from torchxihe.components.manifest import (
     step_of,
     steps_in,
 )
-from torchxihe.components.storage import Location, explained
-from torchxihe.config import UserError
+from torchxihe.components.checkpoint.storage import Location
+from torchxihe.errors import UserError, explained
 from torchxihe.utils.arguments import Arguments
 
 

@@ -37,7 +37,7 @@ class Batch:
     """int64 [B, T], on the device."""
     targets: Tensor
     """int64 [B, T], on the device; -100: no loss there."""
-    docs: Tensor | None
+    cu_seqlens: Tensor | None
     """Cumulative lengths of the documents over the B * T tokens laid end to end, int32 [documents + 1], on the device;
     padding counts as a document. None: documents are not masked."""
     samples: tuple[int, ...]
@@ -49,7 +49,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class BatchLayout:
+class BatchSpec:
     """What a rank's batches look like, and which of all rows are its own."""
 
     seq_len: int
@@ -58,24 +58,25 @@ class BatchLayout:
     device: torch.device
     document_mask: bool = True
     """Whether batches say where documents begin."""
-    rank: int = 0
-    world_size: int = 1
+    data_rank: int = 0
+    """This process's number among those that read different rows."""
+    data_ranks: int = 1
 
 
 class _Reader:
     """Reads rows into batches in host memory, pinned where the device is a GPU."""
 
-    def __init__(self, prepared: Prepared, split: Split, layout: BatchLayout) -> None:
-        self._rows, self._seq_len = layout.rows, layout.seq_len
-        self._pin = layout.device.type == "cuda"
+    def __init__(self, prepared: Prepared, split: Split, spec: BatchSpec) -> None:
+        self._rows, self._seq_len = spec.rows, spec.seq_len
+        self._pin = spec.device.type == "cuda"
         self._eos = prepared.eos_id
-        self._document_mask = layout.document_mask
+        self._document_mask = spec.document_mask
         # Half of the files that this process may open, so that all else has room.
         sources = prepared.sources if split == "train" else prepared.held_out
         share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(sources)
         self._sources = [source.open(split, max(16, min(share, MOST_OPEN))) for source in sources]
-        self._buffers = [np.empty(layout.seq_len + 1, rows.dtype) for rows in self._sources]
-        self._masks = [np.zeros(layout.seq_len + 1, np.uint8) if rows.masked else None for rows in self._sources]
+        self._buffers = [np.empty(spec.seq_len + 1, rows.dtype) for rows in self._sources]
+        self._masks = [np.zeros(spec.seq_len + 1, np.uint8) if rows.masked else None for rows in self._sources]
 
     def read(self, samples: list[int], sources: list[int], rows: list[int]) -> Batch:
         """The batch of `rows` of `sources`; what is missing to a whole micro-batch is padding."""
@@ -110,12 +111,12 @@ class _Reader:
         tokens[len(samples) :] = self._eos
         targets[len(samples) :] = IGNORE
         starts += [b * seq_len for b in range(len(samples), self._rows)]
-        docs = None
+        cu_seqlens = None
         if self._document_mask:
-            docs = torch.tensor([*starts, self._rows * seq_len], dtype=torch.int32, pin_memory=self._pin)
+            cu_seqlens = torch.tensor([*starts, self._rows * seq_len], dtype=torch.int32, pin_memory=self._pin)
         sources_B = torch.zeros(self._rows, dtype=torch.int64, pin_memory=self._pin)
         sources_B.numpy()[: len(sources)] = sources
-        return Batch(tokens_BT, targets_BT, docs, (*samples, *(-1,) * missing), sources_B, valid)
+        return Batch(tokens_BT, targets_BT, cu_seqlens, (*samples, *(-1,) * missing), sources_B, valid)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -125,38 +126,40 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
         return batch
     moved = {
         name: value.to(device, non_blocking=True)
-        for name in ("tokens", "targets", "docs", "sources")
+        for name in ("tokens", "targets", "cu_seqlens", "sources")
         if (value := getattr(batch, name)) is not None
     }
     return replace(batch, **moved)
 
 
-def random_batch(layout: BatchLayout, vocab_size: int, documents: int) -> Batch:
+def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
     """A batch of random tokens, with as many documents in each row where documents are masked: for trials of a step."""
-    rows, seq_len, device = layout.rows, layout.seq_len, layout.device
-    generator = torch.Generator().manual_seed(layout.rank)
+    rows, seq_len, device = spec.rows, spec.seq_len, spec.device
+    generator = torch.Generator().manual_seed(spec.data_rank)
     tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=generator).to(device)
-    docs = None
-    if layout.document_mask:
+    cu_seqlens = None
+    if spec.document_mask:
         starts = [b * seq_len + d * seq_len // documents for b in range(rows) for d in range(documents)]
-        docs = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=device)
+        cu_seqlens = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=device)
     sources = torch.zeros(rows, dtype=torch.int64, device=device)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), docs, (-1,) * rows, sources, rows * seq_len)
+    return Batch(
+        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), cu_seqlens, (-1,) * rows, sources, rows * seq_len
+    )
 
 
 class Loader:
     """The training batches of one rank from `step` on, without end.
 
-    Sample j of a step is row b of micro-batch i on rank r, with j = (i * world_size + r) * rows + b; where j is
+    Sample j of a step is row b of micro-batch i on rank r, with j = (i * data_ranks + r) * rows + b; where j is
     not in the global batch, the row is padding. An error in the prefetch thread is raised by `next()`.
     """
 
-    def __init__(self, prepared: Prepared, order: Order, layout: BatchLayout, step: int = 0) -> None:
+    def __init__(self, prepared: Prepared, order: Order, spec: BatchSpec, step: int = 0) -> None:
         """`step`: the first step to read."""
         self.wait_seconds = 0.0
         """Time that `next()` has waited for the thread; the reader sets it back to 0."""
-        self._order, self._layout, self._step = order, layout, step
-        self._reader = _Reader(prepared, "train", layout)
+        self._order, self._spec, self._step = order, spec, step
+        self._reader = _Reader(prepared, "train", spec)
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
@@ -172,7 +175,7 @@ class Loader:
         if isinstance(batch, BaseException):
             self._ready.put(batch)  # every further call raises it too
             raise batch
-        return _to_device(batch, self._layout.device)
+        return _to_device(batch, self._spec.device)
 
     def close(self) -> None:
         """Stop the thread."""
@@ -183,8 +186,8 @@ class Loader:
 
     def _run(self) -> None:
         try:
-            if self._layout.device.type == "cuda":
-                torch.cuda.set_device(self._layout.device)  # or this thread's pinned memory opens a context on GPU 0
+            if self._spec.device.type == "cuda":
+                torch.cuda.set_device(self._spec.device)  # or this thread's pinned memory opens a context on GPU 0
             for step in itertools.count(self._step):
                 for batch in self._read_step(step):
                     self._ready.put(batch)
@@ -196,10 +199,10 @@ class Loader:
     def _read_step(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches of `step`."""
         first, global_batch = self._order.batch(step)
-        layout = self._layout
-        for i in range(micro_batches(global_batch, layout.world_size, layout.rows)):
-            start = (i * layout.world_size + layout.rank) * layout.rows
-            g = first + np.arange(start, min(start + layout.rows, global_batch))
+        spec = self._spec
+        for i in range(micro_batches(global_batch, spec.data_ranks, spec.rows)):
+            start = (i * spec.data_ranks + spec.data_rank) * spec.rows
+            g = first + np.arange(start, min(start + spec.rows, global_batch))
             if len(g):
                 sources, row, _ = self._order.samples(g)
                 yield self._reader.read(g.tolist(), sources.tolist(), row.tolist())
@@ -229,30 +232,30 @@ def _spread(have: list[int], seq_len: int, max_tokens: int) -> list[tuple[int, i
     return chosen
 
 
-def validation_batches(prepared: Prepared, layout: BatchLayout, max_tokens: int) -> Iterator[Batch]:
+def validation_batches(prepared: Prepared, spec: BatchSpec, max_tokens: int) -> Iterator[Batch]:
     """This rank's batches of one validation.
 
     Over all ranks, each row of `validation_rows` comes once, at any world size and micro-batch; all ranks get equally
     many batches, filled up with padding rows. `Batch.samples` counts the rows of the validation.
     """
-    chosen = validation_rows(prepared, layout.seq_len, max_tokens)
-    reader = _Reader(prepared, "valid", layout)
-    for i in range(micro_batches(len(chosen), layout.world_size, layout.rows)):
-        start = (i * layout.world_size + layout.rank) * layout.rows
-        mine = chosen[start : start + layout.rows]
+    chosen = validation_rows(prepared, spec.seq_len, max_tokens)
+    reader = _Reader(prepared, "valid", spec)
+    for i in range(micro_batches(len(chosen), spec.data_ranks, spec.rows)):
+        start = (i * spec.data_ranks + spec.data_rank) * spec.rows
+        mine = chosen[start : start + spec.rows]
         samples = list(range(start, start + len(mine)))
-        yield _to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), layout.device)
+        yield _to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), spec.device)
 
 
-def micro_batches(global_batch: int, world_size: int, rows: int) -> int:
-    """How many micro-batches of `rows` rows each of `world_size` ranks runs for a global batch.
+def micro_batches(global_batch: int, data_ranks: int, rows: int) -> int:
+    """How many micro-batches of `rows` rows each of `data_ranks` ranks runs for a global batch.
 
-    Every global batch goes with every world size: the places that do not divide are filled with rows whose targets are
-    all masked, and all ranks run equally many micro-batches.
+    Any global batch works with any number of ranks: places that do not divide evenly are filled with rows whose targets
+    are all masked, and all ranks run equally many micro-batches.
     """
-    return -(-global_batch // (world_size * rows))
+    return -(-global_batch // (data_ranks * rows))
 
 
-def micro_batch_rows(global_batch: int, world_size: int, most: int) -> int:
+def micro_batch_rows(global_batch: int, data_ranks: int, most: int) -> int:
     """Rows of a micro-batch, at most `most`: as few as fill no more micro-batches than `most` rows would."""
-    return -(-global_batch // (world_size * micro_batches(global_batch, world_size, most)))
+    return -(-global_batch // (data_ranks * micro_batches(global_batch, data_ranks, most)))

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from torchxihe.config import Config, UserError
+from torchxihe.config.options import Config
 from torchxihe.data.store import Prepared
+from torchxihe.errors import UserError
 
 BLOCK = 2048
 """Samples in which the mixture is exact."""

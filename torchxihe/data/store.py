@@ -11,20 +11,18 @@ import hashlib
 import json
 import os
 import re
-import socket
 import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
-import xxhash
 
-from torchxihe.config import Config, UserError, documents_of
-from torchxihe.utils.files import sync_folder
+from torchxihe.config.options import Config, documents_of
+from torchxihe.errors import UserError
+from torchxihe.utils.files import NOT_THERE, read_json
 
 FORMAT = 3
 """Version of everything that this package writes below `data.cache_dir`; part of every content key."""
@@ -34,9 +32,6 @@ SPLITS: tuple[Split, Split] = ("train", "valid")
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """What the id of a dataset or tokenizer on the hub looks like; some relative paths do, too."""
-
-NOT_THERE = FileNotFoundError, IsADirectoryError, ValueError
-"""What reading a file raises that is gone or damaged, rather than out of reach."""
 
 
 @dataclass(frozen=True)
@@ -299,18 +294,6 @@ def open_source(store: Path, config: Config, name: str, weight: float, files: li
     return SourceRows(name, manifest["key"], weight, store, index, [file[0] for file in files], manifest, summary)
 
 
-def read_documents(store: Path, manifest: dict[str, Any], split: Split) -> Iterator[np.ndarray]:
-    """Where the documents of `split` lie in its token files laid end to end: (start, length), int64 [n, 2] a shard."""
-    base = 0
-    for shard in manifest["shards"]:
-        path = store / f"{split}-{shard['name']}.idx"
-        data = path.read_bytes() if path.is_file() else None
-        if data is None or xxhash.xxh3_128_hexdigest(data) != shard["xxh3_128"][path.name]:
-            raise UserError(f"{path}: is gone or damaged: delete {store} and run `torchxihe prepare CONFIG` again")
-        yield np.frombuffer(data, "<i8").reshape(-1, 2) + np.array([base, 0])
-        base += shard.get("file", shard[split])["tokens"]
-
-
 def check_vocab_size(config: Config, size: int) -> None:
     """Raise UserError if the model cannot hold the tokenizer's `size` tokens."""
     have = config.model.vocab_size
@@ -357,131 +340,3 @@ def index_path(store: Path, config: Config) -> Path:
 def digest(value: Any) -> str:
     """The first 128 bits of the SHA-256 of a JSON value, in hexadecimal."""
     return hashlib.sha256(json.dumps([FORMAT, value], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file that `prepare` has written and can write again; None if it is not there or damaged."""
-    try:
-        value = json.loads(path.read_bytes())
-    except NOT_THERE:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def draft(path: Path) -> Path:
-    """Where this process writes what is to be `path`: two that make the same file must not write into one."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is either whole and on the disk, or not there."""
-    write_text(path, json.dumps(value, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole and on the disk, or as it was before."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole and on the disk, or as it was before. Raises OSError that names it."""
-    temporary = draft(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)  # of a full disk, or where a folder is in the way
-    sync_folder(path.parent)
-
-
-class ShardWriter:
-    """Writes one shard: `<split>-<name>.<kind>` for both splits, then `<name>.json`, which commits it.
-
-    `kinds`: "idx"; "bin", unless the tokens stay in a file of somebody else; "msk", if not all of them carry a loss.
-    Leaving the `with` block by an error leaves nothing behind that would be taken for a shard.
-    """
-
-    def __init__(self, store: Path, name: str, dtype: str, kinds: Sequence[str] = ("bin", "idx")) -> None:
-        self._store, self._name = store, name
-        self._dtype = np.dtype(dtype)
-        self._files: dict[str, BinaryIO] = {}
-        self._hashes = {f"{split}-{name}.{kind}": xxhash.xxh3_128() for split in SPLITS for kind in kinds}
-        self.counts = {split: {"documents": 0, "tokens": 0, "targets": 0, "bytes": 0} for split in SPLITS}
-
-    def __enter__(self) -> "ShardWriter":
-        self._store.mkdir(parents=True, exist_ok=True)
-        for name in self._hashes:
-            self._files[name] = draft(self._store / name).open("wb", buffering=2**20)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # a full disk may fail again here; the first error is on its way
-                file.close()
-        if kind is not None:
-            for name in self._hashes:
-                draft(self._store / name).unlink(missing_ok=True)
-
-    def add(self, split: Split, parts: Iterable[np.ndarray], size: int, mask: np.ndarray | None = None) -> None:
-        """Append a document: its tokens in `parts`, laid end to end, and how many bytes of text they stand for.
-
-        `mask`, where the shard has masks: bool, which of the tokens carry a loss.
-        """
-        start = self.counts[split]["tokens"]
-        length = 0
-        for part in parts:
-            self._write(f"{split}-{self._name}.bin", part.astype(self._dtype))
-            length += len(part)
-        self.note(split, start, length, size)
-        if mask is not None:
-            assert len(mask) == length
-            self._write(f"{split}-{self._name}.msk", mask.astype(np.uint8))
-            self.counts[split]["targets"] -= length - int(mask.sum())
-
-    def note(self, split: Split, start: int, length: int, size: int) -> None:
-        """Enter a document whose tokens stand somewhere: `length` tokens from `start` on, for `size` bytes of text."""
-        self._write(f"{split}-{self._name}.idx", np.array([start, length], "<i8"))
-        counts = self.counts[split]
-        counts["documents"] += 1
-        counts["tokens"] += length
-        counts["targets"] += length
-        counts["bytes"] += size
-
-    def _write(self, name: str, values: np.ndarray) -> None:
-        data = values.tobytes()
-        self._files[name].write(data)
-        self._hashes[name].update(data)
-
-    def commit(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Have the shard reach the disk; its entry for the manifest, with `report` added."""
-        for name, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            draft(self._store / name).rename(self._store / name)
-        hashes = {name: hash.hexdigest() for name, hash in self._hashes.items()}
-        entry = {"name": self._name, "dtype": self._dtype.str, **self.counts, "xxh3_128": hashes, **report}
-        write_json(self._store / f"{self._name}.json", entry)
-        return entry
-
-
-def committed_shard(store: Path, name: str) -> dict[str, Any] | None:
-    """The manifest entry of a shard that is there already and has the right sizes."""
-    try:
-        entry = read_json(store / f"{name}.json") or {}
-        for file in entry["xxh3_128"]:
-            counts = entry[file.split("-")[0]]
-            sizes = {
-                "idx": 16 * counts["documents"],
-                "bin": np.dtype(entry["dtype"]).itemsize * counts["tokens"],
-                "msk": counts["tokens"],
-            }
-            if (store / file).stat().st_size != sizes[file.rpartition(".")[2]]:
-                return None
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-    return entry

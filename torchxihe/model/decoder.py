@@ -16,15 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchxihe.config import Model
-from torchxihe.model.attention import Attention
-from torchxihe.model.linear_cross_entropy import linear_cross_entropy
+from torchxihe.config.options import Model
+from torchxihe.kernels.select import PORTABLE, Kernels
 from torchxihe.model.norm import RMSNorm, rms_norm
-from torchxihe.model.queries_keys import QueriesKeys
-from torchxihe.model.queries_keys import plain as plain_queries_keys
 from torchxihe.model.rope import rope_tables
-from torchxihe.model.swiglu import Swiglu
-from torchxihe.model.swiglu import plain as plain_swiglu
 
 
 class Linear(nn.Linear):
@@ -41,9 +36,10 @@ class Linear(nn.Linear):
 class SelfAttention(nn.Module):
     """Multi-head attention with grouped keys and values and rotary positions."""
 
-    def __init__(self, config: Model, attention: Attention, queries_keys: QueriesKeys) -> None:
+    def __init__(self, config: Model, kernels: Kernels) -> None:
         super().__init__()
-        self.head_dim, self.attention, self.queries_keys = config.head_dim, attention, queries_keys
+        self.head_dim = config.head_dim
+        self.attention, self.qk_norm_rope = kernels.attention, kernels.qk_norm_rope
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = Linear(config.hidden_size, queries)
         self.k_proj = Linear(config.hidden_size, keys)
@@ -52,19 +48,19 @@ class SelfAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """[B, T, C] to [B, T, C]."""
-        q, k = self.queries_keys(x_BTC, self.q_proj, self.k_proj, self.q_norm, self.k_norm, cos_TD, sin_TD)
+        q, k = self.qk_norm_rope(x_BTC, self.q_proj, self.k_proj, self.q_norm, self.k_norm, cos_TD, sin_TD)
         v = self.v_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(self.attention(q, k, v, docs).flatten(-2))
+        return self.o_proj(self.attention(q, k, v, cu_seqlens).flatten(-2))
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward."""
 
-    def __init__(self, config: Model, swiglu: Swiglu) -> None:
+    def __init__(self, config: Model, kernels: Kernels) -> None:
         super().__init__()
-        self.swiglu = swiglu
+        self.swiglu = kernels.swiglu
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
@@ -77,32 +73,32 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One decoder layer: attention, then feed-forward, each normalised before and added after."""
 
-    def __init__(self, config: Model, attention: Attention, queries_keys: QueriesKeys, swiglu: Swiglu) -> None:
+    def __init__(self, config: Model, kernels: Kernels) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, attention, queries_keys)
+        self.self_attn = SelfAttention(config, kernels)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, swiglu)
+        self.mlp = MLP(config, kernels)
         self.checkpoint: Callable[..., Tensor] | None = None  # set from outside, to compute `body` again in backward
 
-    def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
+    def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """What the block computes: [B, T, C] to [B, T, C]."""
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos_TD, sin_TD, docs)
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos_TD, sin_TD, cu_seqlens)
         return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
 
-    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, docs: Tensor | None) -> Tensor:
+    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """`body`, checkpointed if so set."""
         if self.checkpoint is not None:
-            return self.checkpoint(self.body, x_BTC, cos_TD, sin_TD, docs)
-        return self.body(x_BTC, cos_TD, sin_TD, docs)
+            return self.checkpoint(self.body, x_BTC, cos_TD, sin_TD, cu_seqlens)
+        return self.body(x_BTC, cos_TD, sin_TD, cu_seqlens)
 
 
 class Head(nn.Module):
     """Final norm, then the summed loss or the logits. It owns no parameter: those are the decoder's, wherever tied."""
 
-    def __init__(self, eps: float) -> None:
+    def __init__(self, eps: float, kernels: Kernels) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.cross_entropy = eps, kernels.cross_entropy
 
     def forward(
         self, x_BTC: Tensor, norm_C: Tensor, w_VC: Tensor, targets_BT: Tensor | None
@@ -112,7 +108,7 @@ class Head(nn.Module):
         x_BTC = rms_norm(x_BTC, norm_C, self.eps)
         if targets_BT is None:
             return F.linear(x_BTC, w_VC.to(x_BTC.dtype))
-        loss, losses_N = linear_cross_entropy(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
+        loss, losses_N = self.cross_entropy(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
         return loss, losses_N.view(targets_BT.shape).sum(1)
 
 
@@ -128,17 +124,14 @@ class Decoder(nn.Module):
         *,
         seq_len: int,
         dtype: torch.dtype,
-        attention: Attention,
-        queries_keys: QueriesKeys = plain_queries_keys,
-        swiglu: Swiglu = plain_swiglu,
+        kernels: Kernels = PORTABLE,
     ) -> None:
         super().__init__()
         self.config, self.seq_len, self.dtype = config, seq_len, dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = (Block(config, attention, queries_keys, swiglu) for _ in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Head(config.rms_norm_eps)
+        self.head = Head(config.rms_norm_eps, kernels)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         cos, sin = rope_tables(seq_len, config.head_dim, config.rope_theta, torch.device("meta"))
@@ -146,20 +139,25 @@ class Decoder(nn.Module):
         self.register_buffer("sin_TD", sin, persistent=False)
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, docs: Tensor | None = None, start: int = 0
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions_T: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(cross-entropy summed over the valid targets, the same by row); without targets logits [B, T, V].
 
-        tokens, targets: int64 [B, T], T at most `seq_len`; targets of -100 count nothing. docs: see `attention.py`.
+        tokens, targets: int64 [B, T], T at most `seq_len`; targets of -100 count nothing. cu_seqlens: see
+        `kernels/attention.py`.
         The first is a float32 scalar, the second float32 [B], for reports, without a gradient.
-        start: position of the first token, where what comes before it is in a cache (`generate.py`).
+        positions: int64 [T], each token's position in its row; None: 0 to T - 1.
         The loss is computed in here, so that FSDP2 gathers the head with the root and nothing reaches around it.
         """
-        end = start + tokens_BT.shape[1]
+        at = slice(tokens_BT.shape[1]) if positions_T is None else positions_T
+        cos_TD, sin_TD = self.cos_TD[at], self.sin_TD[at]
         x_BTC = self.embed_tokens(tokens_BT).to(self.dtype)
-        cos_TD, sin_TD = self.cos_TD[start:end], self.sin_TD[start:end]
         for layer in self.layers:
-            x_BTC = layer(x_BTC, cos_TD, sin_TD, docs)
+            x_BTC = layer(x_BTC, cos_TD, sin_TD, cu_seqlens)
         w_VC = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return self.head(x_BTC, self.norm.weight, w_VC, targets_BT)
 

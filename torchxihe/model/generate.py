@@ -28,7 +28,7 @@ class CachedAttention:
         self.size, self.seen = size, 0
         self._keys_BSKD, self._values_BSKD = torch.empty(0), torch.empty(0)
 
-    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, docs: Tensor | None) -> Tensor:
+    def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """[B, T, H, D] in q's dtype. The whole row is one document."""
         if not self.seen:
             shape = (k_BTKD.shape[0], self.size, *k_BTKD.shape[2:])
@@ -45,7 +45,7 @@ class CachedAttention:
 
 @contextmanager
 def cached(model: nn.Module, size: int) -> Iterator[list[CachedAttention]]:
-    """Inside, the layers of `model` attend through new caches for `size` positions; `model.forward` takes `start`."""
+    """Inside, the layers of `model` attend through new caches for `size` positions; call it with `positions_T`."""
     layers = [module for module in model.modules() if isinstance(module, SelfAttention)]
     attentions = [layer.attention for layer in layers]
     caches = [CachedAttention(size) for _ in layers]
@@ -112,7 +112,9 @@ def generate(
                     cache.seen = 0
             # Every length is a new shape: a compiled model would compile each. no_grad ends at each yield.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                logits_BTV = model(torch.tensor([tokens[seen:]], device=device), start=seen - first)
+                new_T = torch.tensor([tokens[seen:]], device=device)
+                positions_T = torch.arange(seen - first, len(tokens) - first, device=device)
+                logits_BTV = model(new_T, positions_T=positions_T)
             seen = len(tokens)
             logits_V = logits_BTV[0, -1, :vocab_size].cpu()
             if not logits_V.isfinite().all():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torchxihe.config import Model
+from torchxihe.config.options import Model
 
 
 def hf_name(name: str) -> str:

@@ -15,13 +15,3 @@ def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device 
     frequencies_D = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     angles_TD = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), frequencies_D)
     return angles_TD.cos().float(), angles_TD.sin().float()
-
-
-def apply_rope(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Turn each head by its position's angles, in float32; the result has x's dtype.
-
-    Positions are the row's, not the document's: the score of two tokens depends on their distance alone.
-    """
-    a, b = x_BTHD.float().chunk(2, dim=-1)
-    cos, sin = cos_TD[:, None, :], sin_TD[:, None, :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHD.dtype)

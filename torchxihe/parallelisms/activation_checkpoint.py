@@ -7,7 +7,8 @@ import torch
 import torch._functorch.config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from torchxihe.config import Parallelism, UserError
+from torchxihe.config.options import Parallelism
+from torchxihe.errors import UserError
 from torchxihe.model.decoder import Block, Decoder
 
 # Dear to compute again: matrix products and attention. Everything else is elementwise.

@@ -2,7 +2,7 @@
 
 import torch.compiler
 
-from torchxihe.config import Training
+from torchxihe.config.options import Training
 from torchxihe.model.decoder import Decoder
 from torchxihe.utils.device import compile_obstacle
 
@@ -20,6 +20,6 @@ def apply_compile(model: Decoder, *, whole: bool) -> None:
     """
     # Every batch has another number of documents. It is the one size that no code is made for: padded to the most that
     # there might be, the empty ones would cost 6 % of a step (docs/performance.md).
-    torch.compiler.config.dynamic_sources = "L['docs']"
+    torch.compiler.config.dynamic_sources = "L['cu_seqlens']"
     for module in [model] if whole else [*model.layers, model.head]:
         module.compile(fullgraph=True, dynamic=False)

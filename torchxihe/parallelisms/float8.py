@@ -6,9 +6,9 @@ import importlib.util
 import torch
 from torch import nn
 
-from torchxihe.config import UserError
+from torchxihe.errors import UserError
+from torchxihe.kernels.float8_swiglu import ALIGNED
 from torchxihe.model.decoder import Decoder, Linear
-from torchxihe.model.float8_swiglu import ALIGNED
 from torchxihe.utils.device import compute_capability
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from torchxihe.config import UserError
+from torchxihe.errors import UserError
 
 
 class Arguments(argparse.ArgumentParser):

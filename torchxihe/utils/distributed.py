@@ -3,13 +3,14 @@
 import datetime
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torchxihe.utils.device import default_device
@@ -62,25 +63,25 @@ def process_group(timeout_seconds: float = 600) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def as_patient(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """`group`, with the timeout of `process_group`: a group that is made later begins with its backend's own."""
+def use_default_timeout(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """`group`, with the timeout that `process_group` was given: a new group begins with its backend's default."""
     for device in group._device_types:
-        everybody = dist.distributed_c10d._get_default_group()._get_backend(device)
-        group._get_backend(device)._set_default_timeout(everybody.options._timeout)
+        world = dist.distributed_c10d._get_default_group()._get_backend(device)
+        group._get_backend(device)._set_default_timeout(world.options._timeout)
     return group
+
+
+def mesh_group(mesh: DeviceMesh, names: Sequence[str]) -> dist.ProcessGroup:
+    """This process's group over one or several dimensions of `mesh`, in the mesh's order."""
+    if len(names) == 1:
+        return mesh.get_group(names[0])
+    return use_default_timeout(mesh[tuple(names)]._flatten("_".join(names)).get_group())
 
 
 def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sum `value` over all processes, in place and on its device; the host does not wait for a GPU."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
 
 
 def all_gather_object(value: T) -> list[T]:

@@ -2,13 +2,14 @@
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
@@ -62,3 +63,47 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+NOT_THERE = FileNotFoundError, IsADirectoryError, ValueError
+"""What reading a file raises that is gone or damaged, rather than out of reach."""
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file that `prepare` has written and can write again; None if it is not there or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except NOT_THERE:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def draft(path: Path) -> Path:
+    """Where this process writes what is to be `path`: two that make the same file must not write into one."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is either whole and on the disk, or not there."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole and on the disk, or as it was before."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole and on the disk, or as it was before. Raises OSError that names it."""
+    temporary = draft(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk, or where a folder is in the way
+    sync_folder(path.parent)

@@ -1,0 +1,271 @@
+"""A checkpoint as a Hugging Face folder: safetensors in shards, configs, tokenizer, model card."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torchxihe
+from torchxihe.components.checkpoint.manifest import CorruptError, read_manifest, step_flaws
+from torchxihe.components.checkpoint.saved_run import SavedRun
+from torchxihe.components.checkpoint.state import corrupt, flat_state, load_tensors, open_fitting
+from torchxihe.data.prepare.chat import Chat
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE
+from torchxihe.errors import UserError, explained
+from torchxihe.model.decoder import Decoder, parameter_counts
+from torchxihe.model.hf import hf_config, hf_name
+from torchxihe.utils.files import read_json
+
+SHARD_BYTES = 4 * 10**9
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+Progress = Callable[[int, int], object]
+"""Told how many more bytes are done, and how many there are in all. What it raises ends the export."""
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    saved: SavedRun,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda more, total: None,
+) -> None:
+    """Write the model of `saved` to the new folder `out`, in one process and on the host; `dtype`: float32, bfloat16.
+
+    Of the weights one tensor at a time is in memory, whatever wrote the checkpoint. The rows of the vocabulary that
+    the tokenizer does not have are left out. `out` is there whole or not at all. Raises UserError if it exists, if the
+    checkpoint is corrupt, or if the disk fails.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(".")):
+        raise UserError(f"--out: {out} is there already, and not empty or in use; name a new folder")
+    draft = draft_of(out)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        tokenizer = read_json(saved.tokenizer_dir / "torchxihe.json")
+        if not tokenizer:
+            raise UserError(f"{saved.tokenizer_dir}: torchxihe.json is damaged; starting its run again mends it")
+        _write_weights(saved, draft, tokenizer["vocab_size"], dtype, shard_bytes, progress)
+        _write_configs(saved, draft, tokenizer, str(dtype).removeprefix("torch."))
+        _write_tokenizer(saved.tokenizer_dir, draft, tokenizer)
+        (draft / "README.md").write_text(model_card(saved), encoding="utf-8")
+        draft.replace(out)
+    except OSError as error:
+        raise explained(error, out) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def draft_of(out: Path) -> Path:
+    """Where a folder is made that shall be there whole or not at all: beside it, under a name that nobody else uses."""
+    whole = out.absolute()
+    return whole.with_name(f".{whole.name}.torchxihe")
+
+
+def _write_weights(
+    saved: SavedRun, folder: Path, vocab_size: int, dtype: torch.dtype, shard_bytes: int, progress: Progress
+) -> None:
+    """The safetensors files, with an index if there are several."""
+    with torch.device("meta"):
+        model = Decoder(saved.model, seq_len=saved.seq_len, dtype=torch.float32)
+    state = flat_state(model, None)
+    shapes = {}
+    for key, tensor in state.items():
+        rows = [vocab_size] if key in ("model.embed_tokens.weight", "model.lm_head.weight") else tensor.shape[:1]
+        shapes[key] = torch.Size([*rows, *tensor.shape[1:]])
+    try:
+        to_verify = sum(size for size, _ in read_manifest(saved.step_dir).files.values())
+    except CorruptError as error:
+        raise corrupt(saved.step_dir, str(error)) from None
+    count = sum(shape.numel() for shape in shapes.values())
+    total = to_verify + count * dtype.itemsize
+    if flaws := step_flaws(saved.step_dir, progress=lambda more: progress(more, total)):
+        raise corrupt(saved.step_dir, "; ".join(flaws))
+    reader = open_fitting(saved.step_dir, state, ("model",))
+
+    def tensors(keys: list[str]) -> Iterator[Tensor]:
+        for key in keys:
+            whole = torch.empty_like(state[key], device="cpu")
+            load_tensors({key: whole}, reader, None)
+            tensor = whole[: shapes[key][0]].to(dtype)
+            yield tensor
+            progress(tensor.nbytes, total)
+
+    shards = _plan(shapes, dtype.itemsize, shard_bytes)
+    place: dict[str, str] = {}
+    for i, keys in enumerate(shards):
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        names = {hf_name(key.removeprefix("model.")): shapes[key] for key in keys}
+        write_safetensors(folder / name, names, dtype, tensors(keys))
+        place |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        sizes = {"total_size": count * dtype.itemsize, "total_parameters": count}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": sizes, "weight_map": place})
+
+
+def _plan(shapes: dict[str, torch.Size], item_bytes: int, shard_bytes: int) -> list[list[str]]:
+    """The keys of each shard: as many in a row as fit, at least one."""
+    shards: list[list[str]] = []
+    room = 0
+    for key, shape in shapes.items():
+        size = shape.numel() * item_bytes
+        if not shards or size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(key)
+        room -= size
+    return shards
+
+
+def write_safetensors(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
+    """Write a safetensors file of tensors that come one after the other, in the order of `shapes`, on the host.
+
+    The package safetensors wants all of them at once. The format: the header's length as a little-endian uint64, the
+    header as JSON, filled up with blanks so that the data begins at a multiple of 8 bytes, and the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_configs(saved: SavedRun, folder: Path, tokenizer: dict[str, int], dtype: str) -> None:
+    """config.json and generation_config.json."""
+    config = hf_config(saved.model, seq_len=saved.seq_len, dtype=dtype, **tokenizer)
+    _write_json(folder / "config.json", config)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+    if is_chat(saved) and (end := Chat(saved.tokenizer_dir).end_of_turn) != tokenizer["eos_id"]:
+        ids["eos_token_id"] = [end, tokenizer["eos_id"]]
+    _write_json(folder / "generation_config.json", ids)
+
+
+def _write_tokenizer(source: Path, folder: Path, tokenizer: dict[str, int]) -> None:
+    """The tokenizer's files; its settings name the end of a document, and a class that reads `tokenizer.json`.
+
+    Around a text it puts what training had there: the BOS token, if documents begin with one, and nothing else. The
+    chat template has a file of its own, where newer versions of `transformers` keep it.
+    """
+    import tokenizers  # slow, and never needed in training
+    from tokenizers.processors import TemplateProcessing
+
+    settings = json.loads((source / "tokenizer_config.json").read_bytes())
+    content = json.loads((source / "tokenizer.json").read_bytes())
+    names = {index: token for token, index in _vocabulary(content)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {"eos_token": names[tokenizer["eos_id"]]}
+    bos = [names[tokenizer["bos_id"]]] if tokenizer["bos_id"] >= 0 else []
+    if bos:
+        settings["bos_token"] = bos[0]
+    flags = {"add_bos_token": bool(bos), "add_eos_token": False}  # overrule tokenizer.json where they are
+    settings |= {flag: value for flag, value in flags.items() if flag in settings}
+    whole = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    if whole.encode("").tokens == bos:
+        shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
+    else:
+        special = [(token, tokenizer["bos_id"]) for token in bos]
+        around = TemplateProcessing(single=[*bos, "$A"], pair=[*bos, "$A", *bos, "$B"], special_tokens=special)
+        whole.post_processor = around  # type: ignore[assignment]
+        (folder / "tokenizer.json").write_text(whole.to_str(pretty=True), encoding="utf-8")  # `save` raises no OSError
+    if (source / CHAT_TEMPLATE_FILE).exists():
+        shutil.copyfile(source / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
+        settings.pop("chat_template", None)
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> list[tuple[str, int]]:
+    """Tokens and ids of a parsed `tokenizer.json` of any kind."""
+    vocab = tokenizer["model"]["vocab"]
+    pairs = list(vocab.items()) if isinstance(vocab, dict) else [(token, i) for i, (token, _) in enumerate(vocab)]
+    return pairs + [(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])]
+
+
+def is_chat(saved: SavedRun) -> bool:
+    """Whether the run has learned to answer in its chat format."""
+    return saved.train_state["config"]["data"].get("format") == "chat"
+
+
+def model_card(saved: SavedRun) -> str:
+    """README.md of the folder: what the model is, and the facts of its run as far as the checkpoint knows them."""
+    model, config = saved.model, saved.train_state["config"]
+    total, _ = parameter_counts(model)
+    facts = {
+        "Parameters": f"{total:,} (padding of the vocabulary included)",
+        "Shape": f"{model.num_hidden_layers} layers of {model.hidden_size}, {model.num_attention_heads} query "
+        f"and {model.num_key_value_heads} key-value heads of {model.head_dim}, SwiGLU {model.intermediate_size}",
+        "Sequence length": f"{saved.seq_len:,}",
+        "Steps": f"{saved.step:,}",
+    }
+    stages = saved.train_state["stages"]
+    if stages:
+        # Those of a batch ramp are all there from the start.
+        last = next(stage for stage in reversed(stages) if stage["step"] <= saved.step)
+        samples = last["g"] + (saved.step - last["step"]) * last["global_batch"]
+        weights = sum(source["weight"] for source in config["data"]["sources"])
+        facts["Tokens"] = f"{samples * saved.seq_len:,}"
+        facts["Data"] = ", ".join(
+            f"{source['name'] or source['path']} ({100 * source['weight'] / weights:.3g} %)"
+            for source in config["data"]["sources"]
+        )
+        optimizer, schedule = config["optimizer"], config["lr_scheduler"]
+        facts["Optimizer"] = f"{optimizer['name']}, peak learning rate {optimizer['lr']:g}, schedule {schedule['name']}"
+        facts["Precision"] = f"{config['training']['dtype']} on float32 weights"
+    if saved.train_state.get("origin"):
+        facts["Started from"] = saved.train_state["origin"]
+    loss = read_manifest(saved.step_dir).validation_loss
+    if loss is not None:
+        facts["Validation loss"] = f"{loss:.4f} nats a token, on held-out documents of the same sources"
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    name = config["run"]["name"]
+    kind = "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
+    made = f"with torchxihe {torchxihe.__version__}"
+    what = f"A base language model (`{kind}`), pre-trained {made}. It continues text; it has\nnot been tuned to follow"
+    what, inputs = f"{what} instructions.", 'tokenizer("Once", return_tensors="pt")'
+    if is_chat(saved):
+        what = f"A chat model (`{kind}`), fine-tuned on conversations {made}."
+        asked = '[{"role": "user", "content": "Hello"}], add_generation_prompt=True'
+        inputs = f'tokenizer.apply_chat_template(\n    {asked}, return_dict=True, return_tensors="pt"\n)'
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- torchxihe
+---
+
+# {name}
+
+{what}
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+inputs = {inputs}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

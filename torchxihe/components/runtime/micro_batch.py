@@ -1,0 +1,83 @@
+"""The micro-batch that fits: found by taking a step of a few sizes, where `training.micro_batch_size` is 0."""
+
+import gc
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from torchxihe.config.options import Config
+from torchxihe.errors import UserError
+from torchxihe.utils.distributed import all_gather_object
+
+log = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.92  # of the free memory that a micro-batch may fill: the rest is for fragments and workspaces
+
+Trial = Callable[[Config, torch.device], object]
+"""Builds all that a step needs, takes one, and keeps nothing."""
+
+
+def fit_micro_batch(config: Config, device: torch.device, trial: Trial, data_ranks: int) -> Config:
+    """`config` with the largest micro-batch that fits in `training.micro_batch_size`'s place if that is 0.
+
+    `data_ranks`: ranks that read different rows. Up to three trials: of one row, of two, and of as many as these two
+    predict, which is too few, because the loss's chunks stop growing. Memory is linear in the rows; all ranks take the
+    smallest answer. Raises UserError.
+    """
+    if config.training.micro_batch_size:
+        return config
+    if device.type != "cuda":
+        raise UserError("training.micro_batch_size: 0 looks for what fits on a GPU; on a CPU give a number")
+    most = -(-config.training.global_batch_size // data_ranks)
+    peaks = {1: peak_memory(config, device, trial, 1, data_ranks)}
+    if most > 1 and peaks[1] < math.inf:
+        peaks[2] = peak_memory(config, device, trial, 2, data_ranks)
+    limit = MEMORY_SHARE * min(all_gather_object(torch.cuda.mem_get_info(device)[0]))
+    if peaks[1] > limit:
+        why = f"a step of one row does not fit in the {limit / 2**30:.1f} GiB that are to be had"
+        raise UserError(f"training.micro_batch_size: {why}; see parallelism.activation_checkpointing, or more GPUs")
+    promised = rows_that_fit(peaks, limit, most)
+    if promised > 2:
+        peaks[promised] = peak_memory(config, device, trial, promised, data_ranks)
+    rows = rows_that_fit(peaks, limit, most)
+    log.info("micro-batch: %d rows fit in %.1f GiB (training.micro_batch_size)", rows, limit / 2**30)
+    return _changed(config, micro_batch_size=rows)
+
+
+def rows_that_fit(peaks: dict[int, float], limit: float, most: int) -> int:
+    """The largest micro-batch, 1 to `most`, under `limit` bytes on the line through the two largest of `peaks` (bytes
+    by rows; infinite: more than there are)."""
+    most = min([most, *(rows - 1 for rows, peak in peaks.items() if peak == math.inf)])
+    measured = sorted(rows for rows, peak in peaks.items() if peak < math.inf)
+    if most == 1 or len(measured) < 2:
+        return 1
+    a, b = measured[-2:]
+    slope = max((peaks[b] - peaks[a]) / (b - a), 1.0)
+    return int(min(max(b + (limit - peaks[b]) // slope, 1), most))
+
+
+def peak_memory(config: Config, device: torch.device, trial: Trial, rows: int, data_ranks: int) -> float:
+    """Bytes allocated at most, by any rank, in a step of two micro-batches of `rows` rows, with model and optimizer.
+
+    Infinite if a single process has less. Several must not go on from there: some may wait for others in a collective.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        two = 2 * rows * data_ranks
+        trial(_changed(config, micro_batch_size=rows, global_batch_size=two, batch_ramp=()), device)
+        peak = float(torch.cuda.max_memory_allocated(device))
+    except torch.OutOfMemoryError:
+        if dist.is_initialized():
+            raise
+        peak = math.inf
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return max(all_gather_object(peak))
+
+
+def _changed(config: Config, **training: object) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update=training)})

@@ -1,0 +1,55 @@
+"""Work on files by several ranks, so that either all of them continue or all of them stop."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from torchxihe.errors import UserError, explained
+from torchxihe.utils.distributed import is_main
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(hours=1)  # a rank may wait for another one's slow disk; a dead one is noticed at once
+
+
+class Ranks:
+    """All processes of the run, in a gloo group of their own: what they say here never meets a training step's
+    collectives, so that a thread may do it. With one process there is no group, and everything is done by it."""
+
+    def __init__(self) -> None:
+        self.group: dist.ProcessGroup | None = None
+        self.rank, self.size = 0, 1
+        if dist.is_initialized():
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            assert isinstance(group, dist.ProcessGroup)
+            self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, action: Callable[[], T]) -> list[T]:
+        """What `action` returns on every rank, by rank. An error of the disk or the user on one is raised on all."""
+        result: tuple[Any, Exception | None]
+        try:
+            result = action(), None
+        except OSError as error:
+            result = None, explained(error)
+        except UserError as error:
+            result = None, error
+        results: list[Any] = [result]
+        if self.group is not None:
+            results = [None] * self.size
+            dist.all_gather_object(results, result, group=self.group)
+        for _, error in results:
+            if error is not None:
+                raise error
+        return [value for value, _ in results]
+
+    def each(self, action: Callable[[], T]) -> T:
+        """This rank's own result of `action`, after it has succeeded on all."""
+        mine: list[T] = []
+        self.gather(lambda: mine.append(action()))
+        return mine[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, which alone does it; its error is raised on all."""
+        return self.gather(lambda: action() if is_main() else None)[0]  # pyright: ignore[reportReturnType]

@@ -1,0 +1,237 @@
+"""From a TOML file and `--section.key=value` overrides to a checked config."""
+
+import difflib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import tomli_w
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from torchxihe.utils.words import counted
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from torchxihe.config.checks import Key, find_conflicts
+from torchxihe.config.options import Config, Section
+from torchxihe.errors import UserError
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, world_size: int = 0) -> Config:
+    """Read `path`, apply `--section.key=value` overrides and check everything.
+
+    With a `world_size`, the parallelism must fit that many processes too. Raises UserError with one line per mistake.
+    """
+    file = str(path)
+    values, origins = _read_toml(file, ())
+    mistakes = [mistake for flag in overrides or [] for mistake in _apply_override(values, origins, flag)]
+    run = values.setdefault("run", {})
+    if isinstance(run, dict) and not run.get("name"):
+        run["name"] = Path(file).stem
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        found = [_explain(dict(finding)) for finding in error.errors()]
+    else:
+        found = find_conflicts(config, world_size)
+        if not found and not mistakes:
+            return config
+    raise UserError("\n".join(mistakes + [_line(key, why, origins, file) for key, why in found]))
+
+
+def config_from_args(args: list[str], world_size: int = 0) -> Config:
+    """The config of a command line `CONFIG [--section.key=value ...]`; see `load_config`."""
+    files = [arg for arg in args if not arg.startswith("--")]
+    if len(files) != 1:
+        what = "no config file" if not files else "more than one config file: " + " ".join(files)
+        raise UserError(f"{what}; expected CONFIG [--section.key=value ...], such as configs/xihe_debug.toml")
+    return load_config(files[0], [arg for arg in args if arg.startswith("--")], world_size)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as TOML; `load_config` of it gives the same config."""
+    return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, str]]:
+    """The merged values of `file` and what it extends, and for each table and leaf the file it was last written in."""
+    where = f"{extended_by[-1]}: extends: {file}" if extended_by else file
+    if os.path.realpath(file) in map(os.path.realpath, extended_by):
+        raise UserError(f"{where}: the files extend each other in a circle; remove one `extends`")
+    try:
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))  # some editors begin it with a mark
+    except FileNotFoundError:
+        raise UserError(f"{where}: no such file{_other_files(file)}") from None
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where}: not valid TOML: {error}") from None
+    parent = values.pop("extends", "")
+    if not isinstance(parent, str):
+        raise UserError(f"{where}: extends: must be the path of one TOML file, relative to this one")
+    merged, origins = {}, {}
+    if parent:
+        parent = os.path.normpath(Path(file).parent / os.path.expanduser(parent))
+        merged, origins = _read_toml(parent, (*extended_by, file))
+    _merge(merged, values, origins, file, ())
+    return merged, origins
+
+
+def _other_files(missing: str) -> str:
+    """A hint for a config file that is not there."""
+    folder = Path(missing).parent
+    there = sorted(map(str, folder.glob("*.toml"))) or sorted(map(str, Path("configs").glob("*.toml")))
+    close = difflib.get_close_matches(missing, there, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(there)}" if there else ""
+
+
+def _merge(into: dict[str, Any], values: dict[str, Any], origins: dict[Key, str], origin: str, at: Key) -> None:
+    """Lay `values` over `into`: tables merge, everything else replaces."""
+    for name, value in values.items():
+        key = (*at, name)
+        if isinstance(value, dict):
+            if not isinstance(into.get(name), dict):
+                into[name] = {}
+            _merge(into[name], value, origins, origin, key)
+        else:
+            into[name] = value
+        origins[key] = origin
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) -> list[str]:
+    """Lay one `--section.key=value` over `values`; what is wrong with it, if anything."""
+    match = re.fullmatch(r"--([\w-]+(?:\.[\w-]+)*)=(.*)", flag, re.DOTALL)
+    if not match:
+        return [f"{flag}: not understood; overrides look like --section.key=value"]
+    key = tuple(match[1].replace("-", "_").split("."))
+    name = "--" + ".".join(key)
+    if _SURROGATE.search(match[2]):  # bytes of the command line that Python could not decode
+        return [f"{name}: not UTF-8"]
+    place: Any = values
+    for i, part in enumerate(key[:-1]):
+        above = ".".join(key[:i])
+        if isinstance(place, list):
+            if not part.isdecimal() or int(part) >= len(place):
+                return [f"{name}: {above} has {counted(len(place), 'entry')}, counted from 0; there is no {part}"]
+            place = place[int(part)]
+        else:
+            if part not in place:
+                origins[key[: i + 1]] = name
+            place = place.setdefault(part, {})
+        if not isinstance(place, (dict, list)):
+            return [f"{name}: {'.'.join(key[: i + 1])} is a single value; nothing stands below it"]
+    if isinstance(place, list):
+        return [f"{name}: an entry of a list cannot be replaced whole; name a key of it"]
+    try:
+        place[key[-1]] = _override_value(key, match[2])
+    except tomllib.TOMLDecodeError:
+        shell = "texts in it stand in \"quotes\", and for a shell the whole in 'quotes'"
+        return [f"{name}: {match[2]} is not valid TOML; {shell}"]
+    origins[key] = name
+    return []
+
+
+def _override_value(key: Key, text: str) -> Any:
+    """What a flag's text means: a TOML value, else (a bare word, or anything that a text option gets) the text.
+
+    Raises TOMLDecodeError for what begins like a list, a table or a quoted text and is none.
+    """
+    field = _field_at(key)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if field and field.annotation is not str and text.startswith(("[", "{", '"', "'")):
+            raise
+        return text
+    kept = str if field and field.annotation is str else (bool, int, float, str, list, dict)  # not a date or a time
+    return value if isinstance(value, kept) else text
+
+
+def _section_at(key: Key) -> type[Section] | None:
+    """The section class that a dotted path leads to."""
+    section: Any = Config
+    for name in key:
+        if name.isdecimal():  # an entry of a list: the path so far has led to the entries' class
+            continue
+        field = section.model_fields.get(name)
+        section = field.annotation if field else None
+        if get_origin(section) is tuple:
+            section = get_args(section)[0]
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return None
+    return section
+
+
+def _field_at(key: Key) -> FieldInfo | None:
+    """The option that a dotted path leads to."""
+    section = _section_at(key[:-1])
+    return section.model_fields.get(key[-1]) if section else None
+
+
+def _line(key: Key, why: str, origins: dict[Key, str], file: str) -> str:
+    """One mistake as a line that names the file or flag that `key`, or the nearest table above it, was written in."""
+    dotted = ".".join(key)
+    origin = next((origins[key[:end]] for end in range(len(key), 0, -1) if key[:end] in origins), file)
+    return f"{origin}: {why}" if origin == "--" + dotted else f"{origin}: {dotted}: {why}"
+
+
+# pydantic's findings in the words of a TOML file; those not named here keep pydantic's own.
+MEANINGS = {
+    "missing": "required, but missing",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "model_type": "must be a table",
+    "tuple_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be greater than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "string_too_short": "must not be empty",
+    "value_error": "{error}",
+    "string_pattern_mismatch": "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-'; "
+    "without --run.name=NAME it is the file's stem",
+}
+
+
+def _explain(finding: dict[str, Any]) -> tuple[Key, str]:
+    """The key of one of pydantic's findings, and what is wrong there."""
+    key = tuple(str(part) for part in finding["loc"])
+    kind: str = finding["type"]
+    if kind == "extra_forbidden":
+        return key, f"unknown key{_meant(key)}"
+    why = MEANINGS[kind].format(**finding.get("ctx", {})) if kind in MEANINGS else str(finding["msg"])
+    if kind == "tuple_type" and (field := _field_at(key)):
+        entry = get_args(field.annotation)[0]
+        why += f" such as {json.dumps(get_args(entry))}" if get_origin(entry) is Literal else ""
+    return key, why if kind in ("missing", "string_too_short") else f"{why}, got {finding['input']!r}"
+
+
+def _meant(key: Key) -> str:
+    """A hint for an unknown key: a similar one beside it, or the same in another section."""
+    section = _section_at(key[:-1])
+    close = difflib.get_close_matches(key[-1], section.model_fields, n=1, cutoff=0.6) if section else []
+    if close:
+        return f"; did you mean {'.'.join((*key[:-1], close[0]))}?"
+    for name in Config.model_fields:
+        inner = _section_at((name,))
+        if inner and key[-1] in inner.model_fields:
+            return f"; did you mean {name}.{key[-1]}?"
+    return "; docs/config.md lists all of them"

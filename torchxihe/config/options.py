@@ -1,0 +1,428 @@
+"""Every option of torchxihe, once: its type, its default and what it means.
+
+One frozen pydantic model per TOML section. A TOML file is read in four steps: the file it `extends` is merged under it
+(tables merge, lists replace), `--section.key=value` overrides are put on top, the result is checked whole, and every
+mistake is reported at once with the file or flag it stands in. Nothing here imports torch, so that a bad file fails in
+milliseconds.
+
+TOML has no null: no option is ever `None`. 0, -1 or "" means "off", and the docstring says so.
+"""
+
+import os
+import string
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+
+from torchxihe.errors import UserError
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, perhaps a URL or a hub id; "~" is the home directory, which a shell leaves alone in --section.key=~/here."""
+
+
+def _template(text: str) -> str:
+    """Let through what names a column of a row in braces. Raises ValueError."""
+    try:
+        fields = [field for _, *field in string.Formatter().parse(text) if field[0] is not None]
+    except ValueError as error:
+        raise ValueError(f"{error}; write {{{{ and }}}} for braces that are text") from None
+    if not fields:
+        raise ValueError("names no column; write one in braces, such as {text}")
+    if any(not name or spec or conversion for name, spec, conversion in fields):
+        raise ValueError("only column names may stand in braces; write {{ and }} for braces that are text")
+    return text
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys and silent conversions are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    """The run and where it lives: `<dir>/<name>/` holds its config, metrics, checkpoints and tokenizer."""
+
+    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
+    """Name of the run directory. "": the stem of the config file."""
+    dir: Place = "runs"
+    """Directory that holds the run directories; all nodes must share it."""
+
+
+class Model(Section):
+    """The decoder's shape, in the names of a Hugging Face `config.json`."""
+
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_hidden_layers: PositiveInt
+    """Number of decoder blocks."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_key_value_heads: PositiveInt
+    """Key and value heads; fewer than the query heads is grouped-query attention. Must divide them."""
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Width of one head; even, because rotary embeddings turn pairs."""
+    intermediate_size: PositiveInt
+    """Width of the SwiGLU feed-forward."""
+    vocab_size: PositiveInt
+    """Rows of the embedding table. At least the tokenizer's size; the rows above it are padding."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, a head at a time. true is Qwen3, false is Llama."""
+    tie_word_embeddings: bool = False
+    """Use the embedding table as the output head: no head parameter exists."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    rms_norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square inside every RMSNorm."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the truncated normal (cut at 3 sigma) that weights start from. Projections back into
+    the residual stream get it divided by sqrt(2 * num_hidden_layers)."""
+    attention: Literal["auto", "fa4", "varlen", "sdpa"] = "auto"
+    """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer, heads of 32, 64, 96 or 128),
+    PyTorch's variable-length one (a GPU) or PyTorch's own choice. "auto": the fastest that works here."""
+    mlp: Literal["auto", "quack", "torch"] = "auto"
+    """Feed-forward kernel: quack's SwiGLU, fused into the products (the extra `[kernels]`, Hopper), or PyTorch's.
+    "auto": the fastest that works here; with `float8.recipe = "tensorwise"` one of our own, around float8 products."""
+
+
+class Tokenizer(Section):
+    """The tokenizer: an existing one, or a byte-level BPE trained on the run's own sources."""
+
+    path: Place = ""
+    """A `tokenizer.json`, a folder that holds one, or a Hugging Face hub id. "": train one on `data.sources`."""
+    revision: str = ""
+    """Hub revision (branch, tag or commit) of `path`. "": the default branch."""
+    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    """With `path = ""`: size of the trained vocabulary at most, special token included; a small corpus yields less."""
+    train_bytes: PositiveInt = 16_000_000
+    """With `path = ""`: bytes of text at most that the tokenizer is trained on, spread evenly over the sources."""
+    chat_template: Place = ""
+    """A file with the chat template (Jinja). "": the tokenizer's own; with `data.format = "chat"` a plain one for a
+    tokenizer that has none."""
+
+
+class Documents(Section):
+    """A validation set: documents that are never trained on. It has a source's options, but for the weight."""
+
+    path: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+    """A file, a directory, a glob, a hub id, "{stdlib}" (this Python's standard library) or "{site-packages}"."""
+    name: str = ""
+    """Name in logs and metrics. "": derived from `path` and `subset`."""
+    glob: str = ""
+    """With a directory as `path`: which files below it. "": all that are not hidden."""
+    format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset", "tokens", "docstrings"] = (
+        "auto"
+    )
+    """How files are read. "auto": by their endings (.jsonl and .json, .parquet, .arrow, .csv and .tsv, all else one
+    text document a file; a directory written by `save_to_disk` is a "dataset"). "lines": a text document a line;
+    "json" covers JSON lines; "tokens": token files of nanoGPT, llm.c or Megatron, used where they lie; "docstrings":
+    the functions of Python files, each a conversation in which somebody asks for its docstring and gets it. Files
+    ending in .gz or .zst besides are decompressed."""
+    subset: str = ""
+    """Hub only: the configuration's name, such as "20231101.en". "": the default one."""
+    split: str = "train"
+    """Hub and saved datasets: the split to read."""
+    revision: str = ""
+    """Hub only: branch, tag or commit. "": the default branch."""
+    stream: bool = False
+    """Hub only: read over the network without downloading the whole dataset first; give `max_tokens` with it."""
+    max_tokens: NonNegativeInt = 0
+    """Stop after the document that reaches this many tokens. 0: no limit."""
+    template: Annotated[str, AfterValidator(_template)] = "{text}"
+    """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
+    messages: str = "messages"
+    """With `data.format = "chat"`: the column of the conversation, a list of {role, content} or {from, value}."""
+
+
+class Source(Documents):
+    """One source of documents: local files, a saved dataset or a Hugging Face hub dataset."""
+
+    weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    """Share of the training tokens, relative to the other sources' weights."""
+
+
+class Data(Section):
+    """Documents, how they are packed into rows, and in which mixture."""
+
+    sources: Annotated[tuple[Source, ...], Field(strict=False)]
+    """Where documents come from: one `[[data.sources]]` table each."""
+    format: Literal["text", "chat"] = "text"
+    """What a row is. "text": a document, which is learned whole. "chat": a conversation, put into words by the
+    tokenizer's chat template, of which only what the assistant says is learned."""
+    seq_len: Annotated[int, Field(ge=2)]
+    """Tokens of one training sequence. A stored row has one more, the last target."""
+    packing: Literal["concat", "best_fit"] = "best_fit"
+    """How documents become rows. "best_fit": best-fit-decreasing over whole documents, long ones split;
+    "concat": consecutive windows of the token stream."""
+    document_mask: bool = True
+    """Documents in a row do not attend to each other. false: plain causal attention over the row."""
+    cache_dir: Place = ".cache/torchxihe"
+    """Where prepared token stores and trained tokenizers are kept; all nodes must share it."""
+    on_bad_rows: Literal["skip", "error"] = "skip"
+    """A row that cannot be read (malformed, not UTF-8, a column missing or no string): skip and count it, or stop."""
+    max_bad_rows: Fraction = 0.01
+    """With `on_bad_rows = "skip"`: stop all the same if more than this share of a source's rows is bad."""
+    max_epochs: NonNegativeInt = 0
+    """Refuse to start a run that would pass over any source more often than this. 0: no limit."""
+
+
+class Validation(Section):
+    """Loss on documents that training never sees."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
+    """Share of the documents held out, chosen by a hash of their content, per source. 0: none."""
+    every: NonNegativeInt = 0
+    """Steps between two validations; a run of at least that many steps validates its last one too. 0: never."""
+    max_tokens: NonNegativeInt = 1_000_000
+    """Tokens at most of each validation, spread over the sources by their size, and of each of the sets. 0: all."""
+    sets: Annotated[tuple[Documents, ...], Field(strict=False)] = ()
+    """Documents of their own to validate on: one `[[validation.sets]]` table each."""
+
+
+class Training(Section):
+    """The step and the horizon."""
+
+    steps: NonNegativeInt = 0
+    """Optimizer steps to train for. Give this or `tokens`, not both."""
+    tokens: NonNegativeInt = 0
+    """Tokens to train for; rounded up to whole steps. Give this or `steps`, not both."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step, over all GPUs and micro-batches."""
+    batch_ramp: Annotated[
+        tuple[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)], ...], Field(strict=False)
+    ] = ()
+    """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which they hold.
+    [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
+    micro_batch_size: NonNegativeInt = 1
+    """Sequences per forward pass on one GPU at most. What is left of the global batch is accumulated. With a
+    `batch_ramp` it is fitted to `global_batch_size` and stays: a batch that does not fill it is padded. 0: as many as
+    fit, found by up to three trials at the start, each of which compiles; the loss is the same whatever it is."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights and of the data order."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of activations and matrix multiplications. Master weights, gradients' sums and optimizer stay float32."""
+    compile: bool = True
+    """torch.compile: the whole model in one process, each block under DDP and FSDP2."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the global gradient norm to this. 0: measure it, never clip."""
+    deterministic: bool = False
+    """Bitwise reproducible on a GPU too, at some cost in speed. The CPU is so anyway."""
+    max_skipped: NonNegativeInt = 20
+    """Stop, at the next log step, when this many steps in a row were skipped because of what came out of them: loss or
+    gradient was not finite, or beyond `skip_spikes_beyond`. 0: never."""
+    skip_spikes_beyond: Annotated[float, Field(ge=0)] = 0.0
+    """Skip steps whose loss or gradient norm exceeds the mean of the last 128 accepted ones by more than this many
+    standard deviations. 0: only those that are not finite."""
+    time_limit: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds after its start at which the run saves a checkpoint and ends, as on SIGTERM. 0: none."""
+    init_timeout: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds that starting, compiling with the first step, a validation or a checkpoint may take before the run is
+    taken to hang: every rank then says where it stands, and ends. 0: for ever."""
+    step_timeout: Annotated[float, Field(ge=0)] = 600.0
+    """The same for any other step."""
+
+
+class Optimizer(Section):
+    """The optimizer; its hyper-parameters always come from here, never from a checkpoint."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """"adamw": fused AdamW, weight decay on matrices only (none on embeddings and norms). "muon": Muon for the blocks'
+    matrices, AdamW for everything else."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so that one rate serves both."""
+    momentum: BelowOne = 0.95
+    """Muon's decay rate of the momentum (Nesterov's)."""
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's denominator offset."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which moments and momentum are kept between steps. "bfloat16" saves 4 bytes a parameter (of AdamW; 2 of
+    Muon) of 16 (12); with betas[1] far above 0.95 AdamW's second moment would stand still in it."""
+
+
+class LRScheduler(Section):
+    """The learning rate as a pure function of the step."""
+
+    name: Literal["wsd", "cosine"] = "wsd"
+    """"wsd": warmup, stable, decay. "cosine": warmup, then cosine over the rest."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warmup from 0; the first step already has lr / warmup_steps."""
+    decay_fraction: Fraction = 0.2
+    """wsd: share of all steps, at the end, in which the rate decays."""
+    decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
+    """wsd: shape of the decay: linear, 1 - sqrt(progress), or half a cosine."""
+    min_lr_fraction: Fraction = 0.0
+    """The decay leads to this fraction of the peak rate, which it would reach with the step after the last."""
+
+
+class Parallelism(Section):
+    """How many GPUs do what. `dp_replicate * dp_shard` must equal the number of processes."""
+
+    dp_replicate: PositiveInt = 1
+    """Full copies of the parameters, whose gradients are summed over the copies (DDP, HSDP)."""
+    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    """Processes that share one copy of the parameters (FSDP2). -1: all that `dp_replicate` leaves. 1: DDP."""
+    reshard_after_forward: bool = True
+    """FSDP2: free a block's gathered parameters between forward and backward, and shard each micro-batch's gradients at
+    once. false: less traffic, for which every process holds all parameters and, with several micro-batches a step, all
+    gradients."""
+    activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
+    """Recompute in the backward pass: nothing, all but matrix products and attention, whole blocks, or what the
+    compiler finds cheapest within `activation_budget`."""
+    activation_budget: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """With "budget": share of the activations kept, between whole blocks recomputed (0) and nothing (1)."""
+
+    def degrees(self, world_size: int) -> tuple[int, int]:
+        """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the legal ones."""
+        shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
+        if self.dp_replicate * shard == world_size:
+            return self.dp_replicate, shard
+        legal = ", ".join(f"{n} * {world_size // n}" for n in range(1, world_size + 1) if world_size % n == 0)
+        product = f"dp_replicate * dp_shard = {self.dp_replicate} * {self.dp_shard}"
+        raise UserError(f"{product} does not make {world_size} processes; legal are {legal}")
+
+
+class Float8(Section):
+    """Float8 products in the blocks, by torchao (the extra `[float8]`)."""
+
+    recipe: Literal["", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = ""
+    """torchao's scaling recipe: a scale for each tensor (fastest; on a GPU the feed-forward's activation has one for
+    each token), or for each row (closest; `_with_gw_hp` leaves the weights' gradients in 16-bit). The head stays in
+    16-bit. "" is off: below about a billion parameters it does not pay (docs/performance.md)."""
+
+
+class Checkpoint(Section):
+    """Saving and resuming. A run always resumes from its own newest valid checkpoint."""
+
+    every: NonNegativeInt = 0
+    """Steps between two checkpoints; the last step is always saved. 0: only the last."""
+    mode: Literal["async", "sync"] = "async"
+    """"async": training waits only for a copy in host memory, which is written meanwhile. "sync": until it is saved."""
+    dir: Place = ""
+    """Where checkpoints go instead of the run directory: a directory or an fsspec URL ("s3://bucket/runs", "gs://..."),
+    in which the run gets one of its name. "": `checkpoints/` in the run directory."""
+    load: Place = ""
+    """Start a new run from this step directory (or the newest in this run or checkpoints directory). "": from scratch.
+    Ignored once the run has a checkpoint of its own."""
+    load_only: Annotated[tuple[Literal["model"], ...], Field(strict=False)] = ()
+    """What of `load` is used. ["model"]: the weights alone, with a fresh optimizer, from step 0. []: everything."""
+    export_every: NonNegativeInt = 0
+    """Steps between two exports: the checkpoints of such steps, and the last one, become Hugging Face folders too, in
+    `exports/` in the run directory, while training goes on. A multiple of `every`. 0: none."""
+    keep_last: NonNegativeInt = 3
+    """Newest checkpoints to keep, and always the newest that a run can go on from. 0: all."""
+    keep_every: NonNegativeInt = 0
+    """Keep for ever the checkpoints of steps divisible by this. 0: none beyond `keep_last`."""
+    keep_best: NonNegativeInt = 0
+    """Keep this many checkpoints of the lowest validation loss, of those whose step was validated. 0: none."""
+    final: Literal["full", "model"] = "full"
+    """What the last step saves. "model": the weights alone, a third of the size; to go on afterwards with more steps,
+    the run then starts from the checkpoint before."""
+
+
+class Metrics(Section):
+    """What is written while training."""
+
+    log_every: PositiveInt = 10
+    """Steps between two lines on the console and in `metrics.jsonl`; the host waits for the GPU only there. The first
+    step has a line too."""
+    sample_every: NonNegativeInt = 0
+    """Steps between two samples of the model's writing; a finished run prints one in any case. 0: only then."""
+    sample_prompt: str = ""
+    """Prompt that samples continue, or with `data.format = "chat"` answer; "" begins a document."""
+    sample_tokens: NonNegativeInt = 100
+    """Tokens of a sample. 0: none, ever."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files, to `tensorboard/` in the run directory. Needs the package tensorboard."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Also report to Weights & Biases; "offline" keeps everything in `wandb/` in the run directory. Needs the package
+    wandb and, online, WANDB_API_KEY in the environment or in `.env`."""
+    wandb_project: str = "torchxihe"
+    """Project of the wandb run."""
+
+
+class Profiler(Section):
+    """Traces of a few steps, for chrome://tracing or ui.perfetto.dev; see docs/watch.md."""
+
+    first_step: NonNegativeInt = 0
+    """First step to trace, on rank 0; the first steps of a start also compile and warm up. 0: none."""
+    steps: PositiveInt = 3
+    """Steps to trace."""
+    memory: bool = False
+    """Remember who allocated what on the GPU, and write a snapshot after the traced steps and when memory runs out."""
+
+
+class Config(Section):
+    """A whole run. `torchxihe config CONFIG` prints it resolved; the run directory keeps that as `config.toml`."""
+
+    run: Run = Run()
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    validation: Validation = Validation()
+    training: Training
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    parallelism: Parallelism = Parallelism()
+    float8: Float8 = Float8()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    profiler: Profiler = Profiler()
+
+    _behind: tuple[int, int] = PrivateAttr((0, 0))
+
+    def resumed_at(self, step: int, samples: int) -> "Config":
+        """The same for a run that has taken `samples` in `step` steps, with whatever batches: `total_steps` knows."""
+        config = self.model_copy()
+        config._behind = step, samples
+        return config
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch, padding included; after the ramp, if there is one."""
+        return self.training.global_batch_size * self.data.seq_len
+
+    @property
+    def horizon(self) -> str:
+        """The option of `training` that says how long the run is."""
+        return "steps" if self.training.steps else "tokens"
+
+    @property
+    def total_steps(self) -> int:
+        """The horizon in optimizer steps."""
+        if self.training.steps:
+            return self.training.steps
+        step, samples = self._behind
+        left = max(-(-self.training.tokens // self.data.seq_len) - samples, 0)
+        for sequences, until in self.training.batch_ramp:
+            steps = max(until - step, 0)
+            if steps * sequences >= left:
+                return step + -(-left // sequences)
+            step, left = step + steps, left - steps * sequences
+        return step + -(-left // self.training.global_batch_size)
+
+    def batch_size(self, step: int) -> int:
+        """Sequences of `step`, counted from 0."""
+        ramp = (sequences for sequences, until in self.training.batch_ramp if step < until)
+        return next(ramp, self.training.global_batch_size)
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of this run."""
+        return Path(self.run.dir) / self.run.name
+
+
+def documents_of(config: Config) -> list[tuple[str, Documents]]:
+    """The sources and then the validation sets, each with its key ("data.sources.0")."""
+    sets = config.validation.sets
+    return [(f"data.sources.{i}", source) for i, source in enumerate(config.data.sources)] + [
+        (f"validation.sets.{i}", documents) for i, documents in enumerate(sets)
+    ]

@@ -1,0 +1,1 @@
+"""From documents to a token store; not needed in training."""

@@ -1,0 +1,1 @@
+"""The operations that training spends its time in, each with its reference."""

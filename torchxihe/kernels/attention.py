@@ -1,0 +1,72 @@
+"""Causal attention, one signature over several kernels: `attention(q, k, v, cu_seqlens)`.
+
+Axes: B batch, T position in the row, N = B·T tokens, H query heads, K key and value heads (K divides H), D head
+dimension.
+`cu_seqlens`: cumulative document lengths over the B·T tokens, int32 [documents + 1]; a document never crosses a row.
+None: each row is one document.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+# Fastest first on an H100 (docs/performance.md); PyTorch's own order has flash before cuDNN.
+CAUSAL_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def document_mask(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
+    """Which position may look at which: bool [B, 1, T, T], causal and inside one document."""
+    position_N = torch.arange(batch * seq_len, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document_BT = torch.searchsorted(cu_seqlens, position_N, right=True).view(batch, seq_len)
+    same = document_BT[:, :, None] == document_BT[:, None, :]
+    return (same & torch.ones(seq_len, seq_len, dtype=torch.bool, device=cu_seqlens.device).tril()).unsqueeze(1)
+
+
+def sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """`F.scaled_dot_product_attention`, with a block-diagonal mask for documents: the reference, and the CPU's.
+
+    Returns [B, T, H, D] in q's dtype.
+    """
+    batch, seq_len, heads = q_BTHD.shape[:3]
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    gqa = heads != k_BTKD.shape[2]
+    if cu_seqlens is not None:
+        out = F.scaled_dot_product_attention(q, k, v, document_mask(cu_seqlens, batch, seq_len), enable_gqa=gqa)
+    elif q.is_cuda:
+        with sdpa_kernel(CAUSAL_KERNELS, set_priority=True):  # a compiled graph keeps only what is named inside it
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    return out.transpose(1, 2)
+
+
+def varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """PyTorch's variable-length flash attention (CUDA, 16-bit): documents cost nothing but their own scores.
+
+    Returns [B, T, H, D] in q's dtype.
+    """
+    if cu_seqlens is None:
+        return sdpa(q_BTHD, k_BTKD, v_BTKD, None)
+    # It needs CUDA's libraries: imported here so that a machine without them can use the rest.
+    from torch.nn.attention.varlen import varlen_attn
+
+    seq_len = q_BTHD.shape[1]
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
+    gqa: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )  # since torch 2.12
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, seq_len, seq_len, window_size=(-1, 0), **gqa)
+    assert isinstance(out, Tensor)
+    return out.view_as(q_BTHD)

@@ -1,0 +1,123 @@
+"""Output head and cross-entropy in one operator: logits never exist whole.
+
+Rows go through in chunks. A chunk's logits give its part of the loss, of dX and of dW at once, in the forward pass;
+the backward pass only multiplies by the incoming gradient. At 65,536 rows and a vocabulary of 50,304 whole float32
+logits would take 13 GB, twice.
+
+Axes: N rows (tokens), C hidden size, V vocabulary, n rows of one chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from torchxihe.utils.device import compile_obstacle
+
+LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+IGNORE_INDEX = -100
+CHUNK_LOGITS = 2**29  # logits of one chunk, about: 1 GiB in bfloat16
+ROWS_MULTIPLE = 128  # what the matrix units like
+
+
+def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over rows of -log softmax(x wᵀ)[target], and the terms of that sum; a row whose target is -100 has 0.
+
+    x: float32 or bfloat16 [N, C]. w: [V, C], cast to x's dtype for the products; its gradient is accumulated and
+    returned in float32. targets: int64 [N]. Returns a float32 scalar and float32 [N], which is cut off from the graph:
+    only the sum has a gradient, or dW would be needed row by row.
+    """
+    gradients = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
+    loss, losses_N, _, _ = _chunked(x_NC, w_VC, targets_N, gradients)
+    return loss, losses_N.detach()
+
+
+def linear_cross_entropy_reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by definition: full float32 logits."""
+    logits_NV = F.linear(x_NC.float(), w_VC.float())
+    losses_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses_N.sum(), losses_N.detach()
+
+
+def _cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, gradients: bool) -> None:
+    """Write a chunk's losses (float32 [n]); with `gradients`, the gradient of their sum takes the logits' place."""
+    if logits_nV.is_cuda and not compile_obstacle():
+        # Triton comes with PyTorch's CUDA builds alone.
+        from torchxihe.kernels.cross_entropy_triton import cross_entropy_
+
+        cross_entropy_(logits_nV, targets_n, losses_n, IGNORE_INDEX, gradients)
+        return
+    logits = logits_nV.float()
+    lse_n1 = torch.logsumexp(logits, dim=-1, keepdim=True)
+    valid_n1 = (targets_n != IGNORE_INDEX).unsqueeze(-1)
+    index_n1 = torch.where(valid_n1, targets_n.unsqueeze(-1), 0)
+    losses_n.copy_(torch.where(valid_n1, lse_n1 - logits.gather(-1, index_n1), 0.0).squeeze(-1))
+    if gradients:
+        probabilities = torch.exp(logits - lse_n1)
+        probabilities.scatter_add_(-1, index_n1, -valid_n1.float())
+        logits_nV.copy_(probabilities.mul_(valid_n1))
+
+
+@torch.library.custom_op("torchxihe::linear_cross_entropy", mutates_args=())
+def _chunked(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (float32 scalar), its terms (float32 [N]), dX [N, C] in x's dtype, dW [V, C] in float32; the gradients
+    are empty unless `gradients`."""
+    rows, vocab = x_NC.shape[0], w_VC.shape[0]
+    w = w_VC.to(x_NC.dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=x_NC.device)
+    losses_N = torch.empty(rows, dtype=torch.float32, device=x_NC.device)
+    dx = torch.empty_like(x_NC) if gradients else x_NC.new_empty(0)
+    dw = torch.zeros_like(w_VC, dtype=torch.float32) if gradients else w_VC.new_empty(0, dtype=torch.float32)
+    size = -(-rows // -(-rows * vocab // CHUNK_LOGITS))
+    size = -(-size // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    for start in range(0, rows, size):
+        chunk = slice(start, start + size)
+        logits_nV = x_NC[chunk] @ w.t()
+        _cross_entropy_(logits_nV, targets_N[chunk], losses_N[chunk], gradients)
+        loss += losses_N[chunk].sum()
+        if gradients:
+            torch.mm(logits_nV, w, out=dx[chunk])
+            _add_product(dw, logits_nV.t(), x_NC[chunk])
+    return loss, losses_N, dx, dw
+
+
+def _add_product(sum_VC: Tensor, a_Vn: Tensor, b_nC: Tensor) -> None:
+    """sum += a @ b, with the sum in float32 whatever the factors' dtype."""
+    if a_Vn.dtype == torch.float32:
+        sum_VC.addmm_(a_Vn, b_nC)
+    elif a_Vn.is_cuda:
+        torch.addmm(sum_VC, a_Vn, b_nC, out_dtype=torch.float32, out=sum_VC)
+    else:
+        sum_VC += a_Vn @ b_nC
+
+
+@_chunked.register_fake
+def _(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = x_NC.new_empty((), dtype=torch.float32)
+    losses_N = x_NC.new_empty(x_NC.shape[0], dtype=torch.float32)
+    if not gradients:
+        return loss, losses_N, x_NC.new_empty(0), w_VC.new_empty(0, dtype=torch.float32)
+    return loss, losses_N, torch.empty_like(x_NC), torch.empty_like(w_VC, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # or zeros of dX's and dW's size are made for nobody
+    ctx.w_dtype = inputs[1].dtype
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None]:
+    dx, dw = ctx.saved_tensors
+    return (dx.float() * grad).to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None
+
+
+_chunked.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.torchxihe.linear_cross_entropy)
+def _flops(x: tuple[int, int], w: tuple[int, int], targets: Any, gradients: bool, **kwargs: Any) -> int:
+    return (6 if gradients else 2) * x[0] * w[0] * w[1]  # so that no memory budget makes the compiler recompute it

@@ -1,0 +1,113 @@
+"""Which kernel computes what: one value, chosen once, with the references among its choices."""
+
+from dataclasses import dataclass
+
+import torch
+
+from torchxihe.config.options import Config, Model
+from torchxihe.errors import UserError
+from torchxihe.kernels.attention import Attention, sdpa, varlen
+from torchxihe.kernels.flash_attention_4 import FA4_HEAD_DIMS, fa4, has_flash_attention_4
+from torchxihe.kernels.float8_swiglu import has_float8, swiglu_float8
+from torchxihe.kernels.linear_cross_entropy import (
+    LinearCrossEntropy,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from torchxihe.kernels.qk_norm_rope import QKNormRope, qk_norm_rope_reference, qk_norm_rope_triton
+from torchxihe.kernels.quack_swiglu import SIZE_MULTIPLE, has_quack, swiglu_quack
+from torchxihe.kernels.swiglu import SwiGLU, swiglu_reference
+from torchxihe.utils.device import compile_obstacle, compute_capability
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations that a decoder is made of. A test or a benchmark passes the ones it wants; nothing is patched."""
+
+    attention: Attention
+    qk_norm_rope: QKNormRope
+    swiglu: SwiGLU
+    cross_entropy: LinearCrossEntropy
+
+    def describe(self) -> str:
+        """For the log: "attention FlashAttention 4, QK-norm/RoPE Triton, SwiGLU quack, loss chunked"."""
+        parts = ("attention", self.attention), ("QK-norm/RoPE", self.qk_norm_rope), ("SwiGLU", self.swiglu)
+        return ", ".join(f"{what} {LABELS[kernel]}" for what, kernel in (*parts, ("loss", self.cross_entropy)))
+
+
+LABELS = {
+    sdpa: "SDPA",
+    varlen: "PyTorch varlen",
+    fa4: "FlashAttention 4",
+    qk_norm_rope_reference: "PyTorch",
+    qk_norm_rope_triton: "Triton",
+    swiglu_reference: "PyTorch",
+    swiglu_quack: "quack",
+    swiglu_float8: "float8",
+    linear_cross_entropy: "chunked",
+    linear_cross_entropy_reference: "full logits",
+}
+
+REFERENCE = Kernels(sdpa, qk_norm_rope_reference, swiglu_reference, linear_cross_entropy_reference)
+"""What every other choice is tested against: plain PyTorch, float32 logits that exist whole."""
+
+PORTABLE = Kernels(sdpa, qk_norm_rope_reference, swiglu_reference, linear_cross_entropy)
+"""What works on every device, in bounded memory."""
+
+
+def select_kernels(config: Config, device: torch.device) -> Kernels:
+    """The kernels of a run: what `model.attention` and `model.mlp` name, or with "auto" the fastest that work here.
+
+    Raises UserError if a named one does not work here.
+    """
+    model, dtype = config.model, getattr(torch, config.training.dtype)
+    return Kernels(
+        select_attention(model, device, dtype, config.data.document_mask),
+        select_qk_norm_rope(model.head_dim, device, dtype),
+        select_swiglu(model, device, dtype, config.float8.recipe),
+        linear_cross_entropy,
+    )
+
+
+def select_attention(model: Model, device: torch.device, dtype: torch.dtype, document_mask: bool) -> Attention:
+    """FlashAttention 4, PyTorch's varlen (pays with documents only) or SDPA, by `model.attention`. Raises UserError."""
+    aligned = dtype != torch.float32 and model.head_dim % 8 == 0  # 16-bit elements in 16 bytes
+    usable = {
+        "fa4": aligned and model.head_dim in FA4_HEAD_DIMS and has_flash_attention_4(device),
+        "varlen": aligned and model.head_dim <= 256 and compute_capability(device) >= (8, 0),
+        "sdpa": True,
+    }
+    name = model.attention
+    if name == "auto":
+        name = next(kernel for kernel, works in usable.items() if works and (kernel != "varlen" or document_mask))
+    if not usable[name]:
+        needs = {
+            "fa4": "a Hopper GPU or newer, the extra torchxihe[kernels], a head_dim of 32, 64, 96 or 128",
+            "varlen": "an Ampere GPU or newer, a head_dim of at most 256 and a multiple of 8",
+        }
+        raise UserError(f'model.attention: "{name}" needs {needs[name]} and training.dtype = "bfloat16"; use "auto"')
+    return {"fa4": fa4, "varlen": varlen, "sdpa": sdpa}[name]
+
+
+def select_qk_norm_rope(head_dim: int, device: torch.device, dtype: torch.dtype) -> QKNormRope:
+    """The Triton kernel on a GPU, in 16-bit, with a head dimension that is a power of two; else PyTorch."""
+    works = device.type == "cuda" and dtype != torch.float32 and head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    return qk_norm_rope_triton if works and not compile_obstacle() else qk_norm_rope_reference
+
+
+def select_swiglu(model: Model, device: torch.device, dtype: torch.dtype, recipe: str) -> SwiGLU:
+    """quack's, our own around float8 products, or PyTorch's, by `model.mlp`. Raises UserError.
+
+    recipe: `float8.recipe`; with `model.mlp = "torch"` torchao computes the products, around PyTorch's activation.
+    """
+    sizes = model.hidden_size, model.intermediate_size
+    if recipe and model.mlp == "auto" and has_float8(device, dtype, recipe, *sizes):
+        return swiglu_float8
+    aligned = all(n % SIZE_MULTIPLE == 0 for n in sizes)
+    usable = dtype != torch.float32 and aligned and not recipe and has_quack(device)
+    if model.mlp == "quack" and not usable:
+        raise UserError(
+            'model.mlp: "quack" needs a Hopper GPU, training.dtype = "bfloat16", no float8.recipe, the extra '
+            f'torchxihe[kernels], and sizes that are multiples of {SIZE_MULTIPLE}; use "auto"'
+        )
+    return swiglu_quack if usable and model.mlp != "torch" else swiglu_reference

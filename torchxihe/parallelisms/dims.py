@@ -1,0 +1,100 @@
+"""How the processes of a run are laid out: a grid of named axes, and sums over them."""
+
+import functools
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchxihe.config.options import Parallelism
+from torchxihe.utils.distributed import mesh_group, rank, use_default_timeout, world_size
+
+AXES = {
+    "data": ("dp_replicate", "dp_shard"),
+    "loss": ("dp_replicate", "dp_shard", "cp"),
+    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),
+    "world": ("pp", "dp_replicate", "dp_shard", "cp", "tp"),
+}
+"""Axes that span several axes of the grid. "data": ranks that read different rows. "loss": what sums over tokens run
+over. "stage": all ranks of one pipeline stage."""
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Sizes of the grid's axes, the outermost first; their product is the number of processes. One process: all ones.
+
+    An axis is a field's name or a key of `AXES`. Only `dp_replicate` and `dp_shard` are options so far.
+    """
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.size("world") == world_size(), f"{self} is not a layout of {world_size()} processes"
+
+    def size(self, axis: str) -> int:
+        """Number of ranks along `axis`."""
+        return math.prod(getattr(self, dim) for dim in AXES.get(axis, (axis,)))
+
+    def rank(self, axis: str) -> int:
+        """This process's number along `axis`."""
+        place, index = rank(), {}
+        for field in reversed(fields(self)):  # the innermost axis changes fastest
+            place, index[field.name] = divmod(place, getattr(self, field.name))
+        number = 0
+        for dim in AXES.get(axis, (axis,)):
+            number = number * getattr(self, dim) + index[dim]
+        return number
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The processes along `axis` that this one is among; None if it is alone."""
+        names = self._spread(axis)
+        if not names:
+            return None
+        return dist.group.WORLD if names == self._spread("world") else mesh_group(self._mesh, names)
+
+    def sum(self, value: Tensor, axis: str) -> Tensor:
+        """Sum `value` over `axis`, in place and on its device; the host does not wait for a GPU. Returns it."""
+        if (group := self.group(axis)) is not None:
+            dist.all_reduce(value, group=group)
+        return value
+
+    def mesh(self, *axes: str) -> DeviceMesh:
+        """The mesh of those of `axes` that have more than one rank. At least one must have."""
+        return self._mesh[tuple(name for name in axes if getattr(self, name) > 1)]
+
+    def describe(self) -> str:
+        """The data parallelism, for the log."""
+        if self.size("world") == 1:
+            return "one process"
+        if self.dp_shard == 1:
+            return f"DDP over {self.dp_replicate}"
+        return (
+            f"FSDP2 over {self.dp_shard}" if self.dp_replicate == 1 else f"HSDP {self.dp_replicate} × {self.dp_shard}"
+        )
+
+    def _spread(self, axis: str) -> tuple[str, ...]:
+        """The grid's axes within `axis` that have more than one rank."""
+        return tuple(dim for dim in AXES.get(axis, (axis,)) if getattr(self, dim) > 1)
+
+    @functools.cached_property
+    def _mesh(self) -> DeviceMesh:
+        """All axes that have more than one rank."""
+        names = self._spread("world")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        mesh = init_device_mesh(device, tuple(getattr(self, name) for name in names), mesh_dim_names=names)
+        for group in mesh.get_all_groups():
+            use_default_timeout(group)
+        return mesh
+
+
+def build_dims(parallelism: Parallelism) -> ParallelDims:
+    """The layout of all processes that `parallelism` asks for. Raises UserError if its degrees do not fit."""
+    replicate, shard = parallelism.degrees(world_size())
+    return ParallelDims(dp_replicate=replicate, dp_shard=shard)

@@ -1,0 +1,334 @@
+"""A run: where it stands, the loop, and what is due between steps."""
+
+import gc
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.checkpoint.exporter import Exporter
+from torchxihe.components.checkpoint.history import History
+from torchxihe.components.checkpoint.manifest import check_fresh_start, checkpoints_of
+from torchxihe.components.checkpoint.state import resolve
+from torchxihe.components.checkpoint.storage import Location
+from torchxihe.components.observe import (
+    MetricsWriter,
+    Profiler,
+    Window,
+    memory_explained,
+    report_end,
+    report_start,
+    usage,
+    wanted_trackers,
+)
+from torchxihe.components.runtime import Ranks, Stop, Watchdog, fit_micro_batch, run_lock, share_run_directory
+from torchxihe.config.load import dump_config
+from torchxihe.config.options import Config
+from torchxihe.data.loader import Loader
+from torchxihe.data.order import Order, Stage, check_epochs, plan_stages
+from torchxihe.data.store import Prepared, open_prepared
+from torchxihe.errors import UserError, explained
+from torchxihe.parallelisms.dims import build_dims
+from torchxihe.trainer import Trainer, trial_step
+from torchxihe.utils.device import device_name
+from torchxihe.utils.distributed import is_main, process_group, rank
+from torchxihe.utils.files import write_bytes, write_text
+from torchxihe.utils.log import rank_log
+from torchxihe.utils.words import counted
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> None:
+    """Train `config` to its horizon, from the newest checkpoint of the run if there is one."""
+    limits = config.training.init_timeout, config.training.step_timeout
+    # The collectives' own limit comes after the watchdog's, which tells more.
+    timeout = max(limits) + 60 if all(limits) else 7 * 86_400
+    wanted_trackers(config)  # one that is not installed is no reason to have built a model
+    try:
+        with Watchdog(config.run_dir, *limits) as watchdog, process_group(timeout) as device:
+            ranks = Ranks()
+            share_run_directory(config.run_dir, ranks)
+            files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
+            with files, Stop(watchdog, config.training.time_limit) as stop, run_locks(config, ranks):
+                _run(config, device, stop, watchdog)
+    except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
+        raise explained(error) from error
+    except RuntimeError as error:
+        if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's words
+            raise
+        raise UserError("another rank is gone; what it said last tells why") from error
+
+
+@contextmanager
+def run_locks(config: Config, ranks: Ranks) -> Iterator[None]:
+    """Lock the run directory, and the checkpoints if they are elsewhere; an object store cannot be locked."""
+    checkpoints = checkpoints_of(config)
+    directories = [config.run_dir, *([Path(checkpoints)] if config.checkpoint.dir and checkpoints.local else [])]
+    with ExitStack() as locks:
+        for directory in directories:
+            locks.enter_context(run_lock(directory, ranks))
+        yield
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run stands: what it starts from, if anything."""
+
+    config: Config
+    """Of the run, which knows how far it has come."""
+    directory: Location | None = None
+    """The step directory that is loaded."""
+    only: tuple[str, ...] = ()
+    """The parts of it that are loaded; none: all."""
+    saved: dict[str, Any] | None = None
+    """Its train_state."""
+    own: bool = False
+    """Whether it is a checkpoint of this very run."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.saved is not None and not self.only and is_finished(self.config, self.saved)
+
+
+def find_start(config: Config, checkpointer: Checkpointer) -> Start:
+    """The newest valid checkpoint of the run, else `checkpoint.load`, else nothing. Raises UserError."""
+    on_main = checkpointer.ranks.on_main
+    newest = checkpointer.newest(lambda saved: is_finished(config, saved))
+    if newest is not None:
+        saved = checkpointer.train_state(newest)
+        return Start(resumed(config, saved), newest, (), saved, own=True)
+    on_main(lambda: check_fresh_start(checkpointer.directory, config.run_dir))
+    if not config.checkpoint.load:
+        return Start(config)
+    origin = on_main(lambda: resolve(config.checkpoint.load))
+    only, saved = config.checkpoint.load_only, checkpointer.train_state(origin)
+    start = Start(config if only else resumed(config, saved), origin, only, saved)
+    if start.finished:
+        why = f"{origin} has done {counted(saved['step'], 'step')}, which is all of this run"
+        weights = """--checkpoint.load_only='["model"]'"""
+        longer = f"a larger --training.{config.horizon}=N"
+        raise UserError(f"checkpoint.load: {why}; give {longer}, or {weights} to begin with its weights alone")
+    return start
+
+
+def resumed(config: Config, saved: dict[str, Any]) -> Config:
+    """`config` for a run that has come as far as a checkpoint with the train_state `saved`."""
+    stages = [Stage.from_json(stage) for stage in saved["stages"]]
+    return config.resumed_at(saved["step"], Order(stages, {}).batch(saved["step"])[0] if stages else 0)
+
+
+def is_finished(config: Config, saved: dict[str, Any]) -> bool:
+    """Whether a checkpoint with the train_state `saved` is at the run's horizon."""
+    return saved["step"] >= resumed(config, saved).total_steps
+
+
+def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
+    """Find out where the run stands, build it, and train."""
+    checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
+    start = find_start(config, checkpointer)
+    config, saved = start.config, start.saved
+    if start.finished:
+        assert saved is not None
+        with Exporter(config, checkpointer):  # the last export may have been interrupted
+            watchdog.begin("exports", slow=True)
+        log.info("%s is finished: it has done %s.", config.run_dir, counted(saved["step"], "step"))
+        longer = f"a larger --training.{config.horizon}=N"
+        log.info("Go on with %s, or start another run with --run.name=NAME.", longer)
+        return
+    prepared = open_prepared(config)
+    history = History(config, prepared.tokenizer_dir)
+    if saved is not None and start.directory is not None:
+        if start.own:
+            history.resume(saved)
+        else:
+            history.start_from(saved, start.directory, whole=not start.only)
+    dims = build_dims(config.parallelism)
+    with memory_explained(config):
+        config = fit_micro_batch(config, device, trial_step, dims.size("data"))
+        trainer = Trainer(config, device, prepared.bytes_per_token, dims=dims)
+        if start.directory is not None:
+            trainer.load(checkpointer, start.directory, start.only)
+            log.info("loaded %s of %s", " and ".join(start.only) or "everything", start.directory)
+    stages = plan_stages(config, prepared, [Stage.from_json(stage) for stage in history.stages], trainer.step)
+    history.stages = [stage.to_json() for stage in stages]
+    order = Order(stages, prepared.rows)
+    check_epochs(config, prepared, order)
+    report_start(
+        config,
+        prepared,
+        order,
+        trainer.optimizer,
+        devices=f"{dims.size('world')} × {device_name(device)}, {dims.describe()}",
+        accumulation=trainer.accumulation_at(config.total_steps),
+        shards=dims.dp_shard,
+    )
+    checkpointer.ranks.on_main(lambda: describe_run(config, prepared))
+    with memory_explained(config), Exporter(config, checkpointer) as exporter:
+        Loop(trainer, order, prepared, history, checkpointer, stop, watchdog).run()
+        if trainer.step < config.total_steps:
+            exporter.cancel()
+        watchdog.begin("exports", slow=True)
+    if trainer.step < config.total_steps:
+        if is_main():
+            (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")
+        log.info("stopped after step %d (%s) with a checkpoint; the same command goes on", trainer.step, stop.reason)
+        return
+    log_sample(trainer, prepared)
+    if is_main():
+        report_end(config)
+
+
+def describe_run(config: Config, prepared: Prepared) -> None:
+    """Write the resolved config and the tokenizer into the run directory."""
+    (config.run_dir / "PREEMPTED").unlink(missing_ok=True)
+    write_text(config.run_dir / "config.toml", dump_config(config))
+    (config.run_dir / "tokenizer").mkdir(exist_ok=True)
+    for file in prepared.tokenizer_dir.iterdir():
+        write_bytes(config.run_dir / "tokenizer" / file.name, file.read_bytes())
+
+
+def log_sample(trainer: Trainer, prepared: Prepared) -> None:
+    """Print a sample of the model's text; all ranks must ask together."""
+    if trainer.config.metrics.sample_tokens:
+        log.info("sample at step %d:\n%s", trainer.step, trainer.sample(prepared))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that is due after some steps."""
+
+    every: int
+    """Steps between two times, 0: never. It is due after the last step, too."""
+    action: Callable[[], None]
+    phase: str = ""
+    """What the watchdog is told, and training's clock stands still meanwhile; "": it takes no time worth the name."""
+    first: bool = False
+    """Whether it is due after the first step of a run, too."""
+    last: bool = True
+    """Whether it is due after the last step."""
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether it is due after `step` of `total`."""
+        if not self.every:
+            return False
+        return self.last if step == total else step % self.every == 0 or (self.first and step == 1)
+
+
+class Loop:
+    """Steps, and between them what is due. Ends at the horizon or when the ranks agree to stop, saved."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        order: Order,
+        prepared: Prepared,
+        history: History,
+        checkpointer: Checkpointer,
+        stop: Stop,
+        watchdog: Watchdog,
+    ) -> None:
+        config = trainer.config
+        self.trainer, self.order, self.prepared, self.history = trainer, order, prepared, history
+        self.checkpointer, self.stop, self.watchdog = checkpointer, stop, watchdog
+        self.total, self.lr = config.total_steps, 0.0
+        self.validation_loss: float | None = None
+        # A trial of two steps shall not end in an hour of validation.
+        validate_every = config.validation.every if config.validation.every <= self.total else 0
+        self.tasks = [
+            Task(config.metrics.log_every, self._log, first=True),  # the first loss tells most about a new model
+            Task(validate_every, self._validate, "validation"),
+            Task(config.metrics.sample_every, self._sample, "sample", last=False),
+            Task(config.checkpoint.every or self.total, self._save, "checkpoint"),
+        ]
+
+    def run(self) -> None:
+        """Train to the end."""
+        trainer, config = self.trainer, self.trainer.config
+        self.loader = Loader(self.prepared, self.order, trainer.batch_spec, trainer.step)
+        self.writer = self.checkpointer.ranks.each(lambda: MetricsWriter(config, trainer.step) if is_main() else None)
+        self.profiler = Profiler(config, trainer.device)
+        self.window = Window(trainer.step, self._tokens(), trainer.dims.size("world"))
+        # Garbage collection of all that torch has made takes half a second, at a different step on every rank.
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            self._steps()
+            self.watchdog.begin(f"last checkpoint, of step {trainer.step}", slow=True)
+            if trainer.step < self.total:
+                trainer.save(self.checkpointer, self.history)
+            self.checkpointer.close()
+        finally:
+            self.profiler.close()
+            self.loader.close()
+            if self.writer:
+                self.writer.close()
+            gc.enable()
+            gc.unfreeze()
+
+    def _steps(self) -> None:
+        trainer, first = self.trainer, self.trainer.step
+        while trainer.step < self.total:
+            self.watchdog.begin(f"step {trainer.step + 1}", slow=trainer.step == first)  # which compiles
+            if self.stop.agreed():
+                return
+            self.lr = trainer.lr
+            self.profiler.before_step(trainer.step + 1)
+            trainer.train_step(self.loader)
+            self.checkpointer.poll()
+            self.validation_loss = None
+            for task in self.tasks:
+                if task.due(trainer.step, self.total):
+                    self._do(task)
+
+    def _do(self, task: Task) -> None:
+        if not task.phase:
+            task.action()
+            return
+        with self.window.pause(self.trainer.device):
+            self.watchdog.begin(f"{task.phase} after step {self.trainer.step}", slow=True)
+            task.action()
+
+    def _tokens(self) -> int:
+        """Of all steps before the next one, padding included."""
+        return self.order.batch(self.trainer.step)[0] * self.trainer.config.data.seq_len
+
+    def _log(self) -> None:
+        """Here the host waits for the device, and the ranks for each other."""
+        trainer, names = self.trainer, self.prepared.names
+        metrics = {"step": trainer.step, "tokens": self._tokens(), "lr": self.lr} | trainer.sums.read(names)
+        if len(names) > 1:
+            metrics |= {f"epoch/{name}": n for name, n in zip(names, self.order.epochs(trainer.step), strict=True)}
+        metrics |= self.window.close(trainer.step, self._tokens(), self.loader.wait_seconds)
+        self.loader.wait_seconds = 0.0
+        metrics |= usage(trainer.config, trainer.device, metrics["tokens_per_second_per_gpu"])
+        log.debug(
+            "%.3f s a step, %.1f %% of it waiting for data, %.2f GiB of the host's memory",
+            metrics["step_seconds"],
+            100 * metrics["data_wait_fraction"],
+            metrics[f"host_memory_gib/{rank()}"],
+        )
+        if self.writer:
+            self.writer.train(metrics)
+        trainer.bad_steps.check(self.order.describe(trainer.step - 1, names))
+        gc.collect(1)
+
+    def _validate(self) -> None:
+        result = self.trainer.validate(self.prepared)
+        self.validation_loss = result["validation/loss"]
+        if self.writer:
+            self.writer.validation(self.trainer.step, result)
+
+    def _sample(self) -> None:
+        log_sample(self.trainer, self.prepared)
+
+    def _save(self) -> None:
+        self.trainer.save(self.checkpointer, self.history, self.validation_loss)
