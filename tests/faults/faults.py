@@ -92,14 +92,14 @@ def _arm_step(fault: Fault) -> None:
 def _arm_sample(fault: Fault) -> None:
     from torchxihe.trainer import Trainer
 
-    log_sample = Trainer.log_sample
+    original = Trainer.sample
 
-    def sample(self: Any, prepared: Any) -> None:
+    def sample(self: Any, prepared: Any) -> str:
         if self.step == fault.number:
             fault.happen()
-        log_sample(self, prepared)
+        return original(self, prepared)
 
-    Trainer.log_sample = sample  # type: ignore[method-assign]
+    Trainer.sample = sample  # type: ignore[method-assign]
 
 
 def _arm_write(fault: Fault) -> None:
