@@ -14,6 +14,8 @@ REMEDIES = {
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "change its permissions, or choose another place",
     errno.EPERM: "change its permissions, or choose another place",
+    errno.EMFILE: "raise the limit: ulimit -n",
+    errno.ENFILE: "raise the limit of the system: sysctl fs.file-max",
 }
 
 
