@@ -1,11 +1,9 @@
 """`torchxihe COMMAND ...`, also `python -m torchxihe COMMAND ...`.
 
-The commands are the files of `torchxihe/commands`. Each has a docstring, which is its help page (the first line also
-stands in the list), and `main(args)`. Only the one that is called is imported, so that no command pays for another's
-libraries: the docstrings are read from the source.
+The commands are the files of `torchxihe/commands`, each with `main(args)`; only the one that is called is imported, so
+that no command loads another's libraries. Their parsers are in `torchxihe/parsers.py`.
 """
 
-import ast
 import difflib
 import importlib
 import os
@@ -13,82 +11,88 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 import torchxihe
 from torchxihe.errors import UserError
+from torchxihe.parsers import PARSERS
+from torchxihe.utils.processes import SIGNALS, end_with_launcher
+from torchxihe.utils.streams import guard_streams
 
-COMMANDS = Path(__file__).parent / "commands"
+TRAINING = ("launch", "prepare", "train")
+"""Commands that continue when nobody reads their output any more."""
 
 
 def main() -> None:
     """Run the command that `sys.argv` names. A user's mistake is one line on stderr and exit code 1."""
+    signal.signal(signal.SIGINT, _interrupted)  # KeyboardInterrupt in the middle of an import is a traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `launch` blocks them while this process starts
+    guard_streams(lasting=sys.argv[1:2] != [] and sys.argv[1] in TRAINING)
+    end_with_launcher()
     try:
         run(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has seen enough; nor shall Python try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _interrupted(signal.SIGINT, None)
     except UserError as error:
         sys.exit(_for_all_ranks(str(error)))
 
 
 def run(args: list[str]) -> None:
     """Run the command `args[0]` with the rest of `args`, or print help or the version."""
-    names = command_names()
     command = args[0] if args else "--help"
     if command in ("-h", "--help", "help"):
-        width = max(map(len, names))
-        print("usage: torchxihe COMMAND ...      (torchxihe COMMAND --help says more)\n")
-        print("\n".join(f"  {name:{width}}  {_docstring(name).splitlines()[0]}" for name in names))
+        width = max(map(len, PARSERS))
+        print("usage: torchxihe COMMAND ...      (torchxihe COMMAND --help describes a command)\n")
+        print("\n".join(f"  {name:{width}}  {summary(name)}" for name in PARSERS))
     elif command == "--version":
         print(torchxihe.__version__)
-    elif command not in names:
-        close = difflib.get_close_matches(command, names, n=1)
-        raise UserError(f"{command}: no such command; " + (f"did you mean {close[0]}?" if close else ", ".join(names)))
+    elif command not in PARSERS:
+        close = difflib.get_close_matches(command, PARSERS, n=1)
+        hint = f"did you mean {close[0]}?" if close else ", ".join(PARSERS)
+        raise UserError(f"{command}: no such command; {hint}")
     elif {"-h", "--help"} & set(args[1:]):
-        print(_docstring(command))
+        print(PARSERS[command]().format_help(), end="")
     else:
         _read_dotenv()
-        importlib.import_module(f"torchxihe.commands.{command}").main(args[1:])
+        module = importlib.import_module(f"torchxihe.commands.{command}")
+        if signal.getsignal(signal.SIGINT) is _interrupted and command != "train":  # which has its own: see Stop
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        module.main(args[1:])
 
 
-def command_names() -> list[str]:
-    """Every command."""
-    return sorted(path.stem for path in COMMANDS.glob("*.py") if path.stem != "__init__")
+def summary(command: str) -> str:
+    """The first line of a command's help."""
+    return (PARSERS[command]().description or "").splitlines()[0]
 
 
-def command_source(command: str) -> ast.Module:
-    """A command's module, parsed: reading it is quicker than importing what it imports."""
-    return ast.parse((COMMANDS / f"{command}.py").read_text(encoding="utf-8"))
-
-
-def _docstring(command: str) -> str:
-    """The command's docstring, without importing it."""
-    return ast.get_docstring(command_source(command)) or ""
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Handles SIGINT while a command is imported, and in `train` until `Stop` does: there is nothing to clean up."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
 
 
 def _read_dotenv() -> None:
-    """Put the variables of `.env` (WANDB_API_KEY, HF_TOKEN, ...) into the environment, which wins where it has them.
+    """Put the variables of `.env` (WANDB_API_KEY, HF_TOKEN, ...) into the environment, which takes precedence.
 
-    The file is that of the working directory, else that of this checkout. Before the command is imported: libraries
-    read their tokens when they are.
+    The file is that of the working directory, else that of this checkout. It is read before the command is imported:
+    libraries read their tokens at import.
     """
     for file in (Path(".env"), Path(__file__).parents[1] / ".env"):
         if file.is_file():
-            import dotenv  # most machines have no such file, and need not wait for the library
+            import dotenv  # not needed where there is no such file
 
             try:
                 dotenv.load_dotenv(file)
             except ValueError:
-                raise UserError(f"{file}: not UTF-8; save it as that") from None
+                raise UserError(f"{file}: not UTF-8; save it as UTF-8") from None
             return
 
 
 def _for_all_ranks(message: str) -> str:
-    """What this process says of a mistake that all ranks may have found: rank 0's word is enough.
+    """What this process prints of a mistake that all ranks may have found: only rank 0 prints it, if it has it too.
 
-    When rank 0 fails, torchrun ends the others at once. What is still alive after a moment was alone with it.
+    When rank 0 exits, torchrun ends the others at once. A rank that is still running after 2 s was alone with it.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:

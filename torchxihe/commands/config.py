@@ -1,14 +1,4 @@
-"""Print a config as a run would see it, or the reference of all options.
-
-usage: torchxihe config CONFIG [--section.key=value ...]
-       torchxihe config --docs
-
-The first prints the config resolved (what it extends, the overrides and the defaults in one TOML file, which can be
-run as it is) or says what is wrong with it. The second writes docs/config.md from the docstrings of
-torchxihe/config.py.
-
-example: torchxihe config configs/xihe_debug.toml --training.steps=10
-"""
+"""Print a config as a run would see it, or write the reference of all options."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -17,9 +7,9 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from torchxihe.config.load import config_from_args, dump_config
+from torchxihe.config.load import dump_config, load_config
 from torchxihe.config.options import Config, Section
-from torchxihe.utils.arguments import Arguments
+from torchxihe.parsers import parse
 
 DOCS = Path(__file__).parents[2] / "docs" / "config.md"
 
@@ -43,14 +33,12 @@ All other paths are relative to the working directory. TOML has no null: 0, -1 o
 
 def main(args: list[str]) -> None:
     """Print the config that `args` name, or write the reference."""
-    parser = Arguments("config")
-    parser.add_argument("--docs", action="store_true")
-    options, rest = parser.parse_known_args(args)
-    if options.docs and not rest:
+    options = parse("config", args)
+    if options.docs:
         DOCS.write_text(reference(), encoding="utf-8")
         print(DOCS)
     else:
-        print(dump_config(config_from_args(rest)), end="")
+        print(dump_config(load_config(options.config, options.overrides)), end="")
 
 
 def reference() -> str:

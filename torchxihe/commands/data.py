@@ -1,44 +1,31 @@
-"""Show what a config's data is, and the rows as the model will see them; after `torchxihe prepare`.
-
-usage: torchxihe data CONFIG [--section.key=value ...] [--rows N] [--first G]
-
-  --rows N      also the first N rows of training, decoded; what carries no loss is in ⟦brackets⟧
-  --first G     with --rows: from sample G on
-
-A line a source: documents, tokens, rows to train on and held out, its share of the mixture, how often the run reads it.
-
-example: torchxihe data configs/xihe_debug.toml --rows 2
-"""
+"""Show the prepared data of a config, and rows as the model will see them."""
 
 import itertools
 
 import numpy as np
 
-from torchxihe.config.load import config_from_args
+from torchxihe.config.load import load_config
 from torchxihe.config.options import Config
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
 from torchxihe.errors import UserError
-from torchxihe.utils.arguments import Arguments
+from torchxihe.parsers import parse
 from torchxihe.utils.words import counted
 
 
 def main(args: list[str]) -> None:
     """Run the command with its arguments. Raises UserError."""
-    parser = Arguments("data")
-    parser.add_argument("--rows", type=int, default=0, metavar="N")
-    parser.add_argument("--first", type=int, default=0, metavar="G")
-    known, rest = parser.parse_known_args(args)
-    if known.first < 0 or known.rows < 0 or known.first + known.rows > 2**62:
+    options = parse("data", args)
+    if options.first < 0 or options.rows < 0 or options.first + options.rows > 2**62:
         raise UserError("data: --rows and --first are 0 or more, and below 2^62")
-    config = config_from_args(rest)
+    config = load_config(options.config, options.overrides)
     prepared = open_prepared(config)
     order = Order(plan_stages(config, prepared), prepared.rows)
     print(_table(summarise(config, prepared, order)))
-    if known.rows:
+    if options.rows:
         tokenizer = load_tokenizer(prepared.tokenizer_dir)
-        for g in range(known.first, known.first + known.rows):
+        for g in range(options.first, options.first + options.rows):
             print()
             print(show_row(prepared, order, tokenizer, g, config.data.seq_len))
 

@@ -1,23 +1,4 @@
-"""Measure a checkpoint: loss, perplexity and bits per byte of held-out documents, or lm-eval's tasks.
-
-usage: torchxihe eval RUN_OR_STEP [--on CONFIG [--section.key=value ...]] [--max-tokens N] [--json]
-       torchxihe eval RUN_OR_STEP --tasks NAME,... [--include DIR] [--limit N] [--json]
-
-  --on CONFIG       measure on the held-out documents of this config instead of the run's own, prepared with the run's
-                    tokenizer (`torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer`); repeat the overrides here
-  --max-tokens N    of all sources together and of each validation set, default 0: everything that is held out
-  --tasks NAME,...  tasks of lm-eval (pip install 'lm-eval[hf]'; lm_eval ls tasks lists them), through a temporary
-                    export, which takes the room of the model in $TMPDIR
-  --include DIR     where tasks of your own lie, as YAML files
-  --limit N         of every task at most N documents
-  --json            one JSON object instead of a table
-
-In one process, on a GPU if there is one. What the run itself logs as validation/loss is the same measure on
-validation.max_tokens tokens.
-
-examples: torchxihe eval runs/xihe_debug
-          torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy
-"""
+"""Measure a checkpoint: loss, perplexity and bits per byte of held-out documents, or lm-eval's tasks."""
 
 import contextlib
 import json
@@ -39,21 +20,14 @@ from torchxihe.data.loader import BatchSpec, validation_batches
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.errors import UserError
 from torchxihe.kernels.select import PORTABLE, select_attention
-from torchxihe.utils.arguments import Arguments
+from torchxihe.parsers import parse
 from torchxihe.utils.device import default_device
 
 
 def main(args: list[str]) -> None:
     """Print a line for all documents and one a source, or lm-eval's table. Raises UserError."""
-    parser = Arguments("eval")
-    parser.add_argument("run", metavar="RUN_OR_STEP")
-    parser.add_argument("--on", metavar="CONFIG", default="")
-    parser.add_argument("--max-tokens", type=int, default=0, metavar="N")
-    parser.add_argument("--tasks", default="", metavar="NAME,...")
-    parser.add_argument("--include", default="", metavar="DIR")
-    parser.add_argument("--limit", type=int, default=0, metavar="N")
-    parser.add_argument("--json", action="store_true")
-    options, overrides = parser.parse_known_args(args)
+    options = parse("eval", args)
+    overrides = options.overrides
     saved = open_saved(options.run)
     if options.tasks:
         if overrides or options.on or options.max_tokens:

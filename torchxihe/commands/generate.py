@@ -1,22 +1,4 @@
-"""Continue a text with a run's model.
-
-usage: torchxihe generate RUN_OR_STEP [--prompt TEXT] [--chat] [--stream] [--max-tokens N] [--temperature T]
-                          [--top-k K] [--top-p P] [--seed N]
-
-  --prompt TEXT     text to continue; "" begins a document. Without it every line that you type is one, until Ctrl-D
-  --chat            the text is your message, and the model answers in its chat format (docs/sft.md); lines that you
-                    type make one conversation
-  --stream          print as it comes, not when it is done; always so while you type
-  --max-tokens N    tokens at most, default 200; the end of the document ends it too
-  --temperature T   default 0.8; 0 always takes the most likely token
-  --top-k K         draw from the K most likely tokens, default 50; 0: all
-  --top-p P         draw from the most likely tokens of this total probability, default 0.95
-  --seed N          the same seed draws the same text, default 0
-
-examples: torchxihe generate runs/xihe_debug --prompt "import " --stream
-          torchxihe generate runs/xihe_debug --prompt "def main" --temperature 0
-          torchxihe generate runs/xihe_debug_sft --chat
-"""
+"""Continue a text with a run's model, or answer in its chat format."""
 
 import sys
 from collections.abc import Iterator
@@ -28,23 +10,13 @@ from torchxihe.data.prepare.chat import Chat, Message
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
 from torchxihe.errors import UserError
 from torchxihe.model.generate import generate
-from torchxihe.utils.arguments import Arguments
+from torchxihe.parsers import parse
 from torchxihe.utils.device import default_device
 
 
 def main(args: list[str]) -> None:
     """Print the continuation of `--prompt`, or of every line of standard input."""
-    parser = Arguments("generate")
-    parser.add_argument("run", metavar="RUN_OR_STEP")
-    parser.add_argument("--prompt")
-    parser.add_argument("--chat", action="store_true")
-    parser.add_argument("--stream", action="store_true")
-    parser.add_argument("--max-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(args)
+    options = parse("generate", args)
     if not options.temperature >= 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_tokens < 0:
         raise UserError("generate: --temperature, --top-k and --max-tokens are 0 or more, --top-p is in (0, 1]")
     if not 0 <= options.seed < 2**63:

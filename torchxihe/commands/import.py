@@ -1,19 +1,4 @@
-"""Make a checkpoint of a Hugging Face model, to go on training from: Llama and Qwen3.
-
-usage: torchxihe import DIR_OR_HUB_ID --out DIR [--revision REVISION]
-
-The model comes from a folder, or from the hub (HF_TOKEN in the environment or .env opens gated ones). Its weights, in
-one or many safetensors files, become float32, which takes 4 bytes of memory a parameter. Whatever the model has that
-the decoder cannot carry (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not
-exist; it gets
-
-  checkpoints/step-00000000   the weights
-  tokenizer/
-  model.toml                  the model, its tokenizer and where to start from: a config begins with
-                              extends = "DIR/model.toml" and adds [data] and [training]
-
-example: torchxihe import exported/xihe_debug --out imported/xihe_debug
-"""
+"""Make a checkpoint of a Hugging Face model, Llama or Qwen3, to continue training from."""
 
 import json
 import shutil
@@ -37,18 +22,14 @@ from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, read_meta
 from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.hf import hf_name, model_from_hf
-from torchxihe.utils.arguments import Arguments
+from torchxihe.parsers import parse
 
 INDEX = "model.safetensors.index.json"
 
 
 def main(args: list[str]) -> None:
     """Import, and say how to go on. Raises UserError."""
-    parser = Arguments("import")
-    parser.add_argument("source", metavar="DIR_OR_HUB_ID")
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path)
-    parser.add_argument("--revision", default="")
-    options = parser.parse_args(args)
+    options = parse("import", args)
     if options.out.exists():
         raise UserError(f"--out: {options.out} is there already; name a new folder")
     folder = Path(options.source)

@@ -1,22 +1,4 @@
-"""Prepare the data and train on every GPU of this machine, or of several: what run_train.sh runs.
-
-usage: torchxihe launch CONFIG [--section.key=value ...]
-
-One process per GPU, one on a machine without. The environment may say otherwise:
-
-  NGPU           processes on this machine
-  NNODES         machines; start the same command on each of them
-  NODE_RANK      number of this machine, from 0 (left out, the machines settle it among themselves)
-  RDZV_ENDPOINT  host:port of machine 0, by which they find each other
-
-torchrun's own variables (PET_NPROC_PER_NODE, PET_NNODES, ..., MASTER_ADDR, MASTER_PORT) mean the same.
-
-SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the training processes. The exit code is 0 if all of them end
-well, which includes a run that saved a checkpoint on such a signal.
-
-examples: torchxihe launch configs/xihe_debug.toml
-          NGPU=2 torchxihe launch configs/xihe_debug.toml --run.name=two --training.steps=10
-"""
+"""Prepare the data and train on every GPU of this machine, or of several: what run_train.sh runs."""
 
 import contextlib
 import logging
@@ -29,8 +11,9 @@ from pathlib import Path
 from types import FrameType
 
 from torchxihe.components.checkpoint.history import check_changes
-from torchxihe.config.load import config_from_args
+from torchxihe.config.load import load_config
 from torchxihe.errors import UserError
+from torchxihe.parsers import parse
 from torchxihe.utils.words import counted
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -74,8 +57,10 @@ class Launch:
 
 def main(args: list[str]) -> None:
     """Check the config for this many processes, prepare, train; ends the process with the run's exit code."""
+    options = parse("launch", args)
     launch = read_environment()
-    check_changes(config_from_args(args, launch.world_size))
+    check_changes(load_config(options.config, options.overrides, launch.world_size))
+    args = [options.config, *options.overrides]
     for number in FORWARDED:
         signal.signal(number, _forward)
     _prepare(args)

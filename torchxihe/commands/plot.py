@@ -1,13 +1,4 @@
-"""Draw the curves of one run, or of several over each other, as a PNG.
-
-usage: torchxihe plot RUN [RUN ...] [--out FILE] [--by step|tokens]
-
-RUN is a run directory. One panel each for loss, bits per byte, learning rate, gradient norm, tokens per second and
-memory; held-out loss is dashed. Needs matplotlib (pip install matplotlib). FILE defaults to plot.png in the
-working directory.
-
-example: torchxihe plot runs/xihe_debug --out runs/xihe_debug/plot.png
-"""
+"""Draw the curves of one run, or of several in the same panels, as a PNG."""
 
 import math
 from pathlib import Path
@@ -15,7 +6,7 @@ from typing import Any
 
 from torchxihe.components.observe.metrics import METRICS, read_metrics
 from torchxihe.errors import UserError
-from torchxihe.utils.arguments import Arguments
+from torchxihe.parsers import parse
 
 # Title, unit, key of training's lines, key of validation's, logarithmic axis.
 PANELS = [
@@ -32,11 +23,7 @@ Lines = list[dict[str, float]]
 
 def main(args: list[str]) -> None:
     """Draw, and say where. Raises UserError."""
-    parser = Arguments("plot")
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE")
-    parser.add_argument("--by", choices=("step", "tokens"), default="step")
-    options = parser.parse_args(args)
+    options = parse("plot", args)
     runs = {}
     for run, name in zip(options.runs, _names(options.runs), strict=True):
         if not (run / METRICS).is_file():

@@ -1,18 +1,4 @@
-"""Read every file of a run's checkpoints and say which of them are whole. Changes nothing.
-
-usage: torchxihe verify PATH
-
-PATH is a run directory, a checkpoints directory (both also as an fsspec URL) or a single step directory. One line a
-checkpoint, newest first:
-
-  valid        committed, and every file has the content that was written
-  CORRUPT      committed, but a file is damaged or missing (or an earlier start found out so): it is never loaded
-  unfinished   a save that was interrupted; the next start of the run removes it
-
-The exit code is 0 if the newest committed checkpoint is valid, else 1.
-
-example: torchxihe verify runs/xihe_debug
-"""
+"""Read every file of a run's checkpoints and print which of them are valid."""
 
 import time
 
@@ -30,14 +16,12 @@ from torchxihe.components.checkpoint.manifest import (
 )
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.errors import UserError, explained
-from torchxihe.utils.arguments import Arguments
+from torchxihe.parsers import parse
 
 
 def main(args: list[str]) -> None:
     """Print the table. Raises UserError if there is nothing to verify, or if the newest checkpoint is not valid."""
-    parser = Arguments("verify")
-    parser.add_argument("path", metavar="PATH")
-    place = Location(parser.parse_args(args).path)
+    place = Location(parse("verify", args).path)
     try:
         steps = _steps_at(place)
         if not steps:

@@ -1,98 +1,186 @@
-"""Options that are valid alone and wrong together."""
+"""Options that are valid alone and wrong, or without effect, together."""
 
+import math
 from collections.abc import Iterator
 
 from torchxihe.config.options import Config, Documents, Source, documents_of
 from torchxihe.errors import UserError
 
 Key = tuple[str, ...]
+Finding = tuple[bool, str, str]
+"""Whether it is the case, the dotted key, and what is wrong."""
 
 
 def find_conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
-    """Options that are fine alone and wrong together, or on this many processes (0: unknown)."""
-    found: list[tuple[Key, str]] = []
+    """Every mistake in the combination of options, on `world_size` processes (0: unknown)."""
+    findings = [*_model(config), *_run(config), *_parallelism(config, world_size), *_documents(config)]
+    return [(tuple(key.split(".")), why) for wrong, key, why in findings if wrong]
 
-    def check(right: bool, key: str, why: str) -> None:
-        if not right:
-            found.append((tuple(key.split(".")), why))
 
-    model, tokenizer, training = config.model, config.tokenizer, config.training
-    check(
-        model.num_attention_heads % model.num_key_value_heads == 0,
+def find_warnings(config: Config) -> list[str]:
+    """Options that have no effect, or not the intended one, because the run is too short for them.
+
+    They are no mistakes: a trial of a few steps should need no other change of a config than the number of its steps.
+    """
+    steps, scheduler, validation, checkpoint = (
+        config.total_steps,
+        config.lr_scheduler,
+        config.validation,
+        config.checkpoint,
+    )
+    profiler, warmup = config.profiler, config.lr_scheduler.warmup_steps
+    decay = math.ceil(scheduler.decay_fraction * steps) if scheduler.name == "wsd" else 0
+    ramp = [until for _, until in config.training.batch_ramp]
+    beyond = f"is beyond the run's {steps:,} steps"
+    table = [
+        (warmup >= steps, "lr_scheduler.warmup_steps", f"{warmup:,} {beyond}: there is no decay"),
+        (
+            warmup < steps < warmup + decay and scheduler.decay_fraction < 1,
+            "lr_scheduler.decay_fraction",
+            f"{scheduler.decay_fraction:g} of {steps:,} steps is more than the {steps - warmup:,} after the warmup: "
+            "the decay is shortened to these",
+        ),
+        (validation.every > steps, "validation.every", f"{validation.every:,} {beyond}: nothing is validated"),
+        (checkpoint.every > steps, "checkpoint.every", f"{checkpoint.every:,} {beyond}: only the last step is saved"),
+        (
+            checkpoint.export_every > steps,
+            "checkpoint.export_every",
+            f"{checkpoint.export_every:,} {beyond}: only the last step is exported",
+        ),
+        (
+            checkpoint.keep_every > steps,
+            "checkpoint.keep_every",
+            f"{checkpoint.keep_every:,} {beyond}: keep_last decides which checkpoints are kept",
+        ),
+        (
+            bool(checkpoint.keep_best) and not 0 < validation.every <= steps,
+            "checkpoint.keep_best",
+            "nothing is validated, so no checkpoint is the best",
+        ),
+        (
+            config.metrics.log_every > steps,
+            "metrics.log_every",
+            f"{config.metrics.log_every:,} {beyond}: only the first and the last step are logged",
+        ),
+        (
+            config.metrics.sample_every > steps,
+            "metrics.sample_every",
+            f"{config.metrics.sample_every:,} {beyond}: only the last step has a sample",
+        ),
+        (
+            profiler.first_step > steps,
+            "profiler.first_step",
+            f"{profiler.first_step:,} {beyond}: nothing is traced",
+        ),
+        (
+            0 < profiler.first_step <= steps < profiler.first_step + profiler.steps - 1,
+            "profiler.steps",
+            f"steps {profiler.first_step:,} to {profiler.first_step + profiler.steps - 1:,} reach beyond the run's "
+            f"{steps:,} steps: the trace ends with the run",
+        ),
+        (
+            bool(ramp) and ramp[-1] >= steps,
+            "training.batch_ramp",
+            f"step {max(ramp, default=0):,} {beyond}: no step has training.global_batch_size rows",
+        ),
+    ]
+    return [f"{key}: {why}" for found, key, why in table if found]
+
+
+def _model(config: Config) -> Iterator[Finding]:
+    model, tokenizer = config.model, config.tokenizer
+    yield (
+        model.num_attention_heads % model.num_key_value_heads != 0,
         "model.num_key_value_heads",
         f"{model.num_key_value_heads} does not divide model.num_attention_heads = {model.num_attention_heads}",
     )
-    check(
-        bool(tokenizer.path) or tokenizer.vocab_size <= model.vocab_size,
+    yield (
+        not tokenizer.path and tokenizer.vocab_size > model.vocab_size,
         "tokenizer.vocab_size",
         f"{tokenizer.vocab_size} is more than model.vocab_size = {model.vocab_size}",
     )
-    check(
-        bool(training.steps) != bool(training.tokens),
+    yield (
+        not model.qk_norm and model.hidden_size % model.num_attention_heads != 0,
+        "model.hidden_size",
+        f"{model.hidden_size} is not a multiple of model.num_attention_heads = {model.num_attention_heads}, which "
+        "transformers requires of a Llama; change one of them, or set model.qk_norm = true (Qwen3)",
+    )
+
+
+def _run(config: Config) -> Iterator[Finding]:
+    training, checkpoint = config.training, config.checkpoint
+    yield (
+        bool(training.steps) == bool(training.tokens),
         "training.steps",
         "give training.steps or training.tokens, one of the two (0: not given)",
     )
-    check(
-        model.qk_norm or model.hidden_size % model.num_attention_heads == 0,
-        "model.hidden_size",
-        f"{model.hidden_size} is no multiple of model.num_attention_heads = {model.num_attention_heads}, which "
-        "transformers demands of a Llama; change one of them, or take model.qk_norm = true (Qwen3)",
+    largest = max(training.global_batch_size, *(sequences for sequences, _ in training.batch_ramp), 1)
+    yield (
+        max(training.tokens, training.steps * largest * config.data.seq_len) >= 2**62,
+        "training.steps" if training.steps else "training.tokens",
+        "the run would have more than 2^62 tokens",
     )
     untils = [until for _, until in training.batch_ramp]
-    check(
-        untils == sorted(set(untils)),
+    yield (
+        untils != sorted(set(untils)),
         "training.batch_ramp",
         "its pairs are [sequences, until step]; the steps must rise",
     )
-    check(
-        not config.validation.every or config.validation.fraction > 0 or bool(config.validation.sets),
+    yield (
+        bool(config.validation.every and not config.validation.fraction and not config.validation.sets),
         "validation.fraction",
         "0 holds no documents out, so there is nothing to validate on; set it, add validation.sets, or set "
         "validation.every = 0",
     )
-    every, export_every = config.checkpoint.every, config.checkpoint.export_every
-    check(
-        not export_every or bool(every and export_every % every == 0),
+    yield (
+        bool(checkpoint.export_every) and (not checkpoint.every or checkpoint.export_every % checkpoint.every != 0),
         "checkpoint.export_every",
-        f"{export_every} is no multiple of checkpoint.every = {every}; exports are made of checkpoints",
+        f"{checkpoint.export_every} is not a multiple of checkpoint.every = {checkpoint.every}; exports are made of "
+        "checkpoints",
     )
-    check(
-        config.parallelism.activation_checkpointing != "budget" or training.compile,
+    yield (
+        config.parallelism.activation_checkpointing == "budget" and not training.compile,
         "parallelism.activation_checkpointing",
-        '"budget" is the compiler\'s: it needs training.compile = true',
+        '"budget" is a feature of the compiler and needs training.compile = true',
     )
-    check(config.parallelism.dp_shard != 0, "parallelism.dp_shard", "must be -1 or at least 1, got 0")
-    if world_size and config.parallelism.dp_shard:
+
+
+def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
+    parallelism = config.parallelism
+    yield parallelism.dp_shard == 0, "parallelism.dp_shard", "must be -1 or at least 1, got 0"
+    if world_size and parallelism.dp_shard:
         try:
-            config.parallelism.degrees(world_size)
+            parallelism.degrees(world_size)
         except UserError as error:
-            check(
-                False, f"parallelism.{'dp_replicate' if config.parallelism.dp_shard == -1 else 'dp_shard'}", str(error)
-            )
-    check(bool(config.data.sources), "data.sources", "needs at least one entry")
+            option = "dp_replicate" if parallelism.dp_shard == -1 else "dp_shard"
+            yield True, f"parallelism.{option}", str(error)
+
+
+def _documents(config: Config) -> Iterator[Finding]:
+    """Mistakes in the sources and the validation sets."""
+    yield not config.data.sources, "data.sources", "needs at least one entry"
     names: list[str] = []
     for at, source in documents_of(config):
-        check(
-            not source.name or source.name not in names,
+        yield (
+            bool(source.name) and source.name in names,
             f"{at}.name",
             f"two sources or sets are named {source.name!r}; names must differ",
         )
         names.append(source.name)
-        check(
-            not source.stream or source.max_tokens > 0,
+        yield (
+            source.stream and not source.max_tokens,
             f"{at}.stream",
-            "a streamed source needs max_tokens, or it never ends",
+            "a streamed source has no end of its own; give max_tokens",
         )
         for key, why in _chat_mistakes(source, config.data.format == "chat"):
-            check(False, f"{at}.{key}", why)
-    return found
+            yield True, f"{at}.{key}", why
 
 
 def _chat_mistakes(source: Documents, chat: bool) -> Iterator[tuple[str, str]]:
-    """Options of a source that do not go with `data.format`, and why."""
+    """Options of a source that contradict `data.format`, and why."""
     if chat and source.template != Source.model_fields["template"].default:
-        yield "template", 'is for text, but data.format = "chat": tokenizer.chat_template puts conversations into words'
+        yield "template", 'is for text; with data.format = "chat" conversations are rendered by tokenizer.chat_template'
     if chat and source.format in ("text", "lines", "csv", "tokens"):
-        yield "format", f'"{source.format}" has no conversations; with data.format = "chat" take "json" or "parquet"'
+        yield "format", f'"{source.format}" has no conversations; with data.format = "chat" use "json" or "parquet"'
     if not chat and source.format == "docstrings":
         yield "format", '"docstrings" are conversations: set data.format = "chat"'

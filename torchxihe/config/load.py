@@ -12,6 +12,10 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from torchxihe.config.checks import Key, find_conflicts
+from torchxihe.config.options import Config, Section
+from torchxihe.errors import UserError
+from torchxihe.utils.records import DamagedError, read_bounded
 from torchxihe.utils.words import counted
 
 if sys.version_info >= (3, 11):
@@ -19,9 +23,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from torchxihe.config.checks import Key, find_conflicts
-from torchxihe.config.options import Config, Section
-from torchxihe.errors import UserError
+LARGEST_FILE = 2**20
+"""Bytes of a config at most."""
+DEEPEST = 20
+"""Tables and lists inside each other at most: three times what the options need."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, world_size: int = 0) -> Config:
@@ -30,6 +35,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None, world_size
     With a `world_size`, the parallelism must fit that many processes too. Raises UserError with one line per mistake.
     """
     file = str(path)
+    if not file:
+        raise UserError("no config file; expected CONFIG [--section.key=value ...], such as configs/xihe_debug.toml")
     values, origins = _read_toml(file, ())
     mistakes = [mistake for flag in overrides or [] for mistake in _apply_override(values, origins, flag)]
     run = values.setdefault("run", {})
@@ -46,13 +53,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None, world_size
     raise UserError("\n".join(mistakes + [_line(key, why, origins, file) for key, why in found]))
 
 
-def config_from_args(args: list[str], world_size: int = 0) -> Config:
-    """The config of a command line `CONFIG [--section.key=value ...]`; see `load_config`."""
-    files = [arg for arg in args if not arg.startswith("--")]
-    if len(files) != 1:
-        what = "no config file" if not files else "more than one config file: " + " ".join(files)
-        raise UserError(f"{what}; expected CONFIG [--section.key=value ...], such as configs/xihe_debug.toml")
-    return load_config(files[0], [arg for arg in args if arg.startswith("--")], world_size)
+def join_values(args: list[str]) -> list[str]:
+    """`args` with `--section.key value` written as `--section.key=value`, and a boolean `--section.key` as `=true`."""
+    joined: list[str] = []
+    left = args[::-1]
+    while left:
+        flag = left.pop()
+        key = tuple(flag[2:].replace("-", "_").split(".")) if flag.startswith("--") and "=" not in flag else ()
+        if len(key) > 1:
+            field = _field_at(key) if len(key) <= DEEPEST else None
+            if field and field.annotation is bool and not (left and left[-1].lower() in BOOLEANS):
+                flag += "=true"
+            elif left and not left[-1].startswith("--") and not left[-1].endswith(".toml"):  # that is CONFIG
+                flag += f"={left.pop()}"
+        joined.append(flag)
+    return joined
 
 
 def dump_config(config: Config) -> str:
@@ -66,15 +81,18 @@ def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, s
     if os.path.realpath(file) in map(os.path.realpath, extended_by):
         raise UserError(f"{where}: the files extend each other in a circle; remove one `extends`")
     try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))  # some editors begin it with a mark
+        text = read_bounded(file, LARGEST_FILE).decode("utf-8-sig")  # some editors write a byte-order mark
+        values = _parse_toml(text)
     except FileNotFoundError:
         raise UserError(f"{where}: no such file{_other_files(file)}") from None
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from None
+    except DamagedError as error:
+        raise UserError(f"{where}: {error}; a config is a small TOML file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{where}: not valid TOML: {error}") from None
+        raise UserError(f"{where}: {_explain_syntax(str(error), file, text)}") from None
     parent = values.pop("extends", "")
     if not isinstance(parent, str):
         raise UserError(f"{where}: extends: must be the path of one TOML file, relative to this one")
@@ -84,6 +102,51 @@ def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, s
         merged, origins = _read_toml(parent, (*extended_by, file))
     _merge(merged, values, origins, file, ())
     return merged, origins
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """The values in a TOML text. Raises TOMLDecodeError, also for what is nested too deeply or has a huge number."""
+    try:
+        # tomllib takes memory quadratic in the parts of a dotted key.
+        values = tomllib.loads(text) if max(line.count(".") for line in text.split("\n")) < 500 else None
+    except RecursionError:
+        values = None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # more digits than Python converts
+        raise tomllib.TOMLDecodeError(str(error)) from None
+    if values is None or _depth(values) > DEEPEST:
+        raise tomllib.TOMLDecodeError("nested too deeply")
+    return values
+
+
+def _depth(value: Any) -> int:
+    """Tables and lists inside each other, counted without recursion, to one more than `DEEPEST`."""
+    level, depth = [value], 0
+    while level and depth <= DEEPEST:
+        tables = [entry for entry in level if isinstance(entry, (dict, list))]
+        level = [inner for table in tables for inner in (table.values() if isinstance(table, dict) else table)]
+        depth += bool(tables)
+    return depth
+
+
+def _explain_syntax(error: str, file: str, text: str) -> str:
+    """An error of the TOML parser in the words of whoever wrote the file."""
+    lines = [line.strip() for line in text.splitlines()]
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    if file.endswith((".yaml", ".yml", ".json")) or re.match(r"(---|\{|[\w.-]+:(\s|$))", first):
+        return "not TOML but YAML or JSON; write it as TOML, such as configs/xihe_debug.toml (docs/config.md)"
+    place = re.search(r"line (\d+)", error)
+    if place and (twice := re.match(r"Cannot (overwrite|declare)|Duplicate", error)):
+        line = lines[int(place[1]) - 1]
+        what = "a table" if twice[1] == "declare" else "a key"
+        return f"line {place[1]}: {_cut(line)} gives {what} a second time; keep one of the two"
+    return f"not valid TOML: {error}"
+
+
+def _cut(text: str) -> str:
+    """`text`, or its beginning, for a message."""
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def _other_files(missing: str) -> str:
@@ -113,8 +176,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) -> list[str]:
     """Lay one `--section.key=value` over `values`; what is wrong with it, if anything."""
     match = re.fullmatch(r"--([\w-]+(?:\.[\w-]+)*)=(.*)", flag, re.DOTALL)
-    if not match:
-        return [f"{flag}: not understood; overrides look like --section.key=value"]
+    if not match and "." in flag and "=" not in flag:
+        return [f"{flag}: has no value; write {flag}=VALUE"]
+    if not match or match[1].count(".") >= DEEPEST:
+        return [f"{_cut(flag)}: not understood; overrides look like --section.key=value"]
     key = tuple(match[1].replace("-", "_").split("."))
     name = "--" + ".".join(key)
     if _SURROGATE.search(match[2]):  # bytes of the command line that Python could not decode
@@ -133,12 +198,12 @@ def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) 
         if not isinstance(place, (dict, list)):
             return [f"{name}: {'.'.join(key[: i + 1])} is a single value; nothing stands below it"]
     if isinstance(place, list):
-        return [f"{name}: an entry of a list cannot be replaced whole; name a key of it"]
+        return [f"{name}: an entry of a list cannot be replaced as such; name a key of it"]
     try:
         place[key[-1]] = _override_value(key, match[2])
     except tomllib.TOMLDecodeError:
-        shell = "texts in it stand in \"quotes\", and for a shell the whole in 'quotes'"
-        return [f"{name}: {match[2]} is not valid TOML; {shell}"]
+        shell = "put strings in \"quotes\", and the value in 'quotes' for the shell"
+        return [f"{name}: {_cut(match[2])} is not valid TOML; {shell}"]
     origins[key] = name
     return []
 
@@ -149,14 +214,21 @@ def _override_value(key: Key, text: str) -> Any:
     Raises TOMLDecodeError for what begins like a list, a table or a quoted text and is none.
     """
     field = _field_at(key)
+    kind = field.annotation if field else None
+    if kind is bool and text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = _parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        if field and field.annotation is not str and text.startswith(("[", "{", '"', "'")):
+        if kind is not str and text.startswith(("[", "{", '"', "'")):
             raise
         return text
-    kept = str if field and field.annotation is str else (bool, int, float, str, list, dict)  # not a date or a time
-    return value if isinstance(value, kept) else text
+    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:  # 1e6
+        return int(value)
+    return value if isinstance(value, str if kind is str else (bool, int, float, str, list, dict)) else text  # no date
+
+
+BOOLEANS = {"true": True, "false": False}
 
 
 def _section_at(key: Key) -> type[Section] | None:
@@ -206,8 +278,8 @@ MEANINGS = {
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_too_short": "must not be empty",
     "value_error": "{error}",
-    "string_pattern_mismatch": "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-'; "
-    "without --run.name=NAME it is the file's stem",
+    "string_pattern_mismatch": "must consist of letters, digits, '.', '_' and '-', and begin with a letter or digit; "
+    "it is the file's stem unless --run.name=NAME is given",
 }
 
 
@@ -221,7 +293,7 @@ def _explain(finding: dict[str, Any]) -> tuple[Key, str]:
     if kind == "tuple_type" and (field := _field_at(key)):
         entry = get_args(field.annotation)[0]
         why += f" such as {json.dumps(get_args(entry))}" if get_origin(entry) is Literal else ""
-    return key, why if kind in ("missing", "string_too_short") else f"{why}, got {finding['input']!r}"
+    return key, why if kind in ("missing", "string_too_short") else f"{why}, got {_cut(repr(finding['input']))}"
 
 
 def _meant(key: Key) -> str:

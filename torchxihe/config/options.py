@@ -16,9 +16,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
 from torchxihe.errors import UserError
+from torchxihe.utils.words import counted
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
+LARGEST = 2**53
+"""Of the integers that have no bound of their own: what a float64 holds exactly."""
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -65,7 +68,7 @@ class Model(Section):
     """Query heads."""
     num_key_value_heads: PositiveInt
     """Key and value heads; fewer than the query heads is grouped-query attention. Must divide them."""
-    head_dim: Annotated[int, Field(ge=2, multiple_of=2)]
+    head_dim: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)]
     """Width of one head; even, because rotary embeddings turn pairs."""
     intermediate_size: PositiveInt
     """Width of the SwiGLU feed-forward."""
@@ -97,7 +100,7 @@ class Tokenizer(Section):
     """A `tokenizer.json`, a folder that holds one, or a Hugging Face hub id. "": train one on `data.sources`."""
     revision: str = ""
     """Hub revision (branch, tag or commit) of `path`. "": the default branch."""
-    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    vocab_size: Annotated[int, Field(ge=257, le=LARGEST)] = 4096
     """With `path = ""`: size of the trained vocabulary at most, special token included; a small corpus yields less."""
     train_bytes: PositiveInt = 16_000_000
     """With `path = ""`: bytes of text at most that the tokenizer is trained on, spread evenly over the sources."""
@@ -154,7 +157,7 @@ class Data(Section):
     format: Literal["text", "chat"] = "text"
     """What a row is. "text": a document, which is learned whole. "chat": a conversation, put into words by the
     tokenizer's chat template, of which only what the assistant says is learned."""
-    seq_len: Annotated[int, Field(ge=2)]
+    seq_len: Annotated[int, Field(ge=2, le=LARGEST)]
     """Tokens of one training sequence. A stored row has one more, the last target."""
     packing: Literal["concat", "best_fit"] = "best_fit"
     """How documents become rows. "best_fit": best-fit-decreasing over whole documents, long ones split;
@@ -268,7 +271,7 @@ class Parallelism(Section):
 
     dp_replicate: PositiveInt = 1
     """Full copies of the parameters, whose gradients are summed over the copies (DDP, HSDP)."""
-    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    dp_shard: Annotated[int, Field(ge=-1, le=LARGEST)] = -1
     """Processes that share one copy of the parameters (FSDP2). -1: all that `dp_replicate` leaves. 1: DDP."""
     reshard_after_forward: bool = True
     """FSDP2: free a block's gathered parameters between forward and backward, and shard each micro-batch's gradients at
@@ -281,13 +284,14 @@ class Parallelism(Section):
     """With "budget": share of the activations kept, between whole blocks recomputed (0) and nothing (1)."""
 
     def degrees(self, world_size: int) -> tuple[int, int]:
-        """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the legal ones."""
+        """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the valid ones."""
         shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
         if self.dp_replicate * shard == world_size:
             return self.dp_replicate, shard
-        legal = ", ".join(f"{n} * {world_size // n}" for n in range(1, world_size + 1) if world_size % n == 0)
-        product = f"dp_replicate * dp_shard = {self.dp_replicate} * {self.dp_shard}"
-        raise UserError(f"{product} does not make {world_size} processes; legal are {legal}")
+        valid = ", ".join(f"{n} × {world_size // n}" for n in range(1, world_size + 1) if world_size % n == 0)
+        product = f"parallelism.dp_replicate × parallelism.dp_shard = {self.dp_replicate} × {self.dp_shard}"
+        given = f"{product} does not match {counted(world_size, 'process')}"
+        raise UserError(f"{given}; valid combinations (dp_replicate × dp_shard): {valid}")
 
 
 class Float8(Section):

@@ -1,17 +1,68 @@
-"""A command's arguments."""
+"""A command's arguments: an argparse parser whose errors are UserErrors."""
 
 import argparse
+import difflib
 from typing import NoReturn
 
 from torchxihe.errors import UserError
 
 
 class Arguments(argparse.ArgumentParser):
-    """A parser whose errors are those of a config: one line, exit code 1. `--help` is the command's docstring."""
+    """The parser of one command. A mistake is one line and exit code 1, as in a config."""
 
-    def __init__(self, command: str) -> None:
-        super().__init__(command, add_help=False, allow_abbrev=False)
+    def __init__(self, command: str, description: str, *examples: str) -> None:
+        """`description`: what `--help` prints; its first line is also the command's line in `torchxihe --help`."""
+        lines = "\n".join(f"  {example}" for example in examples)
+        super().__init__(
+            f"torchxihe {command}",
+            description=description,
+            epilog=f"example{'s' * (len(examples) > 1)}:\n{lines}",
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+        self.command = command
+        self.takes_overrides = False
+
+    def add_config(self, required: bool = True) -> None:
+        """Add CONFIG and `--section.key=value ...`: the namespace's `config` and `overrides`."""
+        needed = {} if required else {"nargs": "?", "default": ""}
+        self.add_argument("config", metavar="CONFIG", help="a TOML file, such as configs/xihe_debug.toml", **needed)
+        self.add_overrides()
+
+    def add_overrides(self) -> None:
+        """Add `--section.key=value ...`: the namespace's `overrides`."""
+        text = "any option of docs/config.md; takes precedence over the file"
+        self.add_argument("overrides", metavar="--section.key=value", nargs="*", default=[], help=text)
+        self.takes_overrides = True
+
+    def parse(self, args: list[str]) -> argparse.Namespace:
+        """The namespace. Raises UserError."""
+        options, extra = self.parse_known_args(args)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for arg in extra:
+            flag, equals, _ = arg.partition("=")
+            override = self.takes_overrides and flag.startswith("--") and ("." in flag or equals)
+            close = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
+            if close and "." not in flag:
+                self.error(f"unknown argument {flag}; did you mean {close[0]}?")
+            if flag.startswith("-") and not override:
+                self.error(f"unknown argument {flag}")
+        if self.takes_overrides:
+            extra, options.overrides = [*options.overrides, *(arg for arg in extra if not arg.startswith("-"))], extra
+        if extra and hasattr(options, "config"):
+            self.error(f"more than one config file: {' '.join([options.config, *extra])}")
+        if extra:
+            self.error(f"unknown argument {extra[0]}")
+        return options
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
-        raise UserError(f"{self.prog}: {message}; torchxihe {self.prog} --help says more")
+        end = "" if message.endswith("?") else f"; see torchxihe {self.command} --help"
+        raise UserError(f"{self.command}: {message}{end}")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help for a terminal of 100 columns, whatever the width of this one: it is quoted in documents and tests."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=24, width=100)

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers with nouns and units, for logs and errors."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def counted(number: int, noun: str) -> str:
-    """The number with its noun: "1 step", "1,200 steps", "1 entry", "2 entries"."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    """The number with its noun: "1 step", "1,200 steps", "2 entries", "2 processes"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
     return f"{number:,} {noun if number == 1 else plural}"
 
 
@@ -23,7 +23,7 @@ def scaled(number: float, units: Sequence[str] = COUNTS) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: "42 s", "3 min 20 s", "5 h 04 min", "2 d 3 h"."""
+    """Seconds as text: "42 s", "3 min 20 s", "5 h 04 min", "2 d 3 h"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

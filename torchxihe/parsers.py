@@ -1,0 +1,290 @@
+"""The parser of every command: for its arguments, its `--help` and the shells' completion.
+
+In a file of their own because the commands import torch, and none of these three needs it: printing help needs nothing
+but the standard library.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from torchxihe.utils.arguments import Arguments
+
+
+def parse(command: str, args: list[str]) -> Namespace:
+    """The arguments of a command. Raises UserError."""
+    parser = PARSERS[command]()
+    if parser.takes_overrides:
+        # Imports pydantic, which need not be installed where `run_train.sh --help` runs.
+        from torchxihe.config.load import join_values
+
+        args = join_values(args)
+    return parser.parse(args)
+
+
+def completion() -> Arguments:
+    """Completion of the shell."""
+    parser = Arguments(
+        "completion",
+        """Print a script that completes commands, options, config files and config keys in a shell.
+
+For torchxihe and run_train.sh; needs shtab (pip install shtab). In ~/.bashrc, or in ~/.zshrc after compinit:
+
+  eval "$(torchxihe completion bash)"
+  eval "$(torchxihe completion zsh)"
+
+Completing does not start Python.""",
+        "torchxihe completion bash",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"))
+    return parser
+
+
+def config() -> Arguments:
+    """Print a config."""
+    parser = Arguments(
+        "config",
+        """Print a config as a run would see it, or write the reference of all options.
+
+The config is printed resolved: what it extends, the overrides and the defaults in one TOML file, which can be run as it
+is; or every mistake in it, one a line.""",
+        "torchxihe config configs/xihe_debug.toml --training.steps=10",
+    )
+    parser.add_config(required=False)
+    parser.add_argument("--docs", action="store_true", help="write docs/config.md from the docstrings of the options")
+    return parser
+
+
+def data() -> Arguments:
+    """Show the data."""
+    parser = Arguments(
+        "data",
+        """Show the prepared data of a config, and rows as the model will see them.
+
+One line per source: documents, tokens, rows to train on and held out, its share of the mixture, and how many epochs of
+it the run reads. Run `torchxihe prepare CONFIG` first.""",
+        "torchxihe data configs/xihe_debug.toml --rows 2",
+    )
+    parser.add_config()
+    text = "also the first N rows of training, decoded; tokens without loss are in ⟦brackets⟧"
+    parser.add_argument("--rows", type=int, default=0, metavar="N", help=text)
+    parser.add_argument("--first", type=int, default=0, metavar="G", help="with --rows: begin at sample G")
+    return parser
+
+
+def evaluate() -> Arguments:
+    """Measure a checkpoint."""
+    parser = Arguments(
+        "eval",
+        """Measure a checkpoint: loss, perplexity and bits per byte of held-out documents, or lm-eval's tasks.
+
+Runs in one process, on a GPU if there is one. The run itself logs the same measure as validation/loss, of
+validation.max_tokens tokens. The newest checkpoint of a run is measured, or the step directory that is given.""",
+        "torchxihe eval runs/xihe_debug",
+        "torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy",
+    )
+    parser.add_argument("run", metavar="RUN_OR_STEP")
+    text = """measure on the held-out documents of this config instead of the run's own; prepare it with the run's
+    tokenizer (torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer) and repeat the overrides here"""
+    parser.add_argument("--on", metavar="CONFIG", default="", help=text)
+    text = "tokens of all sources together, and of each validation set; default 0: all that are held out"
+    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help=text)
+    text = """tasks of lm-eval (pip install 'lm-eval[hf]'; lm_eval ls tasks lists them), through a temporary export in
+    $TMPDIR, as large as the model"""
+    parser.add_argument("--tasks", default="", metavar="NAME,...", help=text)
+    parser.add_argument("--include", default="", metavar="DIR", help="directory of your own tasks (YAML files)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N documents per task")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_overrides()
+    return parser
+
+
+def export() -> Arguments:
+    """Write a Hugging Face folder."""
+    parser = Arguments(
+        "export",
+        """Write a run's model as a Hugging Face folder, for AutoModelForCausalLM and AutoTokenizer.
+
+Exports the newest checkpoint of a run, or the step directory that is given, whatever number of processes wrote it.
+Needs no GPU, and memory for one tensor. DIR must not exist; it gets
+
+  model.safetensors                       several files with an index above --shard-gb
+  config.json  generation_config.json     Llama, or Qwen3 where the run has model.qk_norm
+  tokenizer.json  tokenizer_config.json   and chat_template.jinja, if the tokenizer has one
+  README.md                               a model card with the facts of the run""",
+        "torchxihe export runs/xihe_debug --out exported/xihe_debug",
+    )
+    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to make")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    text = "gigabytes of one file at most, default 4"
+    parser.add_argument("--shard-gb", type=float, default=4.0, metavar="GB", help=text)
+    return parser
+
+
+def generate() -> Arguments:
+    """Continue a text."""
+    parser = Arguments(
+        "generate",
+        """Continue a text with a run's model.
+
+Uses the newest checkpoint of a run, or the step directory that is given.""",
+        'torchxihe generate runs/xihe_debug --prompt "import " --stream',
+        'torchxihe generate runs/xihe_debug --prompt "def main" --temperature 0',
+        "torchxihe generate runs/xihe_debug_sft --chat",
+    )
+    parser.add_argument("run", metavar="RUN_OR_STEP")
+    text = """text to continue; "" begins a document. Without it, every line of standard input is a prompt, until
+    Ctrl-D"""
+    parser.add_argument("--prompt", metavar="TEXT", help=text)
+    text = """the text is your message, and the model answers in its chat format (docs/sft.md); the lines of standard
+    input form one conversation"""
+    parser.add_argument("--chat", action="store_true", help=text)
+    text = "print tokens as they are drawn; always on for prompts from standard input"
+    parser.add_argument("--stream", action="store_true", help=text)
+    text = "tokens at most, default 200; generation also ends with the document"
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help=text)
+    text = "default 0.8; 0 always takes the most likely token"
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help=text)
+    text = "draw from the K most likely tokens, default 50; 0: all"
+    parser.add_argument("--top-k", type=int, default=50, metavar="K", help=text)
+    text = "draw from the most likely tokens of this total probability, default 0.95"
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help=text)
+    text = "the same seed draws the same text, default 0"
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    return parser
+
+
+def import_() -> Arguments:
+    """Import a Hugging Face model."""
+    parser = Arguments(
+        "import",
+        """Make a checkpoint of a Hugging Face model (Llama or Qwen3), to continue training from.
+
+The model comes from a folder, or from the hub (HF_TOKEN in the environment or in .env opens gated ones). Its weights,
+in one or many safetensors files, become float32, which takes 4 bytes of memory per parameter. What the decoder does not
+support (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not exist; it gets
+
+  checkpoints/step-00000000   the weights
+  tokenizer/
+  model.toml                  the model, its tokenizer and checkpoint.load: begin a config with
+                              extends = "DIR/model.toml" and add [data] and [training]""",
+        "torchxihe import exported/xihe_debug --out imported/xihe_debug",
+    )
+    parser.add_argument("source", metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to make")
+    parser.add_argument("--revision", default="", help="branch, tag or commit of a hub model")
+    return parser
+
+
+def launch() -> Arguments:
+    """Prepare and train."""
+    parser = Arguments(
+        "launch",
+        """Prepare the data and train on every GPU of this machine, or of several (run_train.sh runs this).
+
+A run that was interrupted resumes from its newest valid checkpoint. One process per GPU is started, one on a machine
+without GPUs. Environment variables change that:
+
+  NGPU           processes on this machine
+  NNODES         number of machines; start the same command on each of them
+  NODE_RANK      number of this machine, from 0 (if left out, the machines agree on numbers)
+  RDZV_ENDPOINT  host:port of machine 0, at which the machines find each other
+
+torchrun's own variables (PET_NPROC_PER_NODE, PET_NNODES, ..., MASTER_ADDR, MASTER_PORT) mean the same.
+
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the training processes. The exit code is 0 if all of them succeed,
+which includes a run that saved a checkpoint on such a signal.""",
+        "torchxihe launch configs/xihe_debug.toml",
+        "NGPU=2 torchxihe launch configs/xihe_debug.toml --run.name=two --training.steps=10",
+    )
+    parser.add_config()
+    return parser
+
+
+def plot() -> Arguments:
+    """Draw curves."""
+    parser = Arguments(
+        "plot",
+        """Draw the curves of one run, or of several in the same panels, as a PNG.
+
+Panels for loss, bits per byte, learning rate, gradient norm, tokens per second and memory, and for the loss of every
+source and validation set if there are several; validation is dashed. Needs matplotlib (pip install matplotlib).""",
+        "torchxihe plot runs/xihe_debug --out runs/xihe_debug/plot.png",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run directory")
+    text = "the image, default plot.png; an existing file is replaced only if this command has written it"
+    parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE", help=text)
+    text = "horizontal axis: steps (default), tokens, or hours of training since the first step"
+    parser.add_argument("--by", choices=("step", "tokens", "time"), default="step", help=text)
+    text = "draw training's curves as exponential moving averages over N log steps, default 1: as logged"
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help=text)
+    return parser
+
+
+def prepare() -> Arguments:
+    """Tokenise and pack."""
+    parser = Arguments(
+        "prepare",
+        """Tokenise and pack the data of a config: everything that training with it reads.
+
+What is already prepared is not prepared again, and an interrupted preparation is resumed.""",
+        "torchxihe prepare configs/xihe_debug.toml",
+        "torchxihe prepare configs/xihe_debug.toml --shard 0/4",
+    )
+    parser.add_config()
+    text = """only part I (from 0) of N, on one of N machines that share data.cache_dir; when all parts are done, run it
+    once without --shard"""
+    parser.add_argument("--shard", metavar="I/N", default="", help=text)
+    return parser
+
+
+def train() -> Arguments:
+    """Train."""
+    parser = Arguments(
+        "train",
+        """Train a prepared run: the command that every process executes, usually under torchrun.
+
+Resumes from the run's newest valid checkpoint, if it has one. run_train.sh (torchxihe launch) prepares the data and
+starts one of these per GPU; with a launcher of your own, run torchxihe prepare CONFIG once before it.""",
+        "torchxihe train configs/xihe_debug.toml",
+        "torchrun --nproc-per-node=2 -m torchxihe train configs/xihe_debug.toml",
+    )
+    parser.add_config()
+    return parser
+
+
+def verify() -> Arguments:
+    """Verify checkpoints."""
+    parser = Arguments(
+        "verify",
+        """Read every file of a run's checkpoints and print which of them are valid. Changes nothing.
+
+One line per checkpoint, newest first:
+
+  valid        committed, and every file has the content that was written
+  CORRUPT      committed, but a file is damaged or missing (or an earlier start found it so): it is never loaded
+  unfinished   a save that was interrupted; the next start of the run removes it
+
+The exit code is 0 if the newest committed checkpoint is valid, else 1.""",
+        "torchxihe verify runs/xihe_debug",
+    )
+    text = "a run directory, a checkpoints directory (both also as an fsspec URL) or a single step directory"
+    parser.add_argument("path", metavar="PATH", help=text)
+    return parser
+
+
+PARSERS: dict[str, Callable[[], Arguments]] = {
+    "completion": completion,
+    "config": config,
+    "data": data,
+    "eval": evaluate,
+    "export": export,
+    "generate": generate,
+    "import": import_,
+    "launch": launch,
+    "plot": plot,
+    "prepare": prepare,
+    "train": train,
+    "verify": verify,
+}
