@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 from torchxihe.utils.distributed import process_group
 
 # DTensor imports dynamo, 1.5 s a process, when it is first made.
-PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torchxihe.components.checkpoint"]
+PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torchxihe.components.checkpoint.checkpointer"]
 
 
 def run_distributed(

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.distributed.launch import run_distributed
 from tests.distributed.test_parity import NAMES, VOCAB, batch_of, config
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
-from torchxihe.components.optimizer.muon import Muon
+from torchxihe.components.optimizer.muon import Muon, shard_rectangles
 from torchxihe.config.options import Checkpoint, Parallelism
 from torchxihe.errors import UserError
 from torchxihe.parallelisms.dims import ParallelDims, build_dims
@@ -110,3 +111,82 @@ def test_another_optimizers_checkpoint_is_refused(tmp_path: Path) -> None:
     train({}, tmp_path, 0, 1, "adamw")
     with pytest.raises(UserError, match=r"does not fit: .* missing .*momentum_buffer.* use the model and optimizer"):
         train({}, tmp_path, 1, 1, "muon")
+
+
+def tensor_parallel_steps() -> list[Tensor]:
+    """Like `steps`, on a mesh of 2 x 2: one shape under two placements, shards cut again by FSDP2, uneven sizes."""
+    dims, generator = ParallelDims(dp_shard=2, tp=2), torch.Generator().manual_seed(0)
+    mesh, tp = dims.mesh("dp_shard", "tp"), dims.mesh("tp")
+    parameters, wholes = [], []
+    for i, shape in enumerate([(16, 8)] * 4 + [(10, 12)] * 3 + [(7, 5)] * 3):
+        model = nn.Linear(shape[1], shape[0], bias=False)
+        wholes.append(torch.randn(shape, generator=generator))
+        placement = Shard(0) if i % 2 else Shard(1)  # column-parallel, row-parallel
+        model.weight = nn.Parameter(distribute_tensor(wholes[-1], tp, [placement], src_data_rank=None))
+        fully_shard(model, mesh=dims.mesh("dp_shard"))
+        parameters.append(model.weight)
+    assert {parameter.device_mesh.ndim for parameter in parameters} == {2} and mesh.ndim == 2
+    vector = nn.Parameter(torch.randn(16, generator=generator))
+    adamw = torch.optim.AdamW([vector], lr=0.1, fused=True)
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "state_dtype": torch.float32}
+    optimizer = Muon(parameters, adamw, **options, dtype=torch.float32, replicas=None, compile=False)
+    single = [nn.Parameter(whole.clone()) for whole in wholes]
+    alone = torch.optim.AdamW([nn.Parameter(vector.detach().clone())], lr=0.1, fused=True)
+    expected = Muon(single, alone, **options, dtype=torch.float32, replicas=None, compile=False)
+    for step in range(STEPS):
+        for parameter, one in zip(parameters, single, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            like = parameter.detach()
+            whole = distribute_like(one.grad, like)
+            parameter.grad = whole
+        vector.grad = torch.zeros(16)
+        alone.param_groups[0]["params"][0].grad = torch.zeros(16)
+        for muon in (optimizer, expected):
+            muon.grad_scale, muon.found_inf = torch.ones(()), torch.tensor(float(step == 1))
+            muon.step()
+    return [
+        torch.stack([(a.full_tensor() - b).abs().max() for a, b in zip(parameters, single, strict=True)]).detach(),
+        torch.stack(
+            [
+                (optimizer.state[a]["momentum_buffer"].full_tensor() - expected.state[b]["momentum_buffer"]).abs().max()
+                for a, b in zip(parameters, single, strict=True)
+            ]
+        ),
+    ]
+
+
+def distribute_like(whole: Tensor, like: DTensor) -> DTensor:
+    """`whole` cut as `like` is, by the rectangles that its ranks hold."""
+    mesh, placements = like.device_mesh, like.placements
+    rectangles = shard_rectangles(whole.shape, list(mesh.shape), list(placements))
+    rows, columns = rectangles[rank()]
+    local = whole[rows, columns].contiguous()
+    assert local.shape == like.to_local().shape, (local.shape, like.to_local().shape, placements)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=tuple(whole.stride()))
+
+
+def test_matrices_of_two_placements_are_orthogonalised_whole() -> None:
+    """Seen to fail as before: `torch.stack` of shards of two shapes, and orthogonalised shards."""
+    for parameters, momenta in run_distributed(tensor_parallel_steps, 4):
+        assert parameters.max() < 1e-5 and momenta.max() < 1e-6
+
+
+def _rectangles(shape: tuple[int, int]) -> bool:
+    """Whether the rectangles are DTensor's own, for column- and row-parallel weights under FSDP2."""
+    dims = ParallelDims(dp_shard=2, tp=2)
+    for placement in (Shard(0), Shard(1)):
+        whole = torch.arange(shape[0] * shape[1]).float().view(shape)
+        model = nn.Linear(shape[1], shape[0], bias=False)
+        model.weight = nn.Parameter(distribute_tensor(whole, dims.mesh("tp"), [placement], src_data_rank=None))
+        fully_shard(model, mesh=dims.mesh("dp_shard"))
+        weight = model.weight
+        assert isinstance(weight, DTensor)
+        rows, columns = shard_rectangles(weight.shape, [2, 2], list(weight.placements))[rank()]
+        if not torch.equal(weight.to_local(), whole[rows, columns]):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (10, 12), (7, 5), (3, 2)])
+def test_rectangles_are_those_of_the_shards(shape: tuple[int, int]) -> None:
+    assert all(run_distributed(_rectangles, 4, shape))

@@ -94,11 +94,11 @@ def test_the_micro_batch_that_fits_does(monkeypatch: pytest.MonkeyPatch) -> None
     device = torch.device("cuda", 0)
     free = torch.cuda.mem_get_info(device)[0]
     monkeypatch.setattr(micro_batch, "MEMORY_SHARE", 3 * 2**30 / free)
-    fitted = fit_micro_batch(config(training={"global_batch_size": 4096, "micro_batch_size": 0}), device, trial_step)
+    fitted = fit_micro_batch(config(training={"global_batch_size": 4096, "micro_batch_size": 0}), device, trial_step, 1)
     rows = fitted.training.micro_batch_size
     assert 2 < rows < 4096
     limit = 3 * 2**30 * 1.02  # the compiler's choices are not quite a line
-    below, above = (peak_memory(fitted, device, trial_step, n) for n in (rows, rows * 5 // 4))
+    below, above = (peak_memory(fitted, device, trial_step, n, 1) for n in (rows, rows * 5 // 4))
     assert below < limit < above
 
 

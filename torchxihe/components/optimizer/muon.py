@@ -213,11 +213,10 @@ def _exchange(matrix: Tensor, replicas: dist.ProcessGroup | None) -> Exchange:
         return mesh_group(mesh, spread) if spread else None
 
     dims = [(name, placement) for name, placement in zip(mesh.mesh_dim_names, placements, strict=True)]
-    sharding = [name for name, placement in dims if placement.is_shard()]
-    rectangles = shard_rectangles(
-        matrix.shape, [mesh[name].size() for name in sharding], [p for _, p in dims if p.is_shard()]
-    )
-    return Exchange(rectangles, group(sharding), group([name for name, _ in dims if name not in sharding]))
+    # Not `is_shard()`: a strided shard is none (torch 2.13).
+    sharding = {name: placement for name, placement in dims if not placement.is_replicate()}
+    rectangles = shard_rectangles(matrix.shape, [mesh[name].size() for name in sharding], [*sharding.values()])
+    return Exchange(rectangles, group([*sharding]), group([name for name, _ in dims if name not in sharding]))
 
 
 def shard_rectangles(shape: torch.Size, sizes: list[int], placements: list[Placement]) -> list[Rectangle]:
