@@ -26,6 +26,7 @@ from torchxihe.data.prepare import encode
 from torchxihe.data.prepare import sources as sources_module
 from torchxihe.data.prepare.pipeline import prepare
 from torchxihe.data.store import Prepared
+from torchxihe.errors import UserError
 
 Data = tuple[Prepared, Order]
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ def read_slowly(prepared: Prepared, source: int, row: int, split: str) -> tuple[
     of = prepared.sources[source]
     shards = sorted(of.store.glob(f"{split}-*.bin"))
     assert len(shards) > 2
-    tokens = np.concatenate([np.fromfile(shard, of.manifest["dtype"]) for shard in shards])
+    tokens = np.concatenate([np.fromfile(shard, of.manifest.dtype) for shard in shards])
     starts, pieces = (np.fromfile(of.index / f"{split}.{kind}", "<i8") for kind in ("rows", "pieces"))
     row_tokens, document = [], []
     for number, (start, length) in enumerate(pieces.reshape(-1, 2)[starts[row] : starts[row + 1]].tolist()):
@@ -226,10 +227,12 @@ def test_an_error_of_the_thread_reaches_the_training_loop(tmp_path: Path) -> Non
     [file] = tmp_path.glob("cache/stores/*/train-00000.bin")
     file.write_bytes(file.read_bytes()[:100])
     loader = Loader(prepared, Order(plan_stages(config, prepared), prepared.rows), BatchSpec(SEQ_LEN, 4, CPU))
-    with pytest.raises(OSError, match=r"train-00000.bin: ends at byte 100, so it is not the file that was prepared"):
+    with pytest.raises(
+        UserError, match=r"train-00000.bin: damaged: (ends at byte 100|100 bytes instead of .*); delete"
+    ):
         for _ in range(100):
             next(loader)
-    with pytest.raises(OSError, match="train-00000.bin"):
+    with pytest.raises(UserError, match="train-00000.bin"):
         next(loader)
     loader.close()
 

@@ -17,6 +17,7 @@ import torch
 from tests.unit.data_corpus import make_config, write_lines, write_texts
 from torchxihe.config.load import dump_config
 from torchxihe.data.loader import IGNORE, BatchSpec, Loader
+from torchxihe.data.manifests import Manifest, Shard
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.prepare import encode, sources
 from torchxihe.data.prepare import pipeline as module
@@ -69,14 +70,14 @@ def test_three_lines_from_the_file_to_the_batch(tmp_path: Path) -> None:
     assert (source_rows.documents, source_rows.tokens, source_rows.bytes) == (3, 12, 9)
 
 
-def manifest_of(prepared: Prepared) -> dict[str, Any]:
+def manifest_of(prepared: Prepared) -> Manifest:
     return prepared.sources[0].manifest
 
 
 def texts_of(prepared: Prepared) -> list[list[int]]:
     """The documents' ids without their EOS, in order, for a store of one shard."""
     [source] = prepared.sources
-    tokens = np.fromfile(source.store / "train-00000.bin", source.manifest["dtype"])
+    tokens = np.fromfile(source.store / "train-00000.bin", source.manifest.dtype)
     places = np.fromfile(source.store / "train-00000.idx", "<i8").reshape(-1, 2).tolist()
     assert all(tokens[start + length - 1] == prepared.eos_id for start, length in places)
     return [tokens[start : start + length - 1].tolist() for start, length in places]
@@ -192,8 +193,8 @@ def test_equal_documents_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
     texts = [f"document {i % 100}" for i in range(300)]
     config = make_config(tmp_path / "cache", write_texts(tmp_path / "a.jsonl", texts), validation={"fraction": 0.2})
     manifest = manifest_of(prepare(config))
-    assert manifest["train"]["documents"] % 3 == manifest["valid"]["documents"] % 3 == 0
-    assert 9 <= manifest["valid"]["documents"] // 3 <= 35
+    assert manifest.train.documents % 3 == manifest.valid.documents % 3 == 0
+    assert 9 <= manifest.valid.documents // 3 <= 35
 
 
 def test_validation_without_a_held_out_document(tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_a_full_disk_is_an_error_and_the_rerun_equals_a_clean_run(
     config = make_config(tmp_path / "cache", many)
     commit, count = encode.ShardWriter.commit, 0
 
-    def full(self: encode.ShardWriter, report: dict[str, Any]) -> dict[str, Any]:
+    def full(self: encode.ShardWriter, report: dict[str, Any]) -> Shard:
         nonlocal count
         count += 1
         if count == 5:
@@ -397,7 +398,7 @@ def test_a_new_seq_len_does_not_tokenise_again(tmp_path: Path, monkeypatch: pyte
     source = write_texts(tmp_path / "a.jsonl", ["some text"] * 30)
     prepare(make_config(tmp_path / "cache", source))
 
-    def never(job: encode.Job) -> dict[str, Any]:
+    def never(job: encode.Job) -> Shard:
         raise AssertionError(job)
 
     monkeypatch.setattr(encode, "prepare_shard", never)
@@ -487,8 +488,8 @@ def test_token_files_are_used_where_they_lie(tmp_path: Path, kind: str, monkeypa
     split = make_config(tmp_path / "cache", source, tokenizer={"path": str(by_text.tokenizer_dir)},
                         validation={"fraction": 0.3})  # fmt: skip
     manifest = manifest_of(prepare(split))
-    assert manifest["valid"]["documents"] > 5
-    assert sum(manifest[s]["tokens"] for s in ("train", "valid")) == by_text.sources[0].tokens
+    assert manifest.valid.documents > 5
+    assert manifest.train.tokens + manifest.valid.tokens == by_text.sources[0].tokens
 
 
 @pytest.fixture
@@ -508,10 +509,10 @@ def test_token_files_that_were_moved_or_changed(tmp_path: Path, given: dict[str,
     made = prepare(before)
     (tmp_path / "a.bin").rename(tmp_path / "b.bin")
     assert prepare(after).rows == made.rows
-    with pytest.raises(UserError, match=r"^\S*/a.bin: is gone: run `torchxihe prepare CONFIG` again$"):
+    with pytest.raises(UserError, match=r"^\S*/a.bin: missing; run `torchxihe prepare CONFIG` again$"):
         open_prepared(before)
     write_token_file(tmp_path / "a.bin", "nanogpt", [[8, 0], [9, 9, 0]])  # another corpus of the same size
-    with pytest.raises(UserError, match="a.bin: is not the file that was prepared: run `torchxihe prepare CONFIG`"):
+    with pytest.raises(UserError, match="a.bin: changed since it was prepared; run `torchxihe prepare CONFIG`"):
         open_prepared(before)
     out = np.empty(17, "<u2")
     open_prepared(after).sources[0].open("train").read(0, out)

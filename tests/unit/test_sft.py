@@ -216,9 +216,9 @@ def test_exported_ids_are_those_of_training(tuned: Path, exported: Path) -> None
     expected = sorted(theirs.apply_chat_template(row.columns["messages"], return_dict=False) for row in rows)
     found = []
     for split in ("train", "valid"):
-        for shard in source.manifest["shards"]:
-            stem = source.store / f"{split}-{shard['name']}"
-            tokens = np.fromfile(f"{stem}.bin", source.manifest["dtype"]).tolist()
+        for shard in source.manifest.shards:
+            stem = source.store / f"{split}-{shard.name}"
+            tokens = np.fromfile(f"{stem}.bin", source.manifest.dtype).tolist()
             places = np.fromfile(f"{stem}.idx", "<i8").reshape(-1, 2).tolist()
             found += [tokens[start : start + length] for start, length in places]
     assert sorted(found) == expected and len(found) > 100

@@ -1,8 +1,8 @@
-"""Prepared tokens on disk: how a store is laid out, opened and read. `docs/data.md` gives the format byte by byte.
+"""Opening and reading prepared tokens. `docs/data_format.md` is the reference of the format.
 
-A store holds one source's documents as tokens, in shards, split into `train` and `valid`; a row index beside them says
-which pieces of which documents make up each row of `seq_len + 1` tokens. Reading is `os.preadv` into the caller's
-buffer: a file that is shorter than its index says is an error with a name, where a memory map would be a SIGBUS.
+A store holds one source's documents as tokens, in shards, split into `train` and `valid`. A row index lists the pieces
+of documents that make up each row of `seq_len + 1` tokens. Rows are read with `os.preadv` into the caller's buffer: a
+truncated file is then an error that names it, where a memory map would raise SIGBUS.
 
 Nothing here imports torch, datasets or a tokenizer library: this is the data path of training.
 """
@@ -16,22 +16,59 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import numpy as np
 
 from torchxihe.config.options import Config, documents_of
+from torchxihe.data.manifests import (
+    SPLITS,
+    InPlaceFile,
+    Manifest,
+    Recipe,
+    RowIndex,
+    Split,
+    damaged,
+    find_sealed,
+    load_sealed,
+    missing,
+)
+from torchxihe.data.tokenizer import read_bytes_per_token, read_meta
 from torchxihe.errors import UserError
-from torchxihe.utils.files import NOT_THERE, read_json
 
 FORMAT = 3
-"""Version of everything that this package writes below `data.cache_dir`; part of every content key."""
-
-Split = Literal["train", "valid"]
-SPLITS: tuple[Split, Split] = ("train", "valid")
+"""Version of the format of everything below `data.cache_dir`; part of every content key."""
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-"""What the id of a dataset or tokenizer on the hub looks like; some relative paths do, too."""
+"""The form of a dataset's or tokenizer's id on the hub; some relative paths have it, too."""
+
+
+@dataclass(frozen=True)
+class ExpectedFile:
+    """A file that training reads, and what it must contain."""
+
+    path: Path
+    size: int
+    """Bytes."""
+    xxh3_128: str
+    """Of its content, in hexadecimal."""
+    in_place: bool = False
+    """Whether it is a token file of the user's."""
+
+    def damaged(self, what: str) -> UserError:
+        """The error that this file is not what was prepared."""
+        if self.in_place:
+            return UserError(f"{self.path}: {what} since it was prepared; run `torchxihe prepare CONFIG` again")
+        return damaged(self.path, what)
+
+    def check_size(self) -> None:
+        """Raise UserError if the file is missing or has another size."""
+        try:
+            size = os.stat(self.path).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise missing(self.path) from None
+        if size != self.size:
+            raise self.damaged(f"{size:,} bytes instead of {self.size:,}")
 
 
 @dataclass(frozen=True)
@@ -40,14 +77,14 @@ class TokenFile:
 
     path: Path
     start: int
-    """Byte at which the first token lies."""
+    """Byte of the first token."""
     tokens: int
     mask: Path | None = None
-    """A byte a token: 1 where it carries a loss as a target, else 0. None: all of them do."""
+    """File with a byte per token: 1 if it carries a loss as a target, else 0. None: every token does."""
 
 
 class Rows:
-    """The rows of one split of one source. Not to be used by two threads at once."""
+    """The rows of one split of one source. Not thread-safe."""
 
     def __init__(
         self, index: Path, split: Split, files: Sequence[TokenFile], dtype: np.dtype, open_files: int = 16
@@ -69,18 +106,18 @@ class Rows:
     def read(self, row: int, out: np.ndarray, mask: np.ndarray | None = None) -> tuple[int, ...]:
         """Read row `row` into the front of `out` ([seq_len + 1], of `self.dtype`); the lengths of its pieces in order.
 
-        Each piece is a document, or a part of one. `mask` (uint8 [seq_len + 1], only if `self.masked`) gets a 1 for
-        every token that carries a loss. Raises OSError naming the file if that is too short or damaged.
+        Each piece is a document or a part of one. `mask` (uint8 [seq_len + 1], only if `self.masked`) gets a 1 for
+        every token that carries a loss. Raises UserError if a file is missing, too short or damaged.
         """
         first, last = struct.unpack("<qq", self._read(-2, 8 * row, 16))
         if not 0 <= first <= last <= first + len(out):
-            self._raise_damaged(-2, f"row {row} has pieces {first} to {last}")
+            raise self._damaged(-2, f"row {row} has pieces {first} to {last}")
         pieces = struct.unpack(f"<{2 * (last - first)}q", self._read(-1, 16 * first, 16 * (last - first)))
         view, size, at = out.view(np.uint8).data, out.itemsize, 0
         for offset, length in zip(pieces[::2], pieces[1::2], strict=True):
             end = at + length
             if not (0 <= offset < offset + length <= self._starts[-1] and end <= len(out)):
-                self._raise_damaged(-1, f"row {row} has {length} tokens from {offset} on")
+                raise self._damaged(-1, f"row {row} has {length} tokens from {offset} on")
             i = bisect_right(self._starts, offset) - 1
             place = offset - self._starts[i]
             self._read_into(i, self._files[i].start + place * size, view[at * size : end * size])
@@ -92,10 +129,12 @@ class Rows:
     def _read_into(self, i: int, at: int, view: memoryview) -> None:
         try:
             count = os.preadv(self._file(i), [view], at)
+        except (FileNotFoundError, NotADirectoryError):
+            raise missing(self._paths[i]) from None
         except OSError as error:  # of reading, not of opening: names no file
             raise OSError(error.errno, error.strerror, str(self._paths[i])) from error
         if count < len(view):
-            self._raise_damaged(i, f"ends at byte {os.fstat(self._file(i)).st_size}")
+            raise self._damaged(i, f"ends at byte {os.fstat(self._file(i)).st_size}")
 
     def _read(self, i: int, at: int, count: int) -> bytearray:
         data = bytearray(count)
@@ -108,15 +147,13 @@ class Rows:
         if descriptor is None:
             if len(self._open) >= self._most:
                 os.close(self._open.pop(next(iter(self._open))))
-            descriptor = self._open[i] = os.open(self._paths[i], os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._open[i] = os.open(self._paths[i], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         return descriptor
 
-    def _raise_damaged(self, i: int, what: str) -> NoReturn:
-        ours = self._paths[i].is_relative_to(self._store)
-        remedy = "delete its folder and run" if ours else "run"
-        raise OSError(
-            f"{self._paths[i]}: {what}, so it is not the file that was prepared; {remedy} `torchxihe prepare` again"
-        )
+    def _damaged(self, i: int, what: str) -> UserError:
+        in_place = not self._paths[i].is_relative_to(self._store)
+        what = f"changed ({what})" if in_place else what
+        return ExpectedFile(self._paths[i], 0, "", in_place).damaged(what)
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -138,66 +175,87 @@ class SourceRows:
     store: Path
     index: Path
     """Folder of the row index."""
-    files: list[str]
-    """The token files that are used where they lie, one a shard; none where the store has the tokens."""
-    manifest: dict[str, Any]
+    files: tuple[InPlaceFile, ...]
+    """The token files that are used in place, one a shard; none if the store holds the tokens."""
+    manifest: Manifest
     """Of the store."""
-    summary: dict[str, Any]
+    summary: RowIndex
     """Of the row index."""
 
     def open(self, split: Split, open_files: int = 16) -> Rows:
         """A reader of the rows of `split` that keeps at most `open_files` files open (opening one takes 10 us)."""
-        dtype = np.dtype(self.manifest["dtype"])
-        return Rows(self.index, split, self._token_files(split), dtype, open_files)
+        return Rows(self.index, split, self._token_files(split), np.dtype(self.manifest.dtype), open_files)
 
     def _token_files(self, split: Split) -> list[TokenFile]:
-        """The token files of `split` in order. Files that are used where they lie serve both splits."""
-        shards = self.manifest["shards"]
+        """The token files of `split` in order. Files that are used in place serve both splits."""
+        shards = self.manifest.shards
         if self.files:
-            places = zip(self.files, (shard["file"] for shard in shards), strict=True)
-            return [TokenFile(Path(path), place["start"], place["tokens"]) for path, place in places]
+            places = zip(self.files, (shard.file for shard in shards), strict=True)
+            return [TokenFile(Path(file.path), place.start, place.tokens) for file, place in places if place]
         files = []
         for shard in shards:
-            path = self.store / f"{split}-{shard['name']}.bin"
-            mask = path.with_suffix(".msk")
-            masked = mask.name in shard["xxh3_128"]
-            files.append(TokenFile(path, 0, shard[split]["tokens"], mask if masked else None))
+            mask = self.store / shard.file_name(split, "msk") if shard.masked else None
+            tokens = shard.counts(split).tokens
+            files.append(TokenFile(self.store / shard.file_name(split, "bin"), 0, tokens, mask))
         return files
+
+    @property
+    def expected_files(self) -> list[ExpectedFile]:
+        """Every large file that training reads of this source, and `.idx`, which `prepare` reads."""
+        return [
+            *expected_of_store(self.store, self.manifest),
+            *expected_of_index(self.index, self.summary),
+            *(ExpectedFile(Path(file.path), file.size, file.xxh3_128, in_place=True) for file in self.files),
+        ]
 
     @property
     def train_rows(self) -> int:
         """Rows for training."""
-        return self.summary["train"]["rows"]
+        return self.summary.train.rows
 
     @property
     def valid_rows(self) -> int:
-        """Rows held out."""
-        return self.summary["valid"]["rows"]
+        """Held-out rows."""
+        return self.summary.valid.rows
 
     @property
     def documents(self) -> int:
         """Documents of both splits."""
-        return sum(self.manifest[split]["documents"] for split in SPLITS)
+        return sum(self.manifest.counts(split).documents for split in SPLITS)
 
     @property
     def tokens(self) -> int:
-        """Tokens of both splits, ends of documents included."""
-        return sum(self.manifest[split]["tokens"] for split in SPLITS)
+        """Tokens of both splits, EOS and BOS included."""
+        return sum(self.manifest.counts(split).tokens for split in SPLITS)
 
     @property
     def targets(self) -> int:
         """Tokens of both splits that carry a loss as targets."""
-        return sum(self.manifest[split]["targets"] for split in SPLITS)
+        return sum(self.manifest.counts(split).targets for split in SPLITS)
 
     @property
     def bytes(self) -> int:
         """UTF-8 bytes of the text of both splits."""
-        return sum(self.manifest[split]["bytes"] for split in SPLITS)
+        return sum(self.manifest.counts(split).bytes for split in SPLITS)
 
     @property
     def dropped(self) -> dict[str, int]:
         """Rows that gave no document, by reason."""
-        return {**self.manifest["dropped"], **self.manifest["bad"]}
+        return {**self.manifest.dropped, **self.manifest.bad}
+
+
+def expected_of_store(store: Path, manifest: Manifest) -> list[ExpectedFile]:
+    """The large files of a store."""
+    return [
+        ExpectedFile(store / name, size, shard.xxh3_128[name])
+        for shard in manifest.shards
+        for name, size in shard.sizes().items()
+    ]
+
+
+def expected_of_index(index: Path, summary: RowIndex) -> list[ExpectedFile]:
+    """The large files of a row index."""
+    return [ExpectedFile(index / name, size, summary.xxh3_128[name]) for name, size in summary.sizes().items()]
 
 
 @dataclass(frozen=True)
@@ -218,6 +276,11 @@ class Prepared:
     """UTF-8 bytes that each token stands for, 0 for special tokens: int32 [vocab_size]."""
 
     @property
+    def cache(self) -> Path:
+        """`data.cache_dir`."""
+        return self.tokenizer_dir.parents[1]
+
+    @property
     def held_out(self) -> tuple[SourceRows, ...]:
         """What can be validated on: the sources, and after them the sets."""
         return self.sources + self.sets
@@ -234,64 +297,63 @@ class Prepared:
 
 
 def open_prepared(config: Config) -> Prepared:
-    """What `torchxihe prepare` made for this config, in milliseconds; no source is looked at again.
+    """What `torchxihe prepare` made for this config, in milliseconds; the sources are not read again.
 
-    Raises UserError if there is no such thing.
+    Small files and the sizes of large ones are checked here; `verify.py` checks the content of the large ones.
+    Raises UserError if something is missing or damaged.
     """
     path = recipe_path(config)
-    recipe = read_json(path)
-    # What was here may be gone: training needs it no more. But another thing under its name is another project's.
-    places = zip(places_of(config), recipe["places"], strict=True) if recipe else ()
-    if recipe is None or any(now not in ("", then) for now, then in places):
+    recipe = find_sealed(path, Recipe)
+    places = places_of(config)
+    # An input that no longer exists does not matter; another one under its path is another project's.
+    if (
+        recipe is None
+        or len(recipe.places) != len(places)
+        or any(now not in ("", then) for now, then in zip(places, recipe.places, strict=True))
+        or len(recipe.stores) != len(documents_of(config))
+    ):
         raise UserError(f"{path}: nothing is prepared for this config: run `torchxihe prepare CONFIG` first")
     cache = Path(config.data.cache_dir)
-    folder = cache / "tokenizers" / recipe["tokenizer"]
-    tokenizer, bytes_per_token = read_tokenizer(folder) or _raise_gone(folder)
-    check_vocab_size(config, tokenizer["vocab_size"])
+    folder = cache / "tokenizers" / recipe.tokenizer
+    meta = read_meta(folder)
+    check_vocab_size(config, meta.vocab_size)
     weights = [source.weight for source in config.data.sources] + [0.0] * len(config.validation.sets)
-    stores = [cache / "stores" / key for key in recipe["stores"]]
-    wanted = zip(stores, recipe["names"], weights, recipe["files"], strict=True)
+    stores = [cache / "stores" / key for key in recipe.stores]
+    wanted = zip(stores, recipe.names, weights, recipe.files, strict=True)
     opened = tuple(open_source(store, config, name, weight, files) for store, name, weight, files in wanted)
     count = len(config.data.sources)
     return Prepared(
         sources=opened[:count],
         sets=opened[count:],
         tokenizer_dir=folder,
-        vocab_size=tokenizer["vocab_size"],
-        eos_id=tokenizer["eos_id"],
-        bos_id=tokenizer["bos_id"],
-        bytes_per_token=bytes_per_token,
+        vocab_size=meta.vocab_size,
+        eos_id=meta.eos_id,
+        bos_id=meta.bos_id,
+        bytes_per_token=read_bytes_per_token(folder),
     )
 
 
-def read_tokenizer(folder: Path) -> tuple[dict[str, int], np.ndarray] | None:
-    """`torchxihe.json` and `bytes_per_token.npy` of a prepared tokenizer; None if they are not there or damaged."""
-    meta = read_json(folder / "torchxihe.json")
-    try:
-        table = np.load(folder / "bytes_per_token.npy")
-    except (*NOT_THERE, EOFError):
-        return None
-    return (meta, table) if meta and table.shape == (meta.get("vocab_size"),) else None
+def open_source(store: Path, config: Config, name: str, weight: float, files: tuple[InPlaceFile, ...]) -> SourceRows:
+    """One source's store with the row index that `config` asks for. Raises UserError.
 
-
-def _raise_gone(path: Path) -> NoReturn:
-    raise UserError(f"{path}: is gone or damaged: run `torchxihe prepare CONFIG` again")
-
-
-def open_source(store: Path, config: Config, name: str, weight: float, files: list[list[Any]]) -> SourceRows:
-    """One source's store with the row index that `config` asks for.
-
-    `files`: path, size and modification time (ns) of the token files that are used where they lie.
+    `files`: the token files that are used in place.
     """
-    for path, *known in files:
-        stat = os.stat(path) if os.path.exists(path) else None
-        if stat is None or known != [stat.st_size, stat.st_mtime_ns]:
-            what = "is not the file that was prepared" if stat else "is gone"
-            raise UserError(f"{path}: {what}: run `torchxihe prepare CONFIG` again")
+    for file in files:
+        stat = os.stat(file.path) if os.path.exists(file.path) else None
+        if stat is None:
+            raise missing(file.path)
+        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise ExpectedFile(Path(file.path), file.size, file.xxh3_128, in_place=True).damaged("changed")
+    manifest = load_sealed(store / "manifest.json", Manifest)
+    if manifest.key != store.name:
+        raise damaged(store / "manifest.json", f"it is that of the store {manifest.key}")
+    if len(files) != sum(shard.file is not None for shard in manifest.shards):
+        raise UserError(f"{recipe_path(config)}: does not fit {store}: run `torchxihe prepare CONFIG` again")
     index = index_path(store, config)
-    manifest = read_json(store / "manifest.json") or _raise_gone(store / "manifest.json")
-    summary = read_json(index / "index.json") or _raise_gone(index / "index.json")
-    return SourceRows(name, manifest["key"], weight, store, index, [file[0] for file in files], manifest, summary)
+    summary = load_sealed(index / "index.json", RowIndex)
+    for file in [*expected_of_store(store, manifest), *expected_of_index(index, summary)]:
+        file.check_size()
+    return SourceRows(name, manifest.key, weight, store, index, files, manifest, summary)
 
 
 def check_vocab_size(config: Config, size: int) -> None:
@@ -302,11 +364,11 @@ def check_vocab_size(config: Config, size: int) -> None:
 
 
 def recipe_path(config: Config) -> Path:
-    """The file that says which stores and tokenizer belong to this config.
+    """The file that names the stores and the tokenizer of this config.
 
-    Paths count as they lie seen from the cache: "a.jsonl" of two projects that share one is not the same, and a project
-    that was moved together with its cache finds what it has prepared, but for token files. What may be a hub id counts
-    as it is written; where it lies, if it lies here, stands in the recipe.
+    It depends on paths relative to the cache: "a.jsonl" of two projects that share a cache is not the same file, and a
+    project that was moved together with its cache finds what it has prepared, except for token files. What may be a
+    hub id is used as it is written; its place on this machine, if it has one, is in the recipe.
     """
     what = config.model_dump(mode="json", include={"data", "tokenizer", "validation"})
     what["validation"] = {name: what["validation"][name] for name in ("fraction", "sets")}
@@ -322,12 +384,12 @@ def recipe_path(config: Config) -> Path:
 
 
 def place_of(path: str, config: Config) -> str:
-    """A path as it lies seen from the cache."""
+    """A path relative to the cache, links resolved."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(config.data.cache_dir))
 
 
 def places_of(config: Config) -> list[str]:
-    """Where everything lies that this config names and that is here; "" for what is not."""
+    """The place of every path in this config, relative to the cache; "" for what does not exist on this machine."""
     paths = [source.path for _, source in documents_of(config)] + [config.tokenizer.path]
     return [place_of(path, config) if path and os.path.exists(path) else "" for path in paths]
 

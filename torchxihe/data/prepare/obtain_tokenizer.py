@@ -1,4 +1,4 @@
-"""Tokenizers: found (a file, a folder, a hub id) or trained on the sources, and put into a folder of their own."""
+"""Tokenizers: found (a file, a folder, a hub id) or trained on the sources, and stored in a folder of the cache."""
 
 import hashlib
 import json
@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from torchxihe.config.options import Tokenizer
+from torchxihe.data.manifests import TokenizerMeta, write_sealed
 from torchxihe.data.prepare.hub import settle_hub
-from torchxihe.data.store import digest, read_tokenizer
-from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE
+from torchxihe.data.store import digest
+from torchxihe.data.tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_LIMIT,
+    read_bytes_per_token,
+    read_meta,
+    read_settings,
+)
 from torchxihe.errors import UserError
 from torchxihe.utils.files import write_json, write_text
+from torchxihe.utils.records import DamagedError, parse_record, read_bounded
 
 END_OF_TEXT = "<|endoftext|>"
-"""The one special token of a tokenizer that is trained here."""
+"""The only special token of a tokenizer that is trained here."""
 CHAT_TEMPLATE = """\
 {% if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}
 {% for message in messages %}
@@ -30,26 +39,26 @@ CHAT_TEMPLATE = """\
 {{ 'assistant\\n' }}
 {%- endif %}
 """
-"""Of a tokenizer that has none. ChatML without its two tokens: the end-of-text token, which no text yields, ends every
-message, and what comes next is a role. Contents are trimmed, so that no token reaches over a message's beginning."""
+"""Used for a tokenizer without a chat template. ChatML without its two tokens: the end-of-text token, which no text
+yields, ends every message, and a role follows. Contents are trimmed, so that no token crosses a message's start."""
 
 _LONG_RUN = re.compile(r"(\w{256})(?=\w)|([^\w\s]{256})(?=[^\w\s])|(\s{256})\s+")
-"""What is no text, and has no place where the split pattern would cut it. Training takes time quadratic in its longest
-run: of ten megabytes of letters, hours."""
+"""Runs that the split pattern does not cut (DNA, base64). The time of training is quadratic in the longest run: ten
+megabytes of letters take hours."""
 
 
 def obtain(options: Tokenizer, cache: Path, sample: Iterable[str], sample_key: str, chat: bool = False) -> Path:
-    """The folder of the tokenizer that `options` ask for, made if it is not there yet.
+    """The folder of the tokenizer that `options` ask for, made if it does not exist or is damaged.
 
-    It holds `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json` (`eos_id`, `bos_id`, `vocab_size`),
-    `bytes_per_token.npy` and, if the tokenizer has a chat template or must have one (`chat`), `chat_template.jinja`.
+    It holds `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json` (`TokenizerMeta`), `bytes_per_token.npy` and, if
+    the tokenizer has a chat template or must have one (`chat`), `chat_template.jinja`.
     `sample`: text to train on; `sample_key`: changes with it. Raises UserError.
     """
     files = _find(options) if options.path else {}
     what: list[Any] = [[name, hashlib.sha256(content).hexdigest()] for name, content in files.items()]
     template = _chat_template(options, files) or (CHAT_TEMPLATE if chat else "")
     folder = cache / "tokenizers" / digest([what or [options.vocab_size, sample_key], template])
-    if read_tokenizer(folder):
+    if _is_complete(folder):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -61,6 +70,16 @@ def obtain(options: Tokenizer, cache: Path, sample: Iterable[str], sample_key: s
         _train(options.vocab_size, sample, folder)
     _finish(folder, f"tokenizer.path: {options.path}")
     return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a tokenizer is there, every file of it as it was written."""
+    try:
+        read_meta(folder)
+        read_bytes_per_token(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _find(options: Tokenizer) -> dict[str, bytes]:
@@ -79,25 +98,35 @@ def _find(options: Tokenizer) -> dict[str, bytes]:
         found = [_download(options, name) for name in names]
     if found[0] is None:
         raise UserError(f"tokenizer.path: {options.path}: the repository has no tokenizer.json")
-    files = {"tokenizer.json": found[0].read_bytes(), "tokenizer_config.json": b"{}"}
-    return files | {name: file.read_bytes() for name, file in zip(names[1:], found[1:], strict=True) if file}
+    files = {"tokenizer.json": _read(found[0]), "tokenizer_config.json": b"{}"}
+    return files | {name: _read(file) for name, file in zip(names[1:], found[1:], strict=True) if file}
+
+
+def _read(path: Path) -> bytes:
+    """A file of a tokenizer. Raises UserError if it is unreasonably large, not a regular file or cannot be read."""
+    try:
+        return read_bounded(path, TOKENIZER_LIMIT)
+    except DamagedError as error:
+        raise UserError(f"tokenizer.path: {path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"tokenizer.path: {path}: {error.strerror or error}") from None
 
 
 def _chat_template(options: Tokenizer, files: dict[str, bytes]) -> str:
     """The chat template that is asked for, or else the tokenizer's own; "" if there is none."""
     if options.chat_template:
         try:
-            return Path(options.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            return read_bounded(options.chat_template, TOKENIZER_LIMIT).decode()
+        except (OSError, UnicodeDecodeError, DamagedError) as error:
+            why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", "") or error
             raise UserError(f"tokenizer.chat_template: {options.chat_template}: {why}") from None
     if CHAT_TEMPLATE_FILE in files:
         return files[CHAT_TEMPLATE_FILE].decode("utf-8", "replace")
     try:
-        settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    except ValueError:  # `_finish` tells
+        settings = parse_record(files.get("tokenizer_config.json", b"{}"), dict[str, Any])
+    except DamagedError:  # reported by `_finish`
         return ""
-    within = settings.get("chat_template") if isinstance(settings, dict) else ""
+    within = settings.get("chat_template")
     try:
         if isinstance(within, list):  # several, by name
             within = next((entry["template"] for entry in within if entry["name"] == "default"), "")
@@ -155,7 +184,7 @@ def _train(vocab_size: int, sample: Iterable[str], folder: Path) -> None:
 
 
 def _finish(folder: Path, where: str) -> None:
-    """Write what training needs to know of the tokenizer in `folder`."""
+    """Write `bytes_per_token.npy`, and last `torchxihe.json`, for the tokenizer in `folder`. Raises UserError."""
     import tokenizers  # slow, and never needed in training
 
     try:
@@ -163,11 +192,9 @@ def _finish(folder: Path, where: str) -> None:
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{where}: `tokenizers` cannot load it: {error}") from None
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except ValueError as error:
-        raise UserError(f"{where}: tokenizer_config.json is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{where}: tokenizer_config.json is not a JSON object")
+        settings = read_settings(folder)
+    except UserError as error:
+        raise UserError(f"{where}: tokenizer_config.json {str(error).partition(': ')[2]}") from None
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     size = max(vocab.values()) + 1
 
@@ -184,13 +211,15 @@ def _finish(folder: Path, where: str) -> None:
             f"{where}: it has no end-of-text token; name one as eos_token in a tokenizer_config.json beside it"
         )
     bos = special("bos_token", ())
-    if "bos_token" not in settings:  # perhaps there are no settings at all; it is what stands before a text
+    if "bos_token" not in settings:  # there may be no settings at all; it is what the tokenizer puts before a text
         tokenizer.no_padding()
         bos = next(iter(tokenizer.encode("").ids), -1)
     lengths = _bytes_per_token(folder, vocab, size)
     lengths[[index for index in (eos, bos) if index >= 0]] = 0
     np.save(folder / "bytes_per_token.npy", lengths)
-    write_json(folder / "torchxihe.json", {"eos_id": eos, "bos_id": -1 if bos == eos else bos, "vocab_size": size})
+    hashes = {file.name: xxhash.xxh3_128_hexdigest(file.read_bytes()) for file in folder.iterdir()}
+    bos = -1 if bos == eos else bos
+    write_sealed(folder / "torchxihe.json", TokenizerMeta(eos_id=eos, bos_id=bos, vocab_size=size, xxh3_128=hashes))
 
 
 def _bytes_per_token(folder: Path, vocab: dict[str, int], size: int) -> np.ndarray:
@@ -199,7 +228,7 @@ def _bytes_per_token(folder: Path, vocab: dict[str, int], size: int) -> np.ndarr
     added = {token["content"]: token["special"] for token in tokenizer.get("added_tokens", [])}
     byte_level = '"ByteLevel"' in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
     model = tokenizer["model"]
-    prefix = model.get("continuing_subword_prefix") or ""  # they stand for no text of their own
+    prefix = model.get("continuing_subword_prefix") or ""  # marks that are not part of the text
     suffix = model.get("end_of_word_suffix") or ""
     lengths = np.zeros(size, np.int32)
     for token, index in vocab.items():

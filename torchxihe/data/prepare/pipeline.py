@@ -1,11 +1,11 @@
-"""From documents to a token store, once: on every core, resumable, and with the same bytes whoever runs it.
+"""From documents to a token store: once, on every core, resumable, with the same bytes on any machine.
 
-A source's inputs are cut into shards by their sizes alone; each shard is read, encoded and committed by one process
-(encode.py), and needs nothing of the others. So a killed run goes on where it was, several machines can share the
-work, and the manifest, written last, is the same in any case.
+A source's inputs are cut into shards by their sizes alone. One process reads, encodes and commits a shard (encode.py),
+independently of the others. So a killed run resumes where it was, several machines can share the work, and the
+manifest, written last, is the same in any case. Files that are missing, truncated or damaged are made again.
 
 `datasets` and the tokenizer libraries are imported by the functions that need them (sources.py, tokenizer.py):
-training reads stores and must not pay for them.
+training reads stores and does not import them.
 """
 
 import hashlib
@@ -15,9 +15,20 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torchxihe.config.options import Config, Documents, documents_of
+from torchxihe.data.manifests import (
+    SPLITS,
+    Counts,
+    Hashes,
+    InPlaceFile,
+    InputFile,
+    Manifest,
+    Recipe,
+    Shard,
+    find_sealed,
+    write_sealed,
+)
 from torchxihe.data.order import Order, check_epochs, plan_stages
 from torchxihe.data.prepare.chat import Chat, read_messages
 from torchxihe.data.prepare.encode import Job, check_bad_rows, run_jobs
@@ -27,27 +38,27 @@ from torchxihe.data.prepare.row_index import write_row_index
 from torchxihe.data.prepare.rows import Piece, Row, Template
 from torchxihe.data.prepare.sources import cut_shards, find_pieces, source_name
 from torchxihe.data.store import (
-    SPLITS,
     Prepared,
     SourceRows,
     check_vocab_size,
     digest,
+    expected_of_store,
     open_prepared,
     places_of,
     recipe_path,
 )
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, read_meta
 from torchxihe.errors import UserError
-from torchxihe.utils.files import hash_stream, locked, read_json, write_json
+from torchxihe.utils.files import hash_stream, locked
 from torchxihe.utils.words import counted
 
 SAMPLED_SHARDS = 64
-"""Shards of a source at most that a tokenizer's training text is taken from."""
+"""Shards of a source from which a tokenizer's training text is taken, at most."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done for one source."""
+    """The work for one source."""
 
     key: str
     """"data.sources.N" or "validation.sets.N", for messages."""
@@ -56,8 +67,8 @@ class Plan:
     fraction: float
     """Share of the documents that is held out. 1: a validation set."""
     shards: list[list[Piece]]
-    files: list[list[Any]]
-    """Path, size and modification time (ns) of the token files that are used where they lie, one a shard."""
+    files: tuple[InPlaceFile, ...]
+    """The token files that are used in place, one a shard."""
     identity: str
     """Changes with every byte that is read and with the template."""
     chat: bool
@@ -65,7 +76,7 @@ class Plan:
 
 
 def prepare(config: Config) -> Prepared:
-    """Make everything that training with `config` reads, unless it is there already, and say a line per source.
+    """Make everything that training with `config` reads, unless it exists already, and print a line per source.
 
     A second process that prepares in the same cache waits for the first. Raises UserError.
     """
@@ -80,14 +91,14 @@ def prepare(config: Config) -> Prepared:
             write_row_index(store, manifest, config)
         path = recipe_path(config)
         path.parent.mkdir(exist_ok=True)
-        recipe = {
-            "tokenizer": tokenizer.name,
-            "places": places_of(config),
-            "names": [plan.name for plan in plans],
-            "stores": [store.name for store in stores],
-            "files": [plan.files[: len(m["shards"])] for plan, m in zip(plans, manifests, strict=True)],
-        }
-        write_json(path, recipe)
+        recipe = Recipe(
+            tokenizer=tokenizer.name,
+            places=tuple(places_of(config)),
+            names=tuple(plan.name for plan in plans),
+            stores=tuple(store.name for store in stores),
+            files=tuple(plan.files[: len(m.shards)] for plan, m in zip(plans, manifests, strict=True)),
+        )
+        write_sealed(path, recipe)
     prepared = open_prepared(config)
     _check(config, prepared)
     for source in prepared.held_out:
@@ -96,9 +107,9 @@ def prepare(config: Config) -> Prepared:
 
 
 def prepare_part(config: Config, part: int, parts: int) -> None:
-    """Encode every `parts`-th shard from `part` (counted from 0) on, so that many machines can share the work.
+    """Encode every `parts`-th shard from `part` (counted from 0), so that many machines can share the work.
 
-    When all parts are done, `prepare` finds the shards and only has to write the manifests.
+    After all parts, `prepare` finds the shards and only writes the manifests and row indexes.
     """
     cache = Path(config.data.cache_dir)
     with _writing(cache):
@@ -114,7 +125,7 @@ def prepare_part(config: Config, part: int, parts: int) -> None:
 
 
 def make_plans(config: Config, cache: Path) -> list[Plan]:
-    """Look at all sources and validation sets: which files, in which shards. Raises UserError."""
+    """The files of all sources and validation sets, and their shards. Raises UserError."""
     plans: list[Plan] = []
     chat = config.data.format == "chat"
     for key, source in documents_of(config):
@@ -122,8 +133,14 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
             pieces = find_pieces(source, key)
             shards = cut_shards(pieces)
         known = _hash_files([path for piece in pieces for path in _files_of(piece)], key, cache)
-        content = [[p.format, *([known[path][2] for path in _files_of(p)] or [[p.path, p.revision]])] for p in pieces]
-        files = [[os.path.abspath(p.path), *known[p.path][:2]] for p in pieces if p.format == "tokens"]
+        content = [
+            [p.format, *([known[path].xxh3_128 for path in _files_of(p)] or [[p.path, p.revision]])] for p in pieces
+        ]
+        files = tuple(
+            InPlaceFile(path=os.path.abspath(p.path), **known[p.path].model_dump())
+            for p in pieces
+            if p.format == "tokens"
+        )
         what = ["chat", source.messages] if chat else Template(source.template).parts
         identity = digest([content, what, source.subset, source.split])
         name = source_name(source)
@@ -135,28 +152,29 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
 
 
 def _files_of(piece: Piece) -> list[str]:
-    """The files that its documents follow from: of Megatron's tokens also the index beside them."""
+    """The files that determine its documents: of Megatron's tokens also the index beside them."""
     index = Path(piece.path).with_suffix(".idx")
     if piece.format == "tokens" and index.exists():
         return [piece.path, str(index)]
     return [] if piece.format == "stream" else [piece.path]
 
 
-def _hash_files(paths: list[str], key: str, cache: Path) -> dict[str, list[Any]]:
-    """Size, modification time and xxh3_128 of each file; the hash is remembered by path and the other two."""
+def _hash_files(paths: list[str], key: str, cache: Path) -> dict[str, InputFile]:
+    """Size, modification time and hash of each file; hashes.json has the hash of what was hashed before."""
     memory = cache / "hashes.json"
-    known = read_json(memory) or {}
+    remembered = find_sealed(memory, Hashes)
+    known = dict(remembered.files) if remembered else {}
     found, changed = {}, False
     for path in paths:
         with _reading(key, path):
             stat = os.stat(path)
             entry = known.get(os.path.abspath(path))
-            if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-                entry, changed = [stat.st_size, stat.st_mtime_ns, _hash_file(path)], True
-                known[os.path.abspath(path)] = entry
+            if entry is None or (entry.size, entry.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                entry = InputFile(size=stat.st_size, mtime_ns=stat.st_mtime_ns, xxh3_128=_hash_file(path))
+                known[os.path.abspath(path)], changed = entry, True
             found[path] = entry
     if changed:
-        write_json(memory, known)
+        write_sealed(memory, Hashes(files=known))
     return found
 
 
@@ -166,7 +184,7 @@ def _hash_file(path: str) -> str:
 
 
 def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
-    """The tokenizer's folder; trains it if need be, on the sources alone."""
+    """The tokenizer's folder; trains it if necessary, on the sources without the validation sets."""
     plans = [plan for plan in plans if plan.fraction < 1]
     share = config.tokenizer.train_bytes // len(plans)
     for plan in plans:
@@ -175,14 +193,14 @@ def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
     sample = (text for plan in plans for text in _sample(plan, share))
     key = digest([[plan.identity for plan in plans], share])
     folder = obtain(config.tokenizer, cache, sample, key, config.data.format == "chat")
-    check_vocab_size(config, read_meta(folder)["vocab_size"])
+    check_vocab_size(config, read_meta(folder).vocab_size)
     if config.data.format == "chat":
-        Chat(folder)  # what is wrong with it is better said here than by every worker
+        Chat(folder)  # reports an unusable template once, rather than in every worker
     return folder
 
 
 def _sample(plan: Plan, most: int) -> Iterator[str]:
-    """Documents of a source, `most` bytes in all, from shards spread evenly over it, none of them very long."""
+    """Texts of a source's documents, `most` bytes in total, from shards spread evenly over it; long ones are cut."""
     template = Template(plan.source.template)
     columns = [plan.source.messages] if plan.chat else template.columns
 
@@ -209,12 +227,13 @@ def _sample(plan: Plan, most: int) -> Iterator[str]:
 
 
 def _store(plan: Plan, config: Config, tokenizer: Path, cache: Path) -> Path:
-    """The store's folder, named by all that its bytes depend on."""
+    """The store's folder, named by a key of everything that its bytes depend on."""
+    meta = read_meta(tokenizer)
     key = {
         "source": plan.identity,
         "max_tokens": plan.source.max_tokens,
         "tokenizer": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
-        "ends": {k: v for k, v in read_meta(tokenizer).items() if k != "vocab_size"},
+        "ends": {"eos_id": meta.eos_id, "bos_id": meta.bos_id},
         "validation": plan.fraction,
     }
     if plan.chat:
@@ -233,7 +252,7 @@ def _refuse_twins(plans: list[Plan], stores: list[Path]) -> None:
 
 
 def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path) -> list[list[Job]]:
-    """A job a shard, by source."""
+    """One job per shard, by source."""
     meta = read_meta(tokenizer)
     return [
         [
@@ -243,10 +262,10 @@ def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path
                 pieces=pieces,
                 store=store,
                 name=f"{i:05}",
-                dtype="<u2" if meta["vocab_size"] <= 2**16 else "<u4",
+                dtype="<u2" if meta.vocab_size <= 2**16 else "<u4",
                 tokenizer=tokenizer,
-                eos_id=meta["eos_id"],
-                bos_id=meta["bos_id"],
+                eos_id=meta.eos_id,
+                bos_id=meta.bos_id,
                 fraction=plan.fraction,
                 max_bad_rows=_max_bad_rows(config),
                 max_tokens=plan.source.max_tokens,
@@ -258,91 +277,107 @@ def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path
     ]
 
 
-def _encode(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path) -> list[dict[str, Any]]:
-    """The sources' manifests; encodes what is missing."""
-    ready = [read_json(store / "manifest.json") for store in stores]
+def _encode(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path) -> list[Manifest]:
+    """The sources' manifests; encodes the shards that are missing or have files of the wrong size."""
+    known = [find_sealed(store / "manifest.json", Manifest) for store in stores]
+    ready = [_is_complete(store, manifest) for store, manifest in zip(stores, known, strict=True)]
     all_jobs = _jobs(plans, stores, config, tokenizer)
-    jobs = [[] if manifest else all_jobs[i] for i, manifest in enumerate(ready)]
-    entries: list[list[dict[str, Any]]] = [[] for _ in plans]
-    for i, entry in run_jobs(jobs):
+    entries: list[list[Shard]] = [[] for _ in plans]
+    for i, entry in run_jobs([[] if ready[i] else jobs for i, jobs in enumerate(all_jobs)]):
         entries[i].append(entry)
     manifests = []
-    for plan, store, manifest, shards in zip(plans, stores, ready, entries, strict=True):
-        known = manifest
-        manifest = known or _sum_up(store, shards)
+    for i, (plan, store) in enumerate(zip(plans, stores, strict=True)):
+        before = known[i]
+        manifest = before if before and ready[i] else _sum_up(store, entries[i])
         _check_documents(plan, manifest, _max_bad_rows(config))
-        if not known:
+        if before and before != manifest:
+            raise UserError(
+                f"{store}: its shards were encoded again to other tokens than before (another version of a library?), "
+                f"which would change the data of a running experiment; delete {store} and run prepare again to accept"
+            )
+        if not ready[i]:
             _commit(store, manifest)
         manifests.append(manifest)
     return manifests
 
 
+def _is_complete(store: Path, manifest: Manifest | None) -> bool:
+    """Whether the files of a store exist and have the right sizes."""
+    if manifest is None or manifest.key != store.name:
+        return False
+    try:
+        for file in expected_of_store(store, manifest):
+            file.check_size()
+    except UserError:
+        return False
+    return True
+
+
 def _max_bad_rows(config: Config) -> float:
-    """Share of bad rows that is skipped; -1: none."""
+    """Share of bad rows that may be skipped; -1: none."""
     return config.data.max_bad_rows if config.data.on_bad_rows == "skip" else -1.0
 
 
-def _sum_up(store: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _sum_up(store: Path, shards: list[Shard]) -> Manifest:
     """The manifest of a store of these shards."""
-    sums = {split: Counter[str]() for split in SPLITS}
-    dropped, bad, examples, rows = Counter[str](), Counter[str](), {}, 0
-    for shard in shards:
-        for split in SPLITS:
-            sums[split].update(shard[split])
-        dropped.update(shard["dropped"])
-        bad.update(shard["bad"])
-        examples = shard["examples"] | examples
-        rows += shard["rows"]
-    return {
-        "key": store.name,
-        "dtype": shards[0]["dtype"],
-        **sums,
-        "rows": rows,
-        "dropped": dropped,
-        "bad": bad,
-        "examples": examples,
-        "shards": shards,
+    sums = {
+        split: Counts(**{name: sum(getattr(s.counts(split), name) for s in shards) for name in Counts.model_fields})
+        for split in SPLITS
     }
+    dropped, bad, examples = Counter[str](), Counter[str](), {}
+    for shard in shards:
+        dropped.update(shard.dropped)
+        bad.update(shard.bad)
+        examples = shard.examples | examples
+    return Manifest(
+        key=store.name,
+        dtype=shards[0].dtype,
+        train=sums["train"],
+        valid=sums["valid"],
+        rows=sum(shard.rows for shard in shards),
+        dropped=dict(dropped),
+        bad=dict(bad),
+        examples=examples,
+        shards=tuple(shards),
+    )
 
 
-def _check_documents(plan: Plan, manifest: dict[str, Any], max_bad_rows: float) -> None:
-    """Raise UserError if the source as a whole is no good."""
-    rows = manifest["rows"]
-    check_bad_rows(plan.key, Counter(manifest["bad"]), rows, max_bad_rows, manifest["examples"])
-    wanted = "valid" if plan.fraction == 1 else "train"
-    if not manifest[wanted]["documents"]:
-        held_out = manifest["valid"]["documents"]
-        why = "".join(f", {count} {reason}" for reason, count in manifest["dropped"].items())
+def _check_documents(plan: Plan, manifest: Manifest, max_bad_rows: float) -> None:
+    """Raise UserError if the source has too many bad rows or no documents for its purpose."""
+    check_bad_rows(plan.key, Counter(manifest.bad), manifest.rows, max_bad_rows, manifest.examples)
+    if not manifest.counts("valid" if plan.fraction == 1 else "train").documents:
+        held_out = manifest.valid.documents
+        why = "".join(f", {count} {reason}" for reason, count in manifest.dropped.items())
         why += f"; all {held_out} documents are held out" if held_out else ""
         purpose = "validate" if plan.fraction == 1 else "train"
         raise UserError(
-            f"{plan.key}.path: {plan.source.path}: no documents to {purpose} on in {counted(rows, 'row')}{why}"
+            f"{plan.key}.path: {plan.source.path}: no documents to {purpose} on in {counted(manifest.rows, 'row')}{why}"
         )
-    if len({shard["dtype"] for shard in manifest["shards"]}) > 1:
+    if len({shard.dtype for shard in manifest.shards}) > 1:
         raise UserError(f"{plan.key}.path: {plan.source.path}: token files of different widths; make them two sources")
 
 
-def _commit(store: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, which makes the store whole; remove what does not belong to it.
+def _commit(store: Path, manifest: Manifest) -> None:
+    """Write the manifest, which makes the store complete; delete files that do not belong to it.
 
-    That is shards beyond `max_tokens` which were under way, and what a kill has left.
+    Those are shards beyond `max_tokens` that were being encoded, and drafts of killed processes.
     """
-    ours = {name for shard in manifest["shards"] for name in (f"{shard['name']}.json", *shard["xxh3_128"])}
+    ours = {name for shard in manifest.shards for name in (f"{shard.name}.json", *shard.xxh3_128)}
     for file in store.iterdir():
         if file.is_file() and file.name not in ours:
             file.unlink()
-    write_json(store / "manifest.json", manifest)
+    write_sealed(store / "manifest.json", manifest)
 
 
 def _check(config: Config, prepared: Prepared) -> None:
-    """What is only known now: whether there is something to validate on, and enough for the run."""
+    """Raise UserError if there is nothing to validate on, or not enough for the run."""
     if config.validation.every and not any(source.valid_rows for source in prepared.held_out):
         fraction = f"validation.fraction: {config.validation.fraction:g} holds out no document of so few"
         remedy = "raise it"
         if sum(source.documents for source in prepared.sources) == 1:  # raised, it would hold out the only one
             remedy = 'make each line a document (data.sources.0.format = "lines"), name [[validation.sets]]'
         raise UserError(f"{fraction}; {remedy}, or set validation.every = 0")
-    if not (config.run_dir / "config.toml").exists():  # a run that goes on has stages that only it knows
+    if not (config.run_dir / "config.toml").exists():  # the stages of a run that resumes are in its checkpoint
         check_epochs(config, prepared, Order(plan_stages(config, prepared), prepared.rows))
 
 
@@ -359,7 +394,7 @@ def _summary(source: SourceRows) -> str:
 
 @contextmanager
 def _writing(cache: Path) -> Iterator[None]:
-    """Errors of the disk below are the user's to mend."""
+    """Turn disk errors inside the block into a UserError about data.cache_dir."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         yield
@@ -372,13 +407,13 @@ def _writing(cache: Path) -> Iterator[None]:
 
 
 def _alone(path: Path) -> AbstractContextManager[str]:
-    """Hold `path`; waits for whoever holds it, and says for whom."""
+    """Hold the lock `path`; prints the holder's name if it has to wait."""
     return locked(path, lambda holder: print(f"{path}: waiting for {holder}", flush=True))
 
 
 @contextmanager
 def _reading(key: str, path: str) -> Iterator[None]:
-    """Errors of the disk below are not the cache's, but of a source: `key`, "data.sources.N", at `path`."""
+    """Turn disk errors inside the block into a UserError about a source: `key`, "data.sources.N", at `path`."""
     try:
         yield
     except OSError as error:

@@ -9,15 +9,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from torchxihe.data.store import SPLITS, Split
-from torchxihe.utils.files import draft, read_json, write_json
+from torchxihe.data.manifests import SPLITS, Counts, Shard, Split, find_sealed, write_sealed
+from torchxihe.utils.files import draft
 
 
 class ShardWriter:
     """Writes one shard: `<split>-<name>.<kind>` for both splits, then `<name>.json`, which commits it.
 
-    `kinds`: "idx"; "bin", unless the tokens stay in a file of somebody else; "msk", if not all of them carry a loss.
-    Leaving the `with` block by an error leaves nothing behind that would be taken for a shard.
+    `kinds`: "idx"; "bin", unless the tokens stay in a file of the user's; "msk", if not all of them carry a loss.
+    If the `with` block is left by an error, no files remain.
     """
 
     def __init__(self, store: Path, name: str, dtype: str, kinds: Sequence[str] = ("bin", "idx")) -> None:
@@ -35,14 +35,14 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # a full disk may fail again here; the first error is on its way
+            with suppress(OSError):  # a full disk may fail again here; the first error is being raised
                 file.close()
         if kind is not None:
             for name in self._hashes:
                 draft(self._store / name).unlink(missing_ok=True)
 
     def add(self, split: Split, parts: Iterable[np.ndarray], size: int, mask: np.ndarray | None = None) -> None:
-        """Append a document: its tokens in `parts`, laid end to end, and how many bytes of text they stand for.
+        """Append a document: its tokens in `parts`, concatenated, and the number of bytes of its text.
 
         `mask`, where the shard has masks: bool, which of the tokens carry a loss.
         """
@@ -58,7 +58,7 @@ class ShardWriter:
             self.counts[split]["targets"] -= length - int(mask.sum())
 
     def note(self, split: Split, start: int, length: int, size: int) -> None:
-        """Enter a document whose tokens stand somewhere: `length` tokens from `start` on, for `size` bytes of text."""
+        """Enter a document whose tokens are stored already: `length` tokens from `start`, for `size` bytes of text."""
         self._write(f"{split}-{self._name}.idx", np.array([start, length], "<i8"))
         counts = self.counts[split]
         counts["documents"] += 1
@@ -71,31 +71,31 @@ class ShardWriter:
         self._files[name].write(data)
         self._hashes[name].update(data)
 
-    def commit(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Have the shard reach the disk; its entry for the manifest, with `report` added."""
+    def commit(self, report: dict[str, Any]) -> Shard:
+        """Sync and rename the shard's files and write its record; `report`: the record's other members."""
         for name, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
             draft(self._store / name).rename(self._store / name)
-        hashes = {name: hash.hexdigest() for name, hash in self._hashes.items()}
-        entry = {"name": self._name, "dtype": self._dtype.str, **self.counts, "xxh3_128": hashes, **report}
-        write_json(self._store / f"{self._name}.json", entry)
-        return entry
+        shard = Shard(
+            name=self._name,
+            dtype=self._dtype.str,  # type: ignore[arg-type]  # pydantic checks it
+            train=Counts(**self.counts["train"]),
+            valid=Counts(**self.counts["valid"]),
+            xxh3_128={name: hash.hexdigest() for name, hash in self._hashes.items()},
+            **report,
+        )
+        write_sealed(self._store / f"{self._name}.json", shard)
+        return shard
 
 
-def committed_shard(store: Path, name: str) -> dict[str, Any] | None:
-    """The manifest entry of a shard that is there already and has the right sizes."""
-    try:
-        entry = read_json(store / f"{name}.json") or {}
-        for file in entry["xxh3_128"]:
-            counts = entry[file.split("-")[0]]
-            sizes = {
-                "idx": 16 * counts["documents"],
-                "bin": np.dtype(entry["dtype"]).itemsize * counts["tokens"],
-                "msk": counts["tokens"],
-            }
-            if (store / file).stat().st_size != sizes[file.rpartition(".")[2]]:
-                return None
-    except (FileNotFoundError, ValueError, KeyError):
+def committed_shard(store: Path, name: str) -> Shard | None:
+    """The record of a shard that exists already and whose files have the right sizes."""
+    shard = find_sealed(store / f"{name}.json", Shard)
+    if shard is None or shard.name != name:
         return None
-    return entry
+    for file, size in shard.sizes().items():
+        path = store / file
+        if not path.is_file() or path.stat().st_size != size:
+            return None
+    return shard
