@@ -459,20 +459,20 @@ def test_parts_kills_and_fragments(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [mask] = tmp_path.glob("parts/stores/*/train-00002.msk")
     mask.write_bytes(mask.read_bytes()[:-1])
     again = prepare(parted).sources[0]
-    assert len(whole.manifest["shards"]) > 4 and again.manifest == whole.manifest
+    assert len(whole.manifest.shards) > 4 and again.manifest == whole.manifest
     for file in whole.store.glob("*.msk"):
         assert file.read_bytes() == (again.store / file.name).read_bytes()
 
     for split in ("train", "valid"):
         expected = []
-        for shard in whole.manifest["shards"]:
-            stem = whole.store / f"{split}-{shard['name']}"
+        for shard in whole.manifest.shards:
+            stem = whole.store / f"{split}-{shard.name}"
             tokens, masks = np.fromfile(f"{stem}.bin", "<u2"), np.fromfile(f"{stem}.msk", np.uint8)
             for start, length in np.fromfile(f"{stem}.idx", "<i8").reshape(-1, 2).tolist():
                 expected += list(zip(tokens[start : start + length], masks[start : start + length], strict=True))
         reader, found = whole.open(split), []
         out, mask = np.empty(25, "<u2"), np.empty(25, np.uint8)
-        for row in range(whole.summary[split]["rows"]):
+        for row in range(getattr(whole.summary, split).rows):
             count = sum(reader.read(row, out, mask))
             found += list(zip(out[:count], mask[:count], strict=True))
         assert sorted(found) == sorted(expected) and {carries for _, carries in found} == {0, 1}

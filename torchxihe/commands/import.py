@@ -50,7 +50,7 @@ def import_model(folder: Path, out: Path, origin: str) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         with tempfile.TemporaryDirectory() as cache:
             tokenizer = obtain(Tokenizer(path=str(folder)), Path(cache), (), "")
-            vocab_size = read_meta(tokenizer)["vocab_size"]
+            vocab_size = read_meta(tokenizer).vocab_size
             if vocab_size > model.vocab_size:
                 sizes = f"its tokenizer has {vocab_size} tokens, its embedding {model.vocab_size} rows"
                 raise UserError(f"{folder}: {sizes}; give it rows (resize_token_embeddings in transformers)")

@@ -103,7 +103,7 @@ class Chat:
         settings = json.loads((folder / "tokenizer_config.json").read_bytes())
         named = {name: value for name, value in settings.items() if name.endswith("_token")}
         self._names = {n: v["content"] if isinstance(v, dict) else v for n, v in named.items() if v is not None}
-        eos_id = read_meta(folder)["eos_id"]
+        eos_id = read_meta(folder).eos_id
         self._names.setdefault("eos_token", next((t for t, i in self._encoder.special.items() if i == eos_id), ""))
         longest_first = sorted(map(re.escape, self._encoder.special), key=len, reverse=True)
         self._special = re.compile(f"(?<!{LITERAL})({'|'.join(longest_first)})")
