@@ -1,11 +1,11 @@
-"""How fast data is prepared and read, against a plain `datasets.map` on the same corpus and tokenizer in the same run.
+"""Throughput of preparing and loading data, compared with `datasets.map` on the same corpus and tokenizer.
 
     python benchmarks/data.py                       # a corpus of 100 MB
-    python benchmarks/data.py --megabytes 1000      # memory, too: the sum over all processes is polled
-    python benchmarks/data.py --permute             # the order's randomness only: 10^6 indices, 100 keys
+    python benchmarks/data.py --megabytes 1000      # for peak memory: the sum over all processes is polled
+    python benchmarks/data.py --permute             # only the randomness of the order: 10^6 indices, 100 keys
 
-The corpus is JSON lines of Python sources ({stdlib} and {site-packages}), repeated with a number in front until there
-is enough. Training the tokenizer is not part of any figure. Every part runs in a process of its own.
+The corpus is JSON lines of Python sources ({stdlib} and {site-packages}), repeated with a number prepended until it has
+the size asked for. Training the tokenizer is not measured. Every part runs in its own process.
 """
 
 import argparse
@@ -63,12 +63,12 @@ def make_corpus(path: Path, size: int) -> None:
 
 
 def make_config(folder: Path, seq_len: int, **tokenizer: Any) -> Config:
-    """A config of that corpus."""
+    """A config whose only source is the corpus in `folder`."""
     data = {"sources": [{"path": str(folder / "corpus.jsonl")}], "seq_len": seq_len, "cache_dir": str(folder / "cache")}
     return Config.model_validate({**CONFIG, "data": data, "tokenizer": tokenizer})
 
 
-# What runs in processes of its own: each prints one JSON object.
+# The parts, each run in its own process: they return what is printed as one JSON object.
 
 
 def run_prepare(folder: Path) -> dict[str, float]:
@@ -81,7 +81,7 @@ def run_prepare(folder: Path) -> dict[str, float]:
 
 
 def run_map(folder: Path) -> dict[str, float]:
-    """`datasets.map(tokenize, batched=True, num_proc=cores)`, loading apart."""
+    """`datasets.map(tokenize, batched=True, num_proc=cores)`; loading is timed separately."""
     import datasets
     import tokenizers
 
@@ -98,12 +98,12 @@ def run_map(folder: Path) -> dict[str, float]:
     mapped = dataset.map(tokenize, batched=True, num_proc=_cores(), remove_columns=["text"])
     seconds = time.perf_counter() - started
     ids = sum(len(chunk.flatten()) for chunk in mapped.data.column("ids").chunks)
-    ends = len(mapped)  # an end of document each, which `prepare` writes and counts
+    ends = len(mapped)  # one EOS per document, which `prepare` writes and counts
     return {"seconds": seconds, "load_seconds": started - loaded, "tokens": ids + ends}
 
 
 def run_loader(folder: Path) -> dict[str, float]:
-    """The loader on one core; the clock begins after the imports of torch."""
+    """The loader on one core, without the import of torch."""
     import torch
 
     started = time.perf_counter()
@@ -120,7 +120,7 @@ def run_loader(folder: Path) -> dict[str, float]:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     rates = []
-    for _ in range(21):  # the median, because other programs take the core and its caches now and then
+    for _ in range(21):  # the median is reported: other programs use the core and its caches too
         cpu = time.process_time()
         for _ in range(50):
             next(loader)
@@ -133,7 +133,7 @@ PARTS: dict[str, Callable[[Path], dict[str, float]]] = {"prepare": run_prepare, 
 
 
 def measure(part: str, folder: Path) -> dict[str, float]:
-    """Run a part in a process of its own; its figures, and the most memory that it and its children held together."""
+    """Run a part in its own process; its figures, and the peak memory of it and its children together."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_DATASETS_OFFLINE": "1"}
     command = [sys.executable, __file__, "--part", part, "--folder", str(folder)]
     before = os.times()
@@ -152,7 +152,7 @@ def measure(part: str, folder: Path) -> dict[str, float]:
 
 
 def _resident(pid: int) -> float:
-    """Bytes of memory that a process and its descendants do not share with others, and their share of the rest."""
+    """Proportional set size (PSS) of a process and its descendants, in bytes."""
     total = 0.0
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -195,7 +195,7 @@ def worst_correlation(keys: int, rows: int = 10**6) -> float:
 
 
 def report(results: dict[str, Any]) -> dict[str, str]:
-    """The figures, in words."""
+    """The figures as lines of a table."""
     loader = results["loader"]
     lines = {}
     for part, name in (
@@ -216,11 +216,27 @@ def report(results: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def make_empty(folder: Path) -> None:
+    """Empty `folder`, or create it. Ends the program if it has files that this benchmark did not make."""
+    mark = folder / ".torchxihe_benchmark"
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        sys.exit(f"--folder {folder}: not a folder; name an empty folder")
+    if folder.exists() and any(folder.iterdir()) and not mark.is_file():
+        sys.exit(f"--folder {folder}: has files that this benchmark did not make; name an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()  # before anything else, so that a run that was killed leaves a folder that can be emptied
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != mark:
+            path.unlink()
+
+
 def main() -> None:
     """Run everything and print a table and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100)
-    parser.add_argument("--folder", type=Path, default=Path(".cache/benchmark_data"), help="is emptied")
+    parser.add_argument("--folder", type=Path, default=Path(".cache/benchmark_data"), help="emptied first")
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--without-map", action="store_true", help="leave out datasets.map, which takes longest")
     parser.add_argument("--permute", action="store_true")
@@ -233,8 +249,7 @@ def main() -> None:
         print(f"largest correlation of an output bit with an input bit: {worst_correlation(100):.4f}")
         return
     folder = options.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_empty(folder)
     make_corpus(folder / "corpus.jsonl", options.megabytes * 10**6)
     with (folder / "corpus.jsonl").open("rb") as file:
         sample = (json.loads(line)["text"] for line in file.readlines(16_000_000))

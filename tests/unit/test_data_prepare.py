@@ -1,5 +1,6 @@
 """The whole way from documents to rows, bad input of all kinds, and what happens when a run is killed."""
 
+import gzip
 import multiprocessing
 import os
 import resource
@@ -128,7 +129,14 @@ def test_a_bad_line_is_counted_or_named(tmp_path: Path, line: str | bytes, why: 
     strict = make_config(tmp_path / "cache2", {"path": str(file)}, tokenizer=BYTES, data={"on_bad_rows": "error"})
     with pytest.raises(UserError) as error:
         prepare(strict)
-    assert str(error.value) == f'data.sources.0: {file}, line 151: {why}; mend it, or set data.on_bad_rows = "skip"'
+    details = {
+        '{"other": "x"}': " (the row has other)",
+        '{"text": null}': " (the row has text (it is null))",
+        '{"text": 5}': " (it is an int)",
+    }
+    detail = details.get(line, "") if isinstance(line, str) else ""
+    what = f"{file}, line 151: {why}{detail}"
+    assert str(error.value) == f'data.sources.0: {what}; fix it, or set data.on_bad_rows = "skip"'
 
 
 def test_a_store_with_bad_rows_is_no_excuse_for_a_stricter_config(tmp_path: Path) -> None:
@@ -138,7 +146,7 @@ def test_a_store_with_bad_rows_is_no_excuse_for_a_stricter_config(tmp_path: Path
         ({"on_bad_rows": "error"}, 'data.on_bad_rows = "error" allows none'),
         ({"max_bad_rows": 0.001}, "data.max_bad_rows = 0.001 allows fewer"),
     ):
-        what = "1 of 151 rows: column 'text' is not a string, first .*a.jsonl, line 151"
+        what = r"1 of 151 rows: column 'text' is not a string, first .*a.jsonl, line 151 \(it is an int\)"
         with pytest.raises(UserError, match=f"{what}; {rule}"):
             prepare(make_config(tmp_path / "cache", source, tokenizer=BYTES, data=stricter))
 
@@ -148,14 +156,17 @@ def test_too_many_bad_rows_are_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         prepare(make_config(tmp_path / "cache", few, tokenizer=BYTES))
     assert str(error.value) == (
-        f"data.sources.0: 1 of 3 rows: column 'text' is not a string, first {few['path']}, line 2; "
-        "data.max_bad_rows = 0.01 allows fewer: mend them, or leave files out with glob"
+        f"data.sources.0: 1 of 3 rows: column 'text' is not a string, first {few['path']}, line 2 (it is an int); "
+        "data.max_bad_rows = 0.01 allows fewer: fix them, or exclude files with glob"
     )
-    none = write_lines(tmp_path / "none.jsonl", [{"other": "a"}] * 3)
-    with pytest.raises(
-        UserError, match=r"data.sources.0: 3 of 3 rows: column 'text' is missing, first .*none.jsonl, line"
-    ):
+    none = write_lines(tmp_path / "none.jsonl", [{"title": "a", "body": "b"}] * 3)
+    with pytest.raises(UserError) as error:
         prepare(make_config(tmp_path / "cache", none, tokenizer=BYTES))
+    assert str(error.value) == (
+        f"data.sources.0: 3 of 3 rows: column 'text' is missing, first {none['path']}, line 1 (the row has title, "
+        "body); no row can be used: check data.sources.0.format and the columns of data.sources.0.template (chat: "
+        "data.sources.0.messages)"
+    )
     many = write_lines(tmp_path / "many.jsonl", [{"text": 1}] * 100_000)
     with pytest.raises(UserError, match=r"100 of 100 rows: column 'text' is not a string"):
         prepare(make_config(tmp_path / "cache", many, tokenizer=BYTES))
@@ -536,7 +547,7 @@ def test_the_split_of_tokens_does_not_depend_on_their_width(tmp_path: Path, give
     documents = [[1 + i % 200, 1 + i // 200, 0] for i in range(100)]
     write_token_file(tmp_path / "narrow.bin", "llm.c", documents)
     header = np.zeros(256, "<i4")
-    header[:3] = 20240801, 1, 300
+    header[:3] = 20240801, 7, 300
     (tmp_path / "wide.bin").write_bytes(header.tobytes() + np.array(documents, "<u4").tobytes())
     sources = [{"path": str(tmp_path / f"{name}.bin"), "format": "tokens"} for name in ("narrow", "wide")]
     split = {"fraction": 0.3}
@@ -557,16 +568,88 @@ def test_token_files_that_do_not_fit(tmp_path: Path) -> None:
 
     given = {"tokenizer": {"path": str(by_text.tokenizer_dir)}}
     assert message(b"\1\0") == "tokenizer.path: must name the tokenizer that data.sources.0 was encoded with"
-    assert message(b"\1\0\1", **given).startswith(f"data.sources.0.path: {tmp_path}/a.bin: 3 bytes do not fit")
+    assert message(b"\1\0\1", **given) == (
+        f"data.sources.0.path: {tmp_path}/a.bin: 3 bytes are not a whole number of <u2 tokens"
+    )
     assert message(b"\1\0\1\7", **given).endswith("a.bin: token 1793 is not in the tokenizer of 257")
-    write_token_file(tmp_path / "a.bin", "megatron", [[5, 6, 0], [7, 0]])
-    index = (tmp_path / "a.idx").read_bytes()
-    for damaged in (index[:5], index[:17], index[:20], index[:40], index[:-3], index[:18] + b"\x7f" * 16 + index[34:]):
-        (tmp_path / "a.idx").write_bytes(damaged)
-        assert "a.idx: " in message(b"\5\0\6\0\0\0\7\0\0\0", **given)
-    (tmp_path / "a.idx").write_bytes(index[:-8] + (10**9).to_bytes(8, "little"))
-    assert message(b"\5\0\6\0\0\0\7\0\0\0", **given).endswith("a.idx: a Megatron index that is cut off or damaged")
-    write_token_file(tmp_path / "a.bin", "megatron", [[5, 0], [6, 0], [7, 0]])
-    index = (tmp_path / "a.idx").read_bytes()
-    (tmp_path / "a.idx").write_bytes(index[:-32] + np.array([0, 2, 1, 3], "<i8").tobytes())  # documents do not rise
-    assert message((tmp_path / "a.bin").read_bytes(), **given).endswith("a Megatron index that is cut off or damaged")
+    npy = tmp_path / "a.npy"
+    np.save(npy, np.array([5, 6, 0], np.uint16))
+    assert message(npy.read_bytes(), **given).endswith("a NumPy file, but token files are read in place: use tofile()")
+    (tmp_path / "a.bin").unlink()
+    (tmp_path / "a.bin.gz").write_bytes(gzip.compress(b"\5\0\6\0\0\0"))
+    packed = {"path": str(tmp_path / "a.bin.gz"), "format": "tokens"}
+    with pytest.raises(UserError, match=r"a.bin.gz: compressed, but token files are read in place: decompress it"):
+        prepare(make_config(tmp_path / "cache", packed, **given))
+
+
+@pytest.mark.parametrize(
+    ("magic", "version", "count", "why"),
+    [
+        (20240520, 1, 4, "the header counts 4 tokens, the file has 5; write it again"),
+        (20240520, 1, 6, "the header counts 6 tokens, the file has 5; write it again"),
+        (20240520, 1, -1, "the header counts -1 tokens, the file has 5; write it again"),
+        (20240520, 2, 5, "llm.c's format 20240520 in version 2; only 1 is supported"),
+        (20240801, 1, 5, "llm.c's format 20240801 in version 1; only 7 is supported"),
+    ],
+)
+def test_a_header_of_llm_c_that_is_not_the_files(
+    tmp_path: Path, given: dict[str, Any], magic: int, version: int, count: int, why: str
+) -> None:
+    """Seen to fail: fewer tokens were taken without a word, and any version."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, count
+    file = tmp_path / "a.bin"
+    file.write_bytes(header.tobytes() + np.array([5, 6, 0, 7, 0], "<u2" if magic == 20240520 else "<u4").tobytes())
+    with pytest.raises(UserError) as error:
+        prepare(make_config(tmp_path / "cache", {"path": str(file), "format": "tokens"}, tokenizer=given))
+    assert str(error.value) == f"data.sources.0.path: {file}: {why}"
+
+
+ORDER, DOCUMENTS = "its sequences are not stored in order, without gaps", "its documents do not divide sequences 0 to 3"
+DAMAGED = "a Megatron index that is truncated or damaged"
+MEGATRON_FAULTS = {
+    # name: (what is put where, what is said); the index has 34 bytes, 3 int32, 3 int64, 4 int64
+    "pointers exchanged": ((46, np.array([4, 0, 8], "<i8")), ORDER),
+    "a gap": ((46, np.array([0, 4, 10], "<i8")), ORDER),
+    "a negative length": ((34, np.array([-2, 2, 2], "<i4")), ORDER),
+    "documents begin at 1": ((70, np.array([1, 2, 3, 3], "<i8")), DOCUMENTS),
+    "documents end at 2": ((70, np.array([0, 1, 2, 2], "<i8")), DOCUMENTS),
+    "documents that decrease": ((70, np.array([0, 2, 1, 3], "<i8")), DOCUMENTS),
+    "a document far away": ((70, np.array([0, 1, 10**9, 3], "<i8")), DOCUMENTS),
+    "another version": ((9, np.array([2], "<u8")), "a Megatron index of version 2, token type 8; only version 1"),
+    "int64 tokens": ((17, np.array([5], "<u1")), "a Megatron index of version 1, token type 5; only version 1"),
+    "another magic": ((0, np.array([0], "<u1")), "not a Megatron index"),
+    "huge counts": ((18, np.array([2**60, 2**60], "<u8")), DAMAGED),
+}
+
+
+@pytest.mark.parametrize("fault", MEGATRON_FAULTS)
+def test_a_megatron_index_that_is_not_what_is_read(tmp_path: Path, given: dict[str, Any], fault: str) -> None:
+    """Seen to fail: tokens of other documents were read, or documents began with tokens of none."""
+    (at, values), why = MEGATRON_FAULTS[fault]
+    file, index = tmp_path / "a.bin", tmp_path / "a.idx"
+    write_token_file(file, "megatron", [[5, 0], [6, 0], [7, 0]])
+    content = bytearray(index.read_bytes())
+    content[at : at + values.nbytes] = values.tobytes()
+    index.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        prepare(make_config(tmp_path / "cache", {"path": str(file), "format": "tokens"}, tokenizer=given))
+    assert str(error.value).startswith(f"data.sources.0.path: {index}: {why}")
+
+
+@pytest.mark.timeout(60)
+def test_a_megatron_index_that_is_cut_off_or_belongs_to_another_file(tmp_path: Path, given: dict[str, Any]) -> None:
+    file, index = tmp_path / "a.bin", tmp_path / "a.idx"
+    config = make_config(tmp_path / "cache", {"path": str(file), "format": "tokens"}, tokenizer=given)
+    write_token_file(file, "megatron", [[5, 0], [6, 0], [7, 0]])
+    content = index.read_bytes()
+    for size in (0, 5, 17, 20, 40, len(content) - 3, len(content) + 3):
+        index.write_bytes(content[:size].ljust(size, b"\0"))
+        with pytest.raises(UserError, match=rf"data.sources.0.path: {index}: .*Megatron index"):
+            prepare(config)
+    index.write_bytes(content)
+    file.write_bytes(file.read_bytes() + b"\5\0")
+    with pytest.raises(
+        UserError, match=r"a.bin: its .idx counts 6 tokens, the file has 7; they do not belong together"
+    ):
+        prepare(config)

@@ -1,17 +1,22 @@
-"""Every format is read whole, cut or not; what cannot be read says so."""
+"""Every format is read completely, cut into shards or not; what cannot be read is an error or a bad row."""
 
 import csv
 import gzip
 import json
 import os
+import resource
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from torchxihe.config.options import Source
-from torchxihe.data.prepare import hub, sources
+from torchxihe.data.prepare import hub, readers, sources
 from torchxihe.data.prepare.readers import read_rows
 from torchxihe.data.prepare.rows import Row, Template
 from torchxihe.data.prepare.sources import cut_shards, find_pieces, source_name
@@ -21,13 +26,26 @@ TEXTS = [f"Text {i}: café 中文 😀, " + "word " * (i % 9) for i in range(300
 
 
 def rows_of(source: Source) -> list[list[tuple[str, str]]]:
-    """(text, what is wrong) of every row, by shard."""
+    """(text, the reason if there is none) of every row, by shard."""
     template = Template(source.template)
+
+    def read(row: Row) -> tuple[str, str]:
+        text, problem = template.text(row)
+        return text, problem.reason if problem else ""
+
     shards = cut_shards(find_pieces(source, "data.sources.0"))
     return [
-        [template.text(row) for piece in pieces for row in read_rows(piece, template.columns, source, "key")]
+        [read(row) for piece in pieces for row in read_rows(piece, template.columns, source, "key")]
         for pieces in shards
     ]
+
+
+def error_of(path: Path, **options: Any) -> str:
+    """The one line that reading `path` ends with."""
+    with pytest.raises(UserError) as error:
+        rows_of(Source(path=str(path), **options))
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def write_jsonl(folder: Path) -> str:
@@ -147,8 +165,56 @@ def test_quotes_in_csv(tmp_path: Path) -> None:
     [rows] = rows_of(Source(path=str(file)))
     assert rows == [('one "1",\nand on', ""), ("", "malformed CSV"), ("three", "")]
     file.write_text('text,n\none,1\n"two,2\nthree,3\n')
-    with pytest.raises(UserError, match=rf"key.path: {file}: cannot be read as csv: unexpected end of data"):
-        rows_of(Source(path=str(file)))
+    assert error_of(file).endswith(f"key.path: {file}: cannot be read as csv: line 3: a quote is never closed")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".csv.gz"])
+def test_rows_that_are_wider_or_narrower_than_the_header_are_bad(tmp_path: Path, ending: str) -> None:
+    """Seen to fail: the wide row was cut at the header's width, the narrow one kept."""
+    file = tmp_path / f"a{ending}"
+    lines = ["text,n", "one,1", "Hello, world,2", "", "alone", "two,2"]
+    content = "\n".join(lines).replace(",", "\t" if ending == ".tsv" else ",").encode()
+    file.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
+    bad = ("", "not as many fields as the header")
+    source = Source(path=str(file))
+    assert rows_of(source) == [[("one", ""), bad, bad, ("two", "")]]
+    [piece] = find_pieces(source, "key")
+    places = [row.where for row in read_rows(piece, ["text"], source, "key") if row.bad]
+    assert places == [f"{file}, line 3 (3 fields, the header has 2)", f"{file}, line 5 (1 field, the header has 2)"]
+
+
+def test_tab_separated_files_have_no_quotes(tmp_path: Path) -> None:
+    """Seen to fail: the quote swallowed the next row."""
+    (tmp_path / "a.tsv").write_text('n\ttext\n1\t"open\n2\tsay "hi"\n3\t"both"\n')
+    assert rows_of(Source(path=str(tmp_path / "a.tsv"))) == [[('"open', ""), ('say "hi"', ""), ('"both"', "")]]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".arrow"])
+def test_a_column_name_that_is_there_twice_is_an_error(tmp_path: Path, ending: str) -> None:
+    """Seen to fail: the last of the two was read, or pyarrow's KeyError was raised."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file, names = tmp_path / f"a{ending}", ["text", "n", "text"]
+    table = pa.table([["a"], ["b"], ["c"]], names=names)
+    if ending == ".parquet":
+        pq.write_table(table, file)
+    elif ending == ".arrow":
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        file.write_text("\n".join(("," if ending == ".csv" else "\t").join(row) for row in (names, ["a", "b", "c"])))
+    assert error_of(file) == f"key.path: {file}: two columns are named 'text'; rename one of them"
+
+
+def test_a_large_csv_file_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a record of many lines, and one long line, end at the limit."""
+    monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 1000)
+    (tmp_path / "a.csv").write_text("text\n" + '"a\nb"\n' * 2000)
+    assert rows_of(Source(path=str(tmp_path / "a.csv"))) == [[("a\nb", "")] * 2000]
+    for record in ('"' + "a\n" * 600, "a" * 1001):
+        (tmp_path / "a.csv").write_text(f"text\nb\n{record}")
+        assert "line 3: a record of more than 1,000 bytes, the limit of one document" in error_of(tmp_path / "a.csv")
 
 
 def test_a_large_array_is_read_an_entry_at_a_time(tmp_path: Path) -> None:
@@ -198,9 +264,12 @@ def test_shards_depend_on_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_templates() -> None:
     row = Row("here", {"q": "Why?", "a": "So.", "n": 3})
-    assert Template("{q}\n{{{a}}}").text(row) == ("Why?\n{So.}", "")
-    assert Template("{q}{n}").text(row) == ("", "column 'n' is not a string")
-    assert Template("{q}{x}").text(row) == ("", "column 'x' is missing")
+    assert Template("{q}\n{{{a}}}").text(row) == ("Why?\n{So.}", None)
+    assert Template("{q}{n}").text(row) == ("", ("column 'n' is not a string", "it is an int"))
+    assert Template("{q}{x}").text(row) == ("", ("column 'x' is missing", "the row has q, a, n"))
+    many = Row("here", {f"{i}\n" * 9: "" for i in range(1000)})
+    _, problem = Template("{x}").text(many)
+    assert problem and len(problem.detail) < 500 and "\n" not in problem.detail
 
 
 def test_names() -> None:
@@ -309,7 +378,7 @@ def test_a_hub_dataset(repository: Path, stream: bool, tmp_path: Path, monkeypat
     [
         ({"subset": "fr"}, "BuilderConfig 'fr' not found"),
         ({"subset": "de", "split": "test"}, "Unknown split"),
-        ({"subset": "de", "split": "train[:10%]"}, "only whole splits can be read"),
+        ({"subset": "de", "split": "train[:10%]"}, "a part of a split cannot be read"),
     ],
 )
 def test_a_hub_dataset_that_cannot_be_had(repository: Path, changes: dict[str, Any], why: str) -> None:
@@ -351,8 +420,8 @@ def test_a_hub_dataset_without_a_network(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ('[{"text": "a"}]\n[{"text": "b"}]\n', "more after the array's end"),
-        ('[{"text": "a"}] {"text": "b"}', "more after the array's end"),
+        ('[{"text": "a"}]\n[{"text": "b"}]\n', "more after the end of the array"),
+        ('[{"text": "a"}] {"text": "b"}', "more after the end of the array"),
         ('[{"text": "a"} {"text": "b"}]', "no comma before it"),
         ('[,{"text": "a"}]', "a comma before it"),
         ('[{"text": "a"},]', "cannot be read as json"),
@@ -424,7 +493,7 @@ def test_globs_are_those_of_pathlib(tmp_path: Path, pattern: str) -> None:
 
 def test_a_glob_is_below_its_path(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UserError, match=r"data.sources.0.glob: /etc/\*: is looked for in"):
+    with pytest.raises(UserError, match=r"data.sources.0.glob: /etc/\*: is relative to"):
         rows_of(Source(path=str(tmp_path), glob="/etc/*"))
     assert rows_of(Source(path=str(tmp_path), glob="**.txt")) == [[("a", "")]]
 
@@ -446,3 +515,272 @@ def test_an_empty_compressed_file_is_a_truncated_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"a.jsonl.gz: cannot be read as json: it is empty"):
         rows_of(Source(path=str(tmp_path / "a.jsonl.gz")))
+
+
+def pack(name: str, data: bytes) -> bytes:
+    """`data`, compressed as the name says."""
+    if name.endswith(".zst"):
+        return pytest.importorskip("zstandard").compress(data)
+    return gzip.compress(data) if name.endswith(".gz") else data
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "content", "what"),
+    [
+        ("a.txt", "text", "x" * 1001, 'more than 1,000 bytes, the limit; split it, or set format = "lines"'),
+        ("a.txt.gz", "text", "x" * 10**6, 'a document of more than 1,000 bytes, the limit; split it'),
+        ("a.txt.gz", "lines", "ab\n" + "x" * 10**6, "line 2: a line of more than 1,000 bytes, the limit of one"),
+        ("a.jsonl.zst", "auto", '{"text": "' + "x" * 10**6 + '"}', "line 1: a line of more than 1,000 bytes, the"),
+        ("a.jsonl", "auto", '{"text": "' + "x" * 2000 + '"}', "line 1: a line of more than 1,000 bytes, the limit of"),
+        ("a.json.gz", "auto", '[{"text": "' + "x" * 10**6 + '"}]', "entry 0: more than 1,000 characters, the limit of"),
+    ],
+)  # fmt: skip
+def test_a_document_has_a_limit(
+    tmp_path: Path, name: str, how: Any, content: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small compressed file may expand to more than there is memory. Seen to fail: all of it was read first."""
+    monkeypatch.setattr(readers, "LONGEST_DOCUMENT", 1000)
+    (tmp_path / name).write_bytes(pack(name, content.encode()))
+    assert what in error_of(tmp_path / name, format=how)
+    whole = content[:900].partition("\n")[0] if how in ("text", "lines") else json.dumps({"text": "y" * 900})
+    (tmp_path / name).write_bytes(pack(name, whole.encode()))
+    assert [len(shard) for shard in rows_of(Source(path=str(tmp_path / name), format=how))] == [1]
+
+
+BOMB = """
+import sys
+from torchxihe.config.options import Source
+from torchxihe.data.prepare.readers import read_rows
+from torchxihe.data.prepare.sources import find_pieces
+from torchxihe.data.prepare import readers
+readers.LONGEST_DOCUMENT = 2**26
+source = Source(path=sys.argv[1])
+for piece in find_pieces(source, "key"):
+    for row in read_rows(piece, ["text"], source, "key"):
+        pass
+"""
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.gz", "a.json.gz", "a.jsonl.zst"])
+def test_a_decompression_bomb_takes_no_more_memory_than_the_limit(tmp_path: Path, name: str) -> None:
+    """4 GiB of blanks in some MB, in a process that may have 1.5 GiB. Seen to fail with a MemoryError."""
+    start = {"a.csv.gz": b'text\n"', "a.json.gz": b"[{"}.get(name, b"{")
+    if name.endswith(".zst"):
+        zstandard = pytest.importorskip("zstandard")
+        content = zstandard.compress(start) + zstandard.compress(b" " * 2**26) * 64
+    else:
+        content = gzip.compress(start) + gzip.compress(b" " * 2**26, 1) * 64
+    (tmp_path / name).write_bytes(content)
+    limit = 3 * 2**29
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", BOMB, str(tmp_path / name)], env=environment, text=True, capture_output=True,
+        timeout=100, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )  # fmt: skip
+    assert result.stderr.splitlines()[-1].startswith(f"torchxihe.errors.UserError: key.path: {tmp_path / name}: cannot")
+    assert "more than 67,108,864" in result.stderr
+
+
+def test_a_gzip_file_with_zeros_after_its_end(tmp_path: Path) -> None:
+    """Tapes and block devices leave them. Seen to fail."""
+    file = tmp_path / write_gzip(tmp_path)
+    file.write_bytes(file.read_bytes() + bytes(700))
+    assert rows_of(Source(path=str(file))) == [[(text, "") for text in TEXTS]]
+    file.write_bytes(file.read_bytes() + b"other data")
+    assert "cannot be read as json: Not a gzipped file" in error_of(file)
+
+
+def test_a_zstd_file_with_a_long_window_names_the_remedy(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    file = tmp_path / "a.jsonl.zst"
+    file.write_bytes(stream.compress(b'{"text": "a"}\n') + stream.flush())
+    assert error_of(file).endswith(
+        "its window is larger than 128 MiB; compress it again without --long, or decompress it: zstd -d --long=31"
+    )
+
+
+@pytest.mark.parametrize("place", ["path", "folder", "glob"])
+@pytest.mark.parametrize("kind", ["fifo", "socket", "link to nothing", "link to itself"])
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_named(tmp_path: Path, place: str, kind: str) -> None:
+    """Seen to fail: "no file there", or left out."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    file = tmp_path / "b.jsonl"
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(file))
+    else:
+        file.symlink_to(file if kind == "link to itself" else tmp_path / "nowhere")
+    path = {"path": file, "folder": tmp_path, "glob": tmp_path / "*.jsonl"}[place]
+    why = {
+        "link to nothing": "a link to a file that is not there; restore the file or remove the link",
+        "link to itself": "Too many levels of symbolic links",
+    }.get(kind, "not a regular file (a FIFO, socket or device); copy its content to a file")
+    assert error_of(path).startswith(f"data.sources.0.path: {file}: {why}")
+
+
+@pytest.mark.timeout(20)
+def test_a_device_and_a_file_that_becomes_a_fifo(tmp_path: Path) -> None:
+    """Opening waits for no writer, whatever was there when the files were listed."""
+    assert "not a regular file" in error_of(Path("/dev/zero"))
+    for name in ("a.jsonl", "a.csv", "a.txt"):
+        (tmp_path / name).write_text("text\n")
+        source = Source(path=str(tmp_path / name))
+        [piece] = find_pieces(source, "key")
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"^key.path: {tmp_path / name}: is not a regular file"):
+            list(read_rows(piece, ["text"], source, "key"))
+
+
+@pytest.mark.timeout(20)
+def test_a_saved_dataset_of_fifos_and_deep_json(tmp_path: Path) -> None:
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("[" * 10**6)
+    assert "not a folder that `save_to_disk` wrote" in error_of(tmp_path, format="dataset")
+    (tmp_path / "state.json").unlink()
+    os.mkfifo(tmp_path / "state.json")
+    assert "state.json is not a regular file" in error_of(tmp_path, format="dataset")
+
+
+def test_too_many_open_files_names_the_limit(tmp_path: Path) -> None:
+    """Seen to fail: "cannot be read as json: [Errno 24] Too many open files"."""
+    source = Source(path=str(tmp_path / write_jsonl(tmp_path)))
+    [piece] = find_pieces(source, "key")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    rows = read_rows(piece, ["text"], source, "key")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        with pytest.raises(
+            UserError, match=rf"key.path: {piece.path}: Too many open files; raise the limit: ulimit -n"
+        ):
+            next(rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_line_that_is_nested_too_deeply_is_a_bad_row(tmp_path: Path) -> None:
+    deep = "[" * 10**6
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{{"text": {deep}\n{{"text": "b"}}\n')
+    assert rows_of(Source(path=str(tmp_path / "a.jsonl"))) == [[("a", ""), ("", "JSON nested too deeply"), ("b", "")]]
+    (tmp_path / "b.json").write_text(f'[{{"text": "a"}}, {deep}')
+    assert "b.json: cannot be read as json: entry 1: nested too deeply" in error_of(tmp_path / "b.json")
+
+
+def invalid_utf8(values: list[bytes | None]) -> Any:
+    """An Arrow array of strings that nobody has checked."""
+    import pyarrow as pa
+
+    raw = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers(), raw.null_count)
+
+
+def write_table(file: Path, columns: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    batch = pa.record_batch(list(columns.values()), names=list(columns))
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_batches([batch]), file)
+    else:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_one_value_that_is_not_utf8_costs_its_row_alone(tmp_path: Path, ending: str) -> None:
+    """Also inside of messages. Seen to fail: nothing of the file could be read."""
+    import pyarrow as pa
+
+    file = tmp_path / f"a{ending}"
+    texts = [b"a%d" % i for i in range(600)]
+    texts[300] = b"caf\xe9"
+    write_table(file, {"text": invalid_utf8([*texts]), "n": pa.array(range(600))})
+    good = [(text.decode(), "") for text in texts if text != texts[300]]
+    assert rows_of(Source(path=str(file))) == [[*good[:300], ("", "not UTF-8"), *good[300:]]]
+
+    contents = invalid_utf8([b"q", b"a", b"q", b"\xff", b"q", b"b"])
+    roles = pa.array(["user", "assistant"] * 3)
+    messages = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
+    write_table(file, {"messages": pa.ListArray.from_arrays(pa.array([0, 2, 4, 6], pa.int32()), messages)})
+    source = Source(path=str(file))
+    [piece] = find_pieces(source, "key")
+    rows = list(read_rows(piece, ["messages"], source, "key"))
+    assert [row.bad for row in rows] == ["", "not UTF-8", ""] and " row 1 of " in rows[1].where
+    assert [row.columns["messages"][1]["content"] for row in rows[::2]] == ["a", "b"]
+
+
+def test_an_arrow_file_whose_offsets_lie_is_an_error(tmp_path: Path) -> None:
+    """Seen to fail with a segmentation fault, or with bytes of other rows as text."""
+    import pyarrow as pa
+
+    file = tmp_path / "a.arrow"
+    for offsets in ([0, 2, 2**30, 9], [0, 5, 2, 9]):
+        buffers = [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(b"x" * 9)]
+        write_table(file, {"text": pa.Array.from_buffers(pa.string(), 3, buffers)})
+        assert f"key.path: {file}: cannot be read as arrow: " in error_of(file)
+
+
+def test_errors_of_pyarrow_of_any_type_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unsupported codec, say, is no ValueError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / write_parquet(tmp_path)
+    for kind in (pa.ArrowNotImplementedError, pa.ArrowKeyError, pa.ArrowMemoryError):
+
+        def fail(*_: Any, error: type[Exception] = kind, **__: Any) -> Any:
+            raise error("one\ntwo")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pq.ParquetFile, "iter_batches", fail)
+            assert error_of(file).endswith("cannot be read as parquet: one two")
+
+
+def test_errors_of_a_stream_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries of the network raise types of their own."""
+
+    class Broken:
+        num_shards = 1
+
+        def shard(self, **_: Any) -> Any:
+            raise RuntimeError("connection\nlost")
+
+    monkeypatch.setattr(readers, "load_hub", lambda *_: Broken())
+    source = Source(path="owner/name", stream=True, max_tokens=10)
+    with pytest.raises(UserError) as error:
+        list(read_rows(readers.Piece("owner/name", "stream", 0, 1), ["text"], source, "key"))
+    assert str(error.value) == (
+        "key.path: owner/name: shard 0 cannot be read: RuntimeError: connection lost; rerun to resume from the last "
+        "finished shard"
+    )
+
+
+def test_paths_with_dots_and_a_nul(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    name = write_jsonl(tmp_path)
+    assert len(rows_of(Source(path=f"{tmp_path}/b/../{name}"))[0]) == len(TEXTS)
+    for path in ("a\0.jsonl", "a\0/*.jsonl"):
+        assert "no file there" in error_of(Path(path))
+
+
+def test_the_benchmark_empties_no_folder_but_its_own(tmp_path: Path) -> None:
+    """Seen to fail: the file was deleted."""
+    root = Path(__file__).parents[2]
+    (tmp_path / "thesis.txt").write_text("years of work")
+    command = [sys.executable, str(root / "benchmarks/data.py"), "--megabytes", "1", "--folder", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=100)
+    assert result.returncode == 1 and (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert result.stderr == f"--folder {tmp_path}: has files that this benchmark did not make; name an empty folder\n"
+    script = "import pathlib, sys; sys.path.insert(0, sys.argv[1]); from data import *; make_empty(pathlib.Path('own'))"
+    for left in (["corpus.jsonl", "cache"], []):
+        make = [sys.executable, "-c", script, str(root / "benchmarks")]
+        subprocess.run(make, env=environment, cwd=tmp_path, check=True, timeout=100)
+        assert [path.name for path in (tmp_path / "own").iterdir()] == [".torchxihe_benchmark"]
+        for name in left:  # what a run makes
+            (tmp_path / "own" / name).mkdir()

@@ -10,12 +10,12 @@ from torchxihe.config.options import Documents
 
 
 def settle_hub() -> None:
-    """Use the hub's caches alone if it cannot be reached, rather than retry for half a minute.
+    """Use only the hub's caches if it cannot be reached, instead of retrying for half a minute.
 
-    To be called before `huggingface_hub` is imported, which is when it reads the variable.
+    Must be called before `huggingface_hub` is imported, which reads the variable then.
     """
     if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
-        return  # a direct connection says nothing
+        return  # a direct connection would prove nothing
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
         socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=5).close()
@@ -27,7 +27,7 @@ def load_hub(source: Documents, revision: str) -> Any:
     """The source as a `datasets.Dataset`, or an `IterableDataset` if it is streamed."""
     import datasets  # slow, and only for hub sources
 
-    if Path(source.path).exists():  # the folder of a dataset repository
+    if Path(source.path).exists():  # a local copy of a dataset repository
         revision = ""
     return datasets.load_dataset(
         source.path, source.subset or None, split=source.split, revision=revision or None, streaming=source.stream
@@ -35,7 +35,7 @@ def load_hub(source: Documents, revision: str) -> Any:
 
 
 def commit_of(source: Documents) -> str:
-    """The commit that `source.revision` means today; for a folder, the newest change in it."""
+    """The commit to which `source.revision` resolves now; for a local folder, its newest modification time."""
     import huggingface_hub  # slow, and only for hub sources
 
     folder = Path(source.path)

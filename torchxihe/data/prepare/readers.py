@@ -2,21 +2,26 @@
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import os
 import re
-import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from torchxihe.config.options import Documents
 from torchxihe.data.prepare.docstrings import docstring_rows
 from torchxihe.data.prepare.hub import load_hub
-from torchxihe.data.prepare.rows import Piece, Row
-from torchxihe.errors import UserError
+from torchxihe.data.prepare.rows import Piece, Row, listed
+from torchxihe.errors import UserError, explained
+from torchxihe.utils.records import DamagedError, open_regular
+from torchxihe.utils.words import counted
 
 SUFFIXES = {
     ".json": "json",
@@ -27,13 +32,16 @@ SUFFIXES = {
     ".csv": "csv",
     ".tsv": "csv",
 }
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSED = (".gz", ".zst")
+LONGEST_DOCUMENT = 2**30
+"""Bytes of one document in its file (a line, a CSV record, a text file; of an entry of a JSON array: characters) at
+most. It bounds the memory for reading, also of a small compressed file that expands to more than the machine has."""
 
 
 def read_rows(piece: Piece, columns: list[str], source: Documents, key: str) -> Iterator[Row]:
-    """The rows of `piece`, with at least `columns`. `key`: "data.sources.N", for the errors.
+    """The rows of `piece`, with at least `columns`. `key`: "data.sources.N", for error messages.
 
-    Raises UserError if the file as a whole cannot be read.
+    Raises UserError if the file cannot be read; a row that cannot be read has `bad`.
     """
     readers = {
         "text": _read_text,
@@ -51,34 +59,40 @@ def read_rows(piece: Piece, columns: list[str], source: Documents, key: str) -> 
             yield from readers[piece.format](piece, columns)
     except UserError as error:
         raise UserError(f"{key}.{error}") from error
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        RecursionError,
-        csv.Error,
-    ) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise UserError(f"{key}.path: {piece.path}: cannot be read as {piece.format}: {error}") from error
+    except DamagedError as error:
+        raise UserError(f"{key}.path: {piece.path}: {error}; copy its content to a regular file") from error
+    except (OSError, EOFError, ValueError, MemoryError, RecursionError, zlib.error, csv.Error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{key}.path: {explained(error, piece.path)}") from error
+        why = " ".join(str(error).split()) or type(error).__name__
+        if "too much memory for decoding" in why:  # zstd's limit of the window, which pyarrow cannot raise
+            why = "its window is larger than 128 MiB; compress it again without --long, or decompress it: "
+            why += "zstd -d --long=31"
+        raise UserError(f"{key}.path: {piece.path}: cannot be read as {piece.format}: {why}") from error
 
 
-def compression_of(path: str) -> str:
-    """pyarrow's name for how a file is compressed; "" if it is not."""
-    return COMPRESSED.get(Path(path).suffix.lower(), "")
+def is_compressed(path: str) -> bool:
+    """Whether a file's name says that it is compressed."""
+    return Path(path).suffix.lower() in COMPRESSED
 
 
 @contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed. A compressed file that ends too early is an OSError."""
-    if compression := compression_of(path):
-        import pyarrow as pa  # slow, and only for compressed files
+    """The bytes of a regular file, decompressed.
 
-        if not os.path.getsize(path):
+    Raises OSError, EOFError or zlib.error for a damaged compressed file, DamagedError for a FIFO or device.
+    """
+    with open_regular(path) as file:
+        if is_compressed(path) and not os.fstat(file.fileno()).st_size:
             raise EOFError("it is empty, which no compressed file is")
-        with pa.input_stream(path, compression=compression, buffer_size=2**20) as file:
-            yield io.BufferedReader(file, 2**20)
-    else:
-        with open(path, "rb", buffering=2**20) as file:
-            yield file
+        stream: Any = file
+        if path.lower().endswith(".gz"):
+            stream = gzip.GzipFile(fileobj=file)
+        elif is_compressed(path):
+            import pyarrow as pa  # slow, and only for zstd
+
+            stream = pa.input_stream(file, compression="zstd", buffer_size=2**20)
+        yield cast(BinaryIO, io.BufferedReader(stream, 2**20))
 
 
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
@@ -93,22 +107,32 @@ def _decode(data: bytes, where: str) -> Row:
 
 
 def _read_text(piece: Piece, columns: list[str]) -> Iterator[Row]:
-    """A file is a document."""
+    """A file is one document; a byte-order mark (BOM) at its beginning is dropped."""
     with _open(piece.path) as file:
-        yield _decode(file.read().removeprefix(codecs.BOM_UTF8), piece.path)
+        data = file.read(LONGEST_DOCUMENT + 1)
+    if len(data) > LONGEST_DOCUMENT:
+        limit = f"a document of more than {LONGEST_DOCUMENT:,} bytes, the limit"
+        raise ValueError(f'{limit}; split it, or set format = "lines" to make each line a document')
+    yield _decode(data.removeprefix(codecs.BOM_UTF8), piece.path)
 
 
 def _lines(piece: Piece) -> Iterator[tuple[str, bytes]]:
-    """The lines that begin in `piece`, without their ends, each with where it stands."""
+    """The lines that begin in `piece`, each with its position.
+
+    A line ends with a line feed. Carriage returns before it, and a BOM at the beginning of the file, are dropped.
+    """
     with _open(piece.path) as file:
+        read_line = partial(file.readline, LONGEST_DOCUMENT + 1)
+        at = 0
         if piece.start:
             file.seek(piece.start - 1)
-            file.readline()  # the rest of a line that began before
-        at = file.tell() if piece.end >= 0 else 0
-        for number, line in enumerate(file, 1):
+            at = piece.start - 1 + len(read_line())  # the rest of a line that began in the piece before
+        for number, line in enumerate(iter(read_line, b""), 1):
             if 0 <= piece.end <= at:
                 return
             place = f"line {number}" if not piece.start else f"byte {at}"
+            if len(line) > LONGEST_DOCUMENT:
+                raise ValueError(f"{place}: a line of more than {LONGEST_DOCUMENT:,} bytes, the limit of one document")
             text = line if at else line.removeprefix(codecs.BOM_UTF8)
             yield f"{piece.path}, {place}", text.rstrip(b"\r\n")
             at += len(line)
@@ -121,7 +145,7 @@ def _read_lines(piece: Piece, columns: list[str]) -> Iterator[Row]:
 
 
 def is_json_array(path: str) -> bool:
-    """Whether a JSON file is one array rather than an object a line."""
+    """Whether a JSON file is one array rather than an object per line."""
     with _open(path) as file:
         return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
@@ -141,20 +165,22 @@ def _read_json(piece: Piece, columns: list[str]) -> Iterator[Row]:
                 value = json.loads(line)
             except UnicodeDecodeError:
                 yield Row(where, {}, "not UTF-8")
-            except (ValueError, RecursionError):
+            except ValueError:
                 yield Row(where, {}, "malformed JSON")
+            except RecursionError:
+                yield Row(where, {}, "JSON nested too deeply")
             else:
                 yield _object(value, where)
 
 
 def _entries(file: io.TextIOWrapper) -> Iterator[tuple[Any, bool]]:
-    """The entries of a JSON array, one after the other, and whether each is UTF-8. Raises ValueError where it is not
-    one array."""
+    """The entries of a JSON array in order, each with whether it is valid UTF-8. Raises ValueError if it is not one
+    array."""
     decoder, between = json.JSONDecoder(), re.compile(r"\s*(,?)\s*")
     text, at, count, ended = file.read(2**16).lstrip()[1:], 0, 0, False
     while True:
         separator = between.match(text, at)
-        assert separator is not None  # it matches "", too
+        assert separator is not None  # it matches "" too
         start, end, value = separator.end(), len(text), None
         if start < end and text[start] == "]" and not separator[1]:
             break
@@ -163,7 +189,11 @@ def _entries(file: io.TextIOWrapper) -> Iterator[tuple[Any, bool]]:
         except ValueError:
             if ended:
                 raise
-        if end == len(text) and not ended:  # perhaps not whole yet; reading as much again each time bounds the retries
+        except RecursionError:
+            raise ValueError(f"entry {count}: nested too deeply") from None
+        if end == len(text) and not ended:  # maybe incomplete; doubling what is read bounds the number of retries
+            if end - at > LONGEST_DOCUMENT:
+                raise ValueError(f"entry {count}: more than {LONGEST_DOCUMENT:,} characters, the limit of one document")
             more = file.read(max(2**16, len(text) - at))
             text, at, ended = text[at:] + more, 0, not more
             continue
@@ -174,7 +204,7 @@ def _entries(file: io.TextIOWrapper) -> Iterator[tuple[Any, bool]]:
     rest = text[start + 1 :]
     while rest:
         if rest.strip():
-            raise ValueError("there is more after the array's end; an object a line is read as well")
+            raise ValueError("there is more after the end of the array; use one array, or one object per line")
         rest = file.read(2**16)
 
 
@@ -183,39 +213,72 @@ def _object(value: Any, where: str) -> Row:
 
 
 def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
-    """CSV with a header; every value is a string. A quote that is never closed is an error of the whole file."""
-    csv.field_size_limit(sys.maxsize)
-    delimiter = "\t" if ".tsv" in map(str.lower, Path(piece.path).suffixes) else ","
-    ended, valid = False, True
+    """CSV, or TSV without quoting, with a header; every value is a string.
+
+    A row of another width than the header is bad. A quote that is never closed is an error of the file. This is not
+    done by pyarrow.csv, which accepts text after a closing quote, takes the rest of a file as one row if a quote is not
+    closed, has no line numbers when values have line feeds, and limits a row to a block.
+    """
+    tabs = ".tsv" in map(str.lower, Path(piece.path).suffixes)
+    csv.field_size_limit(LONGEST_DOCUMENT)
+    size, ended, valid = 0, False, True
 
     def lines(file: BinaryIO) -> Iterator[str]:
-        nonlocal ended, valid
-        for line in io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""):
+        nonlocal size, ended, valid
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        while line := text.readline(LONGEST_DOCUMENT + 1):
+            size += len(line)
+            if size > LONGEST_DOCUMENT:
+                limit = f"{LONGEST_DOCUMENT:,} bytes, the limit of one document"
+                raise ValueError(f"line {number}: a record of more than {limit}")
             valid &= not _NOT_UTF8.search(line)
             yield line
         ended = True
 
     with _open(piece.path) as file:
-        reader = csv.DictReader(lines(file), strict=True, delimiter=delimiter)
-        _need(columns, list(reader.fieldnames or []), piece.path)
+        quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        reader = csv.reader(lines(file), strict=True, delimiter="\t" if tabs else ",", quoting=quoting)
+        header: list[str] = []
         while True:
-            where, valid = f"{piece.path}, line {reader.line_num + 1}", True
+            number, size, valid = reader.line_num + 1, 0, True
+            where = f"{piece.path}, line {number}"
             try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
+                fields = next(reader, None)
+            except csv.Error as error:
                 if ended:
-                    raise
+                    raise ValueError(f"line {number}: a quote is never closed") from None
+                if not header:
+                    raise ValueError(f"line {number}, the header: {error}") from None
                 yield Row(where, {}, "malformed CSV")
+                continue
+            if fields is None:
+                break
+            if not fields:  # a blank line
+                continue
+            if not header:
+                if not valid:
+                    raise ValueError(f"line {number}, the header: not UTF-8")
+                header = fields
+                _check_columns(columns, header, piece.path)
+            elif not valid:
+                yield Row(where, {}, "not UTF-8")
+            elif len(fields) != len(header):
+                found = f"({counted(len(fields), 'field')}, the header has {len(header)})"
+                yield Row(f"{where} {found}", {}, "not as many fields as the header")
             else:
-                yield Row(where, row) if valid else Row(where, {}, "not UTF-8")
+                yield Row(where, dict(zip(header, fields, strict=True)))
+        if not header:
+            _check_columns(columns, header, piece.path)
 
 
-def _need(columns: list[str], have: list[str], path: str) -> None:
+def _check_columns(columns: list[str], have: list[str], path: str) -> None:
+    """Raise UserError unless a table with the columns `have` has `columns`, each of its names once."""
     for name in columns:
         if name not in have:
-            raise UserError(f"template: {path}: there is no column {name!r}; there are {', '.join(have) or 'none'}")
+            raise UserError(f"template: {path}: there is no column {name!r}; there are {listed(have)}")
+    for name, count in Counter(have).items():
+        if name and count > 1:
+            raise UserError(f"path: {path}: two columns are named {name!r}; rename one of them")
 
 
 def _read_docstrings(piece: Piece, columns: list[str]) -> Iterator[Row]:
@@ -224,27 +287,40 @@ def _read_docstrings(piece: Piece, columns: list[str]) -> Iterator[Row]:
         yield from docstring_rows(file)
 
 
+@contextmanager
+def _pyarrow_errors() -> Iterator[None]:
+    """Raise pyarrow's errors, which are of many types, as ValueError."""
+    import pyarrow as pa  # slow, and only for these formats
+
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def count_groups(piece: Piece) -> int:
-    """Row groups of a Parquet file, or record batches of an Arrow file."""
+    """Row groups of a Parquet file, or record batches of an Arrow file. Raises ValueError if it is neither."""
     import pyarrow as pa  # slow, and only for these formats
     import pyarrow.parquet as pq
 
-    if piece.format == "parquet":
-        return pq.ParquetFile(piece.path).num_row_groups
-    with pa.memory_map(piece.path) as file:
-        return sum(1 for _ in _arrow_batches(file))
+    with _pyarrow_errors():
+        if piece.format == "parquet":
+            with pq.ParquetFile(piece.path) as file:
+                return file.num_row_groups
+        with pa.memory_map(piece.path) as file:
+            return sum(1 for _ in _arrow_batches(file))
 
 
 def count_rows(path: str) -> int:
-    """Rows of an Arrow file."""
+    """Rows of an Arrow file. Raises ValueError if it is none."""
     import pyarrow as pa  # slow, and only for this format
 
-    with pa.memory_map(path) as file:
+    with _pyarrow_errors(), pa.memory_map(path) as file:
         return sum(batch.num_rows for batch in _arrow_batches(file))
 
 
 def _arrow_batches(file: Any) -> Iterator[Any]:
-    """The record batches of an Arrow stream (which is what `datasets` writes) or file."""
+    """The record batches of an Arrow stream (the format that `datasets` writes) or file."""
     import pyarrow as pa  # slow, and only for these formats
 
     try:
@@ -257,39 +333,71 @@ def _arrow_batches(file: Any) -> Iterator[Any]:
         yield from reader
 
 
+def _values(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a record batch; None for each that has a value which is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [values for i in range(batch.num_rows) for values in _values(batch.slice(i, 1))]
+
+
+def _table_row(where: str, values: dict[str, Any] | None) -> Row:
+    return Row(where, {}, "not UTF-8") if values is None else Row(where, values)
+
+
 def _read_parquet(piece: Piece, columns: list[str]) -> Iterator[Row]:
-    """Parquet, a row group range at a time."""
+    """Parquet, a range of row groups."""
     import pyarrow.parquet as pq  # slow, and only for this format
 
-    with pq.ParquetFile(piece.path) as file:
-        _need(columns, file.schema_arrow.names, piece.path)
+    with _pyarrow_errors(), pq.ParquetFile(piece.path) as file:
+        _check_columns(columns, file.schema_arrow.names, piece.path)
         groups = range(piece.start, file.num_row_groups if piece.end < 0 else piece.end)
         for group in groups:
             row = 0
             for batch in file.iter_batches(256, row_groups=[group], columns=columns):
-                for values in batch.to_pylist():
-                    yield Row(f"{piece.path}, row {row} of row group {group}", values)
+                for values in _values(batch):
+                    yield _table_row(f"{piece.path}, row {row} of row group {group}", values)
                     row += 1
 
 
 def _read_arrow(piece: Piece, columns: list[str]) -> Iterator[Row]:
-    """Arrow, a range of record batches at a time."""
+    """Arrow, a range of record batches."""
     import pyarrow as pa  # slow, and only for this format
 
-    with pa.memory_map(piece.path) as file:
+    with _pyarrow_errors(), pa.memory_map(piece.path) as file:
         for i, batch in enumerate(_arrow_batches(file)):
             if i < piece.start:
                 continue
             if 0 <= piece.end <= i:
                 return
-            _need(columns, batch.schema.names, piece.path)
+            _check_columns(columns, batch.schema.names, piece.path)
+            for column in batch.select(columns).columns:
+                _check_offsets(column)
             for start in range(0, batch.num_rows, 256):
-                for row, values in enumerate(batch.select(columns).slice(start, 256).to_pylist()):
-                    yield Row(f"{piece.path}, row {start + row} of batch {i}", values)
+                for row, values in enumerate(_values(batch.select(columns).slice(start, 256))):
+                    yield _table_row(f"{piece.path}, row {start + row} of batch {i}", values)
+
+
+def _check_offsets(column: Any) -> None:
+    """Raise ArrowInvalid if an array's offsets lead out of its buffers, which would crash the process."""
+    import pyarrow as pa  # slow, and only for this format
+
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):  # such values are bad rows
+            raise
 
 
 def _read_stream(piece: Piece, source: Documents) -> Iterator[Row]:
     """A shard of a dataset that is read over the network."""
-    dataset = load_hub(source, piece.revision)
-    for i, values in enumerate(dataset.shard(num_shards=dataset.num_shards, index=piece.start)):
-        yield Row(f"{piece.path}, row {i} of shard {piece.start}", values)
+    try:
+        dataset = load_hub(source, piece.revision)
+        for i, values in enumerate(dataset.shard(num_shards=dataset.num_shards, index=piece.start)):
+            yield Row(f"{piece.path}, row {i} of shard {piece.start}", values)
+    except Exception as error:  # network and file system libraries raise many types
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        remedy = "rerun to resume from the last finished shard"
+        raise UserError(f"path: {piece.path}: shard {piece.start} cannot be read: {why}; {remedy}") from error

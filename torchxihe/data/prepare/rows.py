@@ -1,13 +1,14 @@
-"""What readers give: rows of an input, in pieces that are read in one go; and how a row becomes text."""
+"""Rows of an input, the pieces in which inputs are read, and templates that turn a row into text."""
 
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an input that is read in one go."""
+    """A part of an input that is read sequentially by one process."""
 
     path: str
     format: str
@@ -16,36 +17,56 @@ class Piece:
     end: int = -1
     """One past the last; -1: to the end of the file."""
     size: int = 0
-    """Its bytes on the disk, about; 0 where nobody knows."""
+    """Approximate bytes on disk; 0 if unknown."""
     revision: str = ""
-    """What identifies the content of a stream, which cannot be hashed."""
+    """Identifies the content of a stream, which cannot be hashed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it was read: columns, or what is wrong with it."""
+    """A row of an input: its columns, or the reason why it could not be read."""
 
     where: str
-    """File and line."""
+    """File and line (or another position), and what was found there if `bad`."""
     columns: dict[str, Any]
     bad: str = ""
-    """Why it could not be read; "" if it could."""
+    """Why it could not be read: one of a few fixed texts, by which bad rows are counted. "": it could."""
+
+
+class Problem(NamedTuple):
+    """Why a row gives no document."""
+
+    reason: str
+    """One of a few fixed texts, by which bad rows are counted."""
+    detail: str = ""
+    """What is particular to this row; shown with the first row of each reason."""
+
+
+def listed(names: Iterable[object], limit: int = 300) -> str:
+    """Names for one line of an error, separated by commas; without control characters, at most `limit` characters."""
+    text = ""
+    for name in names:
+        part = str(name)[:limit]
+        text += (", " if text else "") + (part if part.isprintable() else repr(part))
+        if len(text) > limit:
+            return text[: limit - 4] + " ..."
+    return text or "none"
 
 
 class Template:
-    """A document's text as a function of a row's columns."""
+    """The text of a document as a function of a row's columns."""
 
     def __init__(self, text: str) -> None:
         """`text`: a source's `template`, such as "{question}\\n{answer}"."""
         self.parts = tuple((literal, name or "") for literal, name, _, _ in string.Formatter().parse(text))
-        """(literal text, name of the column after it), the last name possibly empty."""
+        """(literal text, name of the column after it); the last name may be empty."""
         self.columns = [name for _, name in self.parts if name]
         """The columns that it reads."""
 
-    def text(self, row: Row) -> tuple[str, str]:
-        """The document's text, and why there is none ("" if there is)."""
+    def text(self, row: Row) -> tuple[str, Problem | None]:
+        """The document's text, or "" and the reason why there is none."""
         if row.bad:
-            return "", row.bad
+            return "", Problem(row.bad)
         out = []
         for literal, name in self.parts:
             if literal:
@@ -53,6 +74,20 @@ class Template:
             if name:
                 value = row.columns.get(name)
                 if not isinstance(value, str):
-                    return "", f"column {name!r} is {'missing' if value is None else 'not a string'}"
+                    return "", column_problem(row, name, "a string")
                 out.append(value)
-        return "".join(out), ""  # of a single string, that is the string itself: no copy of a long document
+        return "".join(out), None  # joining a single string returns it without a copy
+
+
+def column_problem(row: Row, name: str, wanted: str) -> Problem:
+    """The problem of a row whose column `name` is missing or not `wanted`, such as "a string"."""
+    value = row.columns.get(name)
+    if value is None:
+        null = " (it is null)" if name in row.columns else ""
+        return Problem(f"column {name!r} is missing", f"the row has {listed(row.columns)}{null}")
+    return Problem(f"column {name!r} is not {wanted}", f"it is {_kind(value)}")
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
