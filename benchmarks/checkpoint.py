@@ -68,6 +68,7 @@ def measure(config: Config, device: torch.device, root: Path, saves: int) -> dic
     for tensor in state.values():
         if tensor.is_floating_point():
             tensor.normal_()  # zeros, which moments start as, might be written and hashed faster
+    train_state = {"stages": [], "config": config.model_dump(mode="json"), "changes": [], "tokenizer": "", "origin": ""}
     blocked: dict[str, list[float]] = {}
     total: dict[str, list[float]] = {}
     for mode in ("sync", "async"):
@@ -76,7 +77,7 @@ def measure(config: Config, device: torch.device, root: Path, saves: int) -> dic
         for step in range(saves):
             barrier()
             start = time.perf_counter()
-            checkpointer.save(step, state, {})
+            checkpointer.save(step, state, train_state | {"step": step})
             blocked[mode].append(time.perf_counter() - start)
             checkpointer.wait()
             total[mode].append(time.perf_counter() - start)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed.launch import run_distributed
+from tests.unit.saved_runs import state_of
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.checkpoint.manifest import CORRUPT
 from torchxihe.components.checkpoint.staging import describe_state, find_holders, share_of_this_rank
@@ -72,7 +73,7 @@ def _save(layouts: list[str], root: Path) -> dict[str, str]:
             model(torch.arange(11))  # a validation leaves the root gathered
         state = flat_state(model, optimizer)
         assert len(state) == 4 * len(list(model.parameters()))
-        Checkpointer(root / layout, Checkpoint(mode="sync")).save(2, state, {"step": 2, "layout": layout})
+        Checkpointer(root / layout, Checkpoint(mode="sync")).save(2, state, state_of(2, layout))
         prints[layout] = fingerprint(state)
     return prints
 
@@ -87,7 +88,7 @@ def _load(layouts: list[str], root: Path) -> dict[tuple[str, str], str]:
             state = flat_state(model, optimizer)
             newest = checkpointer.newest()
             assert newest is not None
-            assert checkpointer.load(newest, state) == {"step": 2, "layout": saved_under}
+            assert checkpointer.load(newest, state) == state_of(2, saved_under)
             prints[saved_under, into] = fingerprint(flat_state(model, optimizer))
     return prints
 
@@ -119,7 +120,7 @@ def _save_async(root: Path) -> list[str]:
         step(model, optimizer)
         state = flat_state(model, optimizer)
         prints.append(fingerprint(state))
-        checkpointer.save(number, state, {"step": number})
+        checkpointer.save(number, state, state_of(number))
         step(model, optimizer)
     checkpointer.close()
     return prints
@@ -170,7 +171,7 @@ def _save_three(root: Path) -> None:
     model, optimizer = build("fsdp2")
     checkpointer = Checkpointer(root, Checkpoint(mode="sync"))
     for number in (1, 2, 3):
-        checkpointer.save(number, flat_state(model, optimizer), {"step": number})
+        checkpointer.save(number, flat_state(model, optimizer), state_of(number))
 
 
 @pytest.mark.parametrize("name", ["__1_0.distcp", "MANIFEST.json"])
@@ -181,7 +182,7 @@ def test_all_ranks_pass_over_what_one_found_corrupt(tmp_path: Path, name: str) -
     content[-5] ^= 64
     file.write_bytes(content)
     results = run_distributed(_fall_back, 2, tmp_path)
-    assert results == [("step-00000002", {"step": 2}, False)] * 2
+    assert results == [("step-00000002", state_of(2), False)] * 2
     assert (tmp_path / "step-00000003" / CORRUPT).read_text().startswith(name)
 
 
@@ -195,7 +196,7 @@ def _save_on_a_broken_disk(root: Path) -> str:
         HashedFile.write = write  # type: ignore[method-assign]
     model, optimizer = build("fsdp2")
     try:
-        Checkpointer(root, Checkpoint(mode="sync")).save(4, flat_state(model, optimizer), {"step": 4})
+        Checkpointer(root, Checkpoint(mode="sync")).save(4, flat_state(model, optimizer), state_of(4))
     except UserError as error:
         return str(error)
     return "saved"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.harness import Workspace
 from tests.faults.test_kill import newest
-from tests.unit.test_checkpoint import Bomb, flip, replace_metadata, truncate
+from tests.unit.test_checkpoint import Bomb, flip, replace_file, truncate
 from torchxihe.components.checkpoint.manifest import CORRUPT
 from torchxihe.components.checkpoint.storage import Location
 
@@ -40,7 +40,7 @@ def test_the_run_goes_on_from_the_one_before_and_mends_the_damage(
     """Seen to fail when sizes and hashes are not compared."""
     flip(trained.checkpoints / "step-00000020" / "__1_0.distcp")
     log = trained.finish(2)
-    assert "step-00000020 is corrupt and passed over: __1_0.distcp" in log
+    assert "step-00000020 is corrupt and is skipped: __1_0.distcp" in log
     assert sorted(trained.ledger()) == [17, 18, 19, 20]
     assert trained.files(20) == unbroken(2).files(20)
     assert newest(trained) == 20
@@ -50,14 +50,14 @@ def test_none_valid_stops_the_run(trained: Workspace) -> None:
     """Seen to fail (to begin afresh) without the error at the end of `Checkpointer.newest`."""
     for step in trained.steps():
         truncate(trained.checkpoints / f"step-{step:08d}" / "train_state.json")
-    trained.run(2).check_mistake("no checkpoint to go on from", "step-00000020", "step-00000012", "--run.name")
+    trained.run(2).check_mistake("no checkpoint to resume from", "step-00000020", "step-00000012", "--run.name")
     assert trained.steps() == [12, 16, 20]
-    trained.run(2).check_mistake("no checkpoint to go on from")  # and the next start does not begin afresh either
+    trained.run(2).check_mistake("no checkpoint to resume from")  # and the next start does not begin afresh either
 
 
 def test_no_code_runs_from_a_checkpoint(trained: Workspace) -> None:
     """The manifest fits: only the restricted unpickler stands in the way. Seen to fail with `pickle.Unpickler`."""
-    replace_metadata(Location(trained.checkpoints / "step-00000020"), pickle.dumps(Bomb()))
+    replace_file(Location(trained.checkpoints / "step-00000020"), ".metadata", pickle.dumps(Bomb()))
     outcome = trained.run(2, "--training.steps=24")
     outcome.check_mistake(".metadata", "posix.system")
     assert not list(trained.root.rglob("exploded"))

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests.unit.saved_runs import state_of
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.checkpoint.staging import Staging
 from torchxihe.components.checkpoint.state import flat_state, load_model_only
@@ -57,7 +58,7 @@ def test_async_save_of_sharded_tensors(group: None, tmp_path: Path) -> None:
         state = flat_state(model, optimizer)
         assert isinstance(state["model.0.weight"], DTensor) and state["model.0.weight"].is_cuda
         expected[number] = {key: tensor.clone() for key, tensor in state.items()}
-        checkpointer.save(number, state, {"step": number})
+        checkpointer.save(number, state, state_of(number))
         step(model, optimizer)
     checkpointer.close()
     other = flat_state(*sharded(1))

@@ -71,10 +71,18 @@ def make_run(root: Path, shape: Shape, vocab_size: int = 320, **sections: dict[s
     return config, model
 
 
+def state_of(step: int, origin: str = "") -> dict[str, Any]:
+    """The least that a checkpoint of `step` must have beside its tensors."""
+    config = {"run": {"dir": "runs", "name": "toy"}, "model": {}, "data": {"seq_len": 8, "format": "text"}}
+    return {"step": step, "stages": [], "config": config, "changes": [], "tokenizer": "", "origin": origin}
+
+
 def train_state(config: Config, tokenizer: Path) -> dict[str, Any]:
     """What a checkpoint of step 7 holds beside its tensors."""
     history = History(config, tokenizer)
-    history.stages = [{"g": 0, "step": 0, "global_batch": 2}, {"g": 18, "step": 9, "global_batch": 4}]
+    same = {"seed": 0, "sources": ["key"], "quotas": [2048]}
+    first, second = {"g": 0, "step": 0, "global_batch": 2}, {"g": 18, "step": 9, "global_batch": 4}
+    history.stages = [first | same | {"first": [0]}, second | same | {"first": [18]}]
     return history.to_json(7)
 
 

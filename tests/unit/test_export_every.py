@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.saved_runs import LLAMA, make_run, write_training
+from tests.unit.saved_runs import LLAMA, make_run, state_of, write_training
 from tests.unit.test_watch import losses, train
 from torchxihe.__main__ import run
 from torchxihe.components.checkpoint import export as module
@@ -148,7 +148,7 @@ def saver(root: Path) -> tuple[Config, Checkpointer, Any]:
     state = checkpointer.train_state(config.run_dir / "checkpoints" / "step-00000007")
 
     def save(step: int) -> None:
-        checkpointer.save(step, flat_state(model, None), state | {"step": step})
+        checkpointer.save(step, flat_state(model, None), state | state_of(step))
         checkpointer.wait()
 
     return config, checkpointer, save

@@ -63,12 +63,12 @@ def test_a_changed_mixture_is_told_by_what_differs() -> None:
     code, books = {"name": "code", "path": "a", "subset": "", "weight": 1.0}, {"name": "", "path": "b", "subset": "en"}
     heavier = code | {"weight": 2.0, "of another version": 3}
     assert describe_change("data.sources", [code, books], [heavier, {**books, "subset": "de"}]) == [
-        "data.sources: b en is gone",
-        "data.sources: b de is new",
+        "data.sources: b en is removed",
+        "data.sources: b de is added",
         "data.sources: code: weight changes from 1.0 to 2.0",
     ]
     assert describe_change("data.sources", [code, books], [books, code]) == ["data.sources changes"]
-    assert describe_change("validation.sets", [], [books]) == ["validation.sets: b en is new"]
+    assert describe_change("validation.sets", [], [books]) == ["validation.sets: b en is added"]
     assert describe_change("optimizer.betas", [0.9, 0.95], [0.9, 0.99]) == [
         "optimizer.betas changes from [0.9, 0.95] to [0.9, 0.99]"
     ]

@@ -1,9 +1,10 @@
 """Small JSON files that the project reads back: regular, bounded in size, and exactly of a schema."""
 
+import errno
 import os
 import stat
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -24,21 +25,36 @@ class Record(BaseModel):
 R = TypeVar("R")
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A regular file, opened for reading.
+
+    Raises DamagedError for a FIFO, a socket or a device, which are not waited for, and OSError where it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a FIFO would wait for a writer
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise DamagedError("is not a regular file")
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def read_bounded(path: str | os.PathLike[str], limit: int = LIMIT) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
     Raises DamagedError for anything else (a FIFO or a device is not opened), OSError where it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a FIFO, opening would wait for a writer
-    with open(descriptor, "rb") as file:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise (
-                IsADirectoryError(None, "Is a directory", str(path))
-                if stat.S_ISDIR(info.st_mode)
-                else DamagedError("is not a regular file")
-            )
-        content = file.read(limit + 1)
+    with open_regular(path) as file:
+        return read_stream(file, limit)
+
+
+def read_stream(stream: IO[bytes], limit: int = LIMIT) -> bytes:
+    """What is left of `stream`, at most `limit` bytes. Raises DamagedError if there is more."""
+    content = stream.read(limit + 1)
     if len(content) > limit:
         raise DamagedError(f"has more than {limit:,} bytes")
     return content
@@ -53,7 +69,8 @@ def parse_record(content: bytes, schema: type[R]) -> R:
         return TypeAdapter(schema).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        place = ".".join(map(str, first["loc"])).encode("unicode_escape").decode()[:200]  # keys may be anything
+        place = f"{place}: " if place else ""
         what = "is not JSON: " if first["type"] == "json_invalid" else place
         raise DamagedError(f"{what}{first['msg']}") from None
 

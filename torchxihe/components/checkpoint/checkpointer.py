@@ -1,7 +1,8 @@
-"""Checkpoints: tensors through DCP, the rest as JSON, committed as a whole or not at all, verified before use.
+"""Checkpoints: tensors through DCP, the rest as JSON, committed atomically, verified before use.
 
-DCP checks no content, ignores extra keys, casts dtypes silently and unpickles what it finds; so the layout, the
-hashes (manifest.py) and the strict comparison of keys, shapes and dtypes are ours, and only tensors go through it.
+DCP checks no content, ignores extra keys, casts dtypes silently and unpickles any class; so the file layout, the hashes
+(manifest.py), the strict comparison of keys, shapes and dtypes (state.py) and the reader of tensors (tensor_files.py)
+are ours.
 """
 
 import itertools
@@ -18,10 +19,10 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from torchxihe.components.checkpoint.history import read_train_state
 from torchxihe.components.checkpoint.manifest import (
     CORRUPT,
     TRAIN_STATE,
-    CorruptError,
     Files,
     Manifest,
     is_committed,
@@ -35,8 +36,8 @@ from torchxihe.components.checkpoint.manifest import (
     write_manifest,
 )
 from torchxihe.components.checkpoint.staging import Staging, describe_state, find_holders, share_of_this_rank
-from torchxihe.components.checkpoint.state import corrupt, dcp_errors, load_tensors, open_fitting
-from torchxihe.components.checkpoint.storage import Location, with_retries
+from torchxihe.components.checkpoint.state import corruption_explained, dcp_errors, load_tensors, open_fitting
+from torchxihe.components.checkpoint.storage import CorruptError, Location
 from torchxihe.components.checkpoint.tensor_files import TensorWriter
 from torchxihe.components.runtime import Ranks
 from torchxihe.config.options import Checkpoint
@@ -47,22 +48,22 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and finds the checkpoints of one run. Made, and each method called, on all ranks together."""
+    """Saves and finds the checkpoints of one run. Constructed, and each method called, on all ranks together."""
 
     def __init__(self, directory: str | PathLike[str], config: Checkpoint) -> None:
-        """`directory` holds the step directories; leftovers of saves that did not end are swept from it."""
+        """`directory` contains the step directories; drafts of interrupted saves are deleted from it."""
         self.directory = Location(directory)
         self.config = config
         self.ranks = Ranks()
-        """All of the run, for what is done with files."""
+        """All ranks of the run, for work on files."""
         self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._verified: Location | None = None
         self.committed: Callable[[Location], None] = lambda directory: None
-        """Told on rank 0 of each step, when it is committed, by the thread that wrote it."""
+        """Called on rank 0 after each commit, in the thread that wrote the checkpoint."""
         self.in_use: set[Location] = set()
-        """Steps that are being read, on rank 0: not to be deleted."""
+        """Steps that are being exported, on rank 0: retention does not delete them."""
         self.ranks.on_main(self._sweep_drafts)
 
     def save(
@@ -73,11 +74,11 @@ class Checkpointer:
         validation_loss: float | None = None,
         expected: Collection[str] | None = None,
     ) -> Location:
-        """Save and commit `step`; a committed one stays as it is. Returns its directory.
+        """Save and commit `step`, unless it is committed already. Returns its directory.
 
-        `expected`: the names of all tensors, which the ranks must have between them; None: every rank has all.
-        `train_state` must be JSON. With mode "async" the values are copied when this returns and written later:
-        `poll` tells of an error. Raises UserError when the disk is full, broken or read-only.
+        `expected`: the names of all tensors, each of which some rank must have; None: every rank has all of them.
+        `train_state` is JSON. With mode "async" the values have been copied when this returns and are written later:
+        `poll` raises the errors. Raises UserError when the disk is full, broken or read-only.
         """
         self.wait()
         directory = self.directory / step_name(step)
@@ -90,7 +91,7 @@ class Checkpointer:
             assert not missing, f"not every tensor would be saved: rank {rank} lacks {missing[:6]}"
         parts = tuple(sorted({key.partition(".")[0] for key in holders}))
         finite = validation_loss is not None and math.isfinite(validation_loss)
-        manifest = Manifest(step, {}, parts, validation_loss if finite else None)  # JSON has no NaN, nor is it the best
+        manifest = Manifest(step, {}, parts, validation_loss if finite else None)  # JSON has no NaN
         state = share_of_this_rank(state, holders, self.ranks.rank)
         text = json.dumps(train_state, indent=1)
         if self.config.mode == "async":
@@ -100,85 +101,95 @@ class Checkpointer:
         return directory
 
     def poll(self) -> None:
-        """Raise the error of the save in the background, if it has met one; costs nothing."""
+        """Raise the error of a background save that has ended; does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save in the background; raises its error."""
+        """Wait for the background save; raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Wait until nothing is being written any more; raises the error that the last save met."""
+        """Wait for the background save and end its thread; raises its error."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def newest(self, finished: Callable[[dict[str, Any]], bool] = lambda train_state: False) -> Location | None:
-        """The newest step that is committed and verifies, or None if nothing was ever committed.
+        """The newest committed step that verifies, or None if nothing was ever committed.
 
-        A corrupt one is marked as such, with a warning, and passed over; so is one of the model alone, unless by its
-        train_state the run is `finished`, where nothing is left to do. Raises UserError if there are checkpoints and
-        none is of use, or if one cannot be read: neither may become a silent fresh start.
+        A corrupt one is marked CORRUPT, with a warning, and skipped; so is one of the model alone, unless the run is
+        `finished` according to its train_state. Raises UserError if there are checkpoints and none can be resumed from,
+        or if one cannot be read: the run must not start from step 0 silently.
         """
         steps = self.ranks.on_main(
             lambda: [(d, is_committed(d), CORRUPT in d.names()) for d in steps_in(self.directory)]
         )
-        passed = []
+        skipped = []
         for i, (directory, committed, marked) in enumerate(steps):
             if marked:
-                passed.append(f"{directory.name} is marked {CORRUPT}")
+                skipped.append(f"{directory.name} is marked {CORRUPT}")
                 continue
             if not committed and (not directory.local or any(later for _, later, _ in steps[:i])):
                 continue  # half-deleted, which is only done after a newer one is committed, or half-uploaded
             found = self._flaws(directory)
             if found:
                 self.ranks.on_main(lambda directory=directory, reason=found[0]: mark_corrupt(directory, reason))
-                passed.append(f"{directory.name}: {found[0]}")
+                skipped.append(f"{directory.name}: {found[0]}")
                 if is_main():
-                    log.warning("%s is corrupt and passed over: %s", directory, "; ".join(found))
+                    log.warning("%s is corrupt and is skipped: %s", directory, "; ".join(found))
                 continue
             parts = self.ranks.on_main(lambda directory=directory: read_manifest(directory).parts)
             self._verified = directory
             if parts == ("model",) and not finished(self.train_state(directory)):
-                passed.append(f"{directory.name} holds the model alone")
+                skipped.append(f"{directory.name} holds the model alone")
                 continue
             self.ranks.on_main(lambda i=i: self._sweep_half_deleted(steps[i + 1 :]))
             return directory
-        if passed:
-            remedy = "mend one, or start another run with --run.name=NAME"
-            if any("model alone" in why for why in passed):
+        if skipped:
+            remedy = "restore one from a copy, or start another run with --run.name=NAME"
+            if any("model alone" in why for why in skipped):
                 remedy += """, from its weights with --checkpoint.load=STEP --checkpoint.load_only='["model"]'"""
-            raise UserError(f"{self.directory}: no checkpoint to go on from ({'; '.join(passed)}); {remedy}")
+            raise UserError(f"{self.directory}: no checkpoint to resume from ({'; '.join(skipped)}); {remedy}")
         return None
 
     def load(self, path: str | PathLike[str], state: dict[str, Tensor], only: tuple[str, ...] = ()) -> dict[str, Any]:
         """Fill `state`'s tensors, in place, from the step directory `path`; returns its train_state.
 
-        `only` names the parts ("model") that are compared and loaded; none: all. Raises UserError if the checkpoint
-        is corrupt or unreadable, or if its keys, shapes or dtypes are not exactly `state`'s.
+        Each rank gives the tensors that it holds. `only` names the parts ("model") that are compared and loaded; none:
+        all. Raises UserError if the checkpoint is corrupt or unreadable, or if its keys, shapes or dtypes are not
+        exactly those of all ranks' states together.
         """
         directory = Location(path)
         train_state = self.train_state(directory)
         wanted = {key: tensor for key, tensor in state.items() if not only or key.partition(".")[0] in only}
-        reader = self.ranks.each(lambda: open_fitting(directory, wanted, only))
+        described = self.ranks.gather(lambda: describe_state(wanted))
+        find_holders(described)
+        everything = {key: entry for entries in described for key, entry in entries.items()}
+        reader = self.ranks.each(lambda: open_fitting(directory, everything, only))
         load_tensors(wanted, reader, self.ranks.group)
         return train_state
 
     def train_state(self, path: str | PathLike[str]) -> dict[str, Any]:
-        """What was saved beside the tensors of the step directory `path`. Raises UserError if it is corrupt."""
+        """The train_state of the step directory `path`. Raises UserError if any file there is corrupt."""
         directory = Location(path)
-        if directory != self._verified and (found := self._flaws(directory)):
-            raise corrupt(directory, "; ".join(found))
+        with corruption_explained(directory):
+            if directory != self._verified and (found := self._flaws(directory)):
+                raise CorruptError("; ".join(found))
         self._verified = directory
-        return self.ranks.on_main(lambda: json.loads(with_retries((directory / TRAIN_STATE).read)))
+
+        def read() -> dict[str, Any]:
+            with corruption_explained(directory):
+                return read_train_state(directory)
+
+        return self.ranks.on_main(read)
 
     def _write(self, directory: Location, state: dict[str, Tensor], train_state: str, manifest: Manifest) -> None:
-        """Write a step's files, each rank its own, and commit them. Runs in the background thread if that is wanted."""
-        # Only a local rename is one indivisible act. In an object store the manifest, which comes last, commits.
+        """Write a step's files, each rank its own, and commit them. With mode "async", in the background thread."""
+        # Only a local rename is atomic. In an object store the manifest, which is written last, commits.
         draft = directory.with_name(f"{directory.name}.tmp") if directory.local else directory
 
         def prepare() -> None:
@@ -193,7 +204,7 @@ class Checkpointer:
             write_manifest(draft, replace(manifest, files=files))
             draft.sync()
             if draft != directory:
-                directory.remove()  # not committed, or we would not be here: a corrupt one
+                directory.remove()  # a corrupt one: `save` returns early if it is committed
                 draft.rename(directory)
                 self.directory.sync()
             self.committed(directory)
@@ -211,18 +222,18 @@ class Checkpointer:
         log.info("saved %s in %.1f s", directory, time.perf_counter() - start)
 
     def _flaws(self, directory: Location) -> list[str]:
-        """What is wrong with a step directory, every rank having read its share of the files."""
+        """What is wrong with a step directory; each rank reads its share of the files."""
         found = self.ranks.gather(lambda: step_flaws(directory, self.ranks.rank, self.ranks.size))
-        return list(dict.fromkeys(flaw for part in found for flaw in part))  # a bad manifest is everybody's, once
+        return list(dict.fromkeys(flaw for part in found for flaw in part))  # every rank reports a bad manifest
 
     def retain(self) -> None:
-        """Delete, on rank 0, the committed steps that no retention option keeps and nobody reads."""
+        """Delete, on rank 0, the committed steps that no retention option keeps and that are not being exported."""
         config = self.config
         committed = [directory for directory in steps_in(self.directory) if is_committed(directory)]
         if not config.keep_last:
             return
         keep = set(committed[: config.keep_last])
-        keep |= {*itertools.islice(filter(_is_whole, committed), 1)}  # from weights alone no run goes on
+        keep |= {*itertools.islice(filter(_has_optimizer, committed), 1)}  # a run cannot resume from weights alone
         if config.keep_every:
             keep |= {directory for directory in committed if step_of(directory.name) % config.keep_every == 0}
         if config.keep_best:
@@ -233,20 +244,20 @@ class Checkpointer:
                 remove_step(directory)
 
     def _sweep_drafts(self) -> None:
-        """Remove what interrupted saves have left."""
+        """Delete the drafts of interrupted saves."""
         for name in self.directory.names():
             if name.endswith(".tmp") and step_of(name.removesuffix(".tmp")) >= 0:
                 (self.directory / name).remove()
 
     def _sweep_half_deleted(self, older: list[tuple[Location, bool, bool]]) -> None:
-        """Remove, of the steps before a valid one, those whose deletion was interrupted."""
+        """Delete those steps before a valid one whose deletion was interrupted."""
         for directory, committed, marked in older:
             if not committed and not marked:
                 directory.remove()
 
 
-def _is_whole(directory: Location) -> bool:
-    """Whether a committed step has more than the model. A damaged manifest says no, and ends no run."""
+def _has_optimizer(directory: Location) -> bool:
+    """Whether a committed step has more than the model; False if its manifest is damaged."""
     try:
         return read_manifest(directory).parts != ("model",)
     except CorruptError:
@@ -254,7 +265,7 @@ def _is_whole(directory: Location) -> bool:
 
 
 def _validation_loss(directory: Location) -> float | None:
-    """The loss that a committed step was saved with, if any. A damaged manifest has none, and ends no run."""
+    """The validation loss in a committed step's manifest; None if it has none or is damaged."""
     try:
         return read_manifest(directory).validation_loss
     except CorruptError:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import torchxihe
-from torchxihe.components.checkpoint.manifest import CorruptError, read_manifest, step_flaws
+from torchxihe.components.checkpoint.manifest import read_manifest, step_flaws
 from torchxihe.components.checkpoint.saved_run import SavedRun
-from torchxihe.components.checkpoint.state import corrupt, flat_state, load_tensors, open_fitting
+from torchxihe.components.checkpoint.staging import describe_state
+from torchxihe.components.checkpoint.state import corruption_explained, flat_state, load_tensors, open_fitting
+from torchxihe.components.checkpoint.storage import CorruptError
 from torchxihe.data.prepare.chat import Chat
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE
 from torchxihe.errors import UserError, explained
@@ -81,15 +83,12 @@ def _write_weights(
     for key, tensor in state.items():
         rows = [vocab_size] if key in ("model.embed_tokens.weight", "model.lm_head.weight") else tensor.shape[:1]
         shapes[key] = torch.Size([*rows, *tensor.shape[1:]])
-    try:
-        to_verify = sum(size for size, _ in read_manifest(saved.step_dir).files.values())
-    except CorruptError as error:
-        raise corrupt(saved.step_dir, str(error)) from None
     count = sum(shape.numel() for shape in shapes.values())
-    total = to_verify + count * dtype.itemsize
-    if flaws := step_flaws(saved.step_dir, progress=lambda more: progress(more, total)):
-        raise corrupt(saved.step_dir, "; ".join(flaws))
-    reader = open_fitting(saved.step_dir, state, ("model",))
+    with corruption_explained(saved.step_dir):
+        total = sum(size for size, _ in read_manifest(saved.step_dir).files.values()) + count * dtype.itemsize
+        if flaws := step_flaws(saved.step_dir, progress=lambda more: progress(more, total)):
+            raise CorruptError("; ".join(flaws))
+    reader = open_fitting(saved.step_dir, describe_state(state), ("model",))
 
     def tensors(keys: list[str]) -> Iterator[Tensor]:
         for key in keys:

@@ -1,28 +1,32 @@
-"""What a run has been through, which every checkpoint carries; what may change between two starts, and what may not."""
+"""train_state.json: step, data order, config and its changes; which options may change between two starts of a run."""
 
-import json
 import logging
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from torchxihe.components.checkpoint.manifest import (
     TRAIN_STATE,
-    CorruptError,
     checkpoints_of,
     is_committed,
-    read_manifest,
+    read_file,
+    step_of,
     steps_in,
 )
-from torchxihe.components.checkpoint.storage import Location, hash_file
+from torchxihe.components.checkpoint.storage import CorruptError, Location, hash_file
 from torchxihe.config.options import Config
+from torchxihe.data.order import BLOCK
 from torchxihe.errors import UserError
+from torchxihe.utils.records import DamagedError, Record, parse_record
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["free", "recorded", "refused"]
 
-# Every option, by section. Free: changes how a run is made, not what it is. Recorded: may change, and the checkpoints
-# tell when and to what. Refused: it would be another run, whose losses cannot be compared with what came before.
+# Every option, by section. Free: has no influence on the result. Recorded: may change; the checkpoints record when and
+# to what. Refused: it would be another experiment, whose losses cannot be compared with the earlier ones.
 KINDS: dict[Kind, dict[str, str]] = {
     "free": {
         "run": "name dir",
@@ -36,7 +40,7 @@ KINDS: dict[Kind, dict[str, str]] = {
     },
     "recorded": {
         "model": "initializer_range",
-        "tokenizer": "path revision vocab_size train_bytes",  # where it is from: that it is the same is checked
+        "tokenizer": "path revision vocab_size train_bytes",  # its content is compared by hash
         "data": "sources document_mask on_bad_rows max_bad_rows",
         "validation": "every max_tokens sets",
         "training": "steps tokens global_batch_size batch_ramp dtype max_grad_norm max_skipped skip_spikes_beyond",
@@ -48,12 +52,106 @@ KINDS: dict[Kind, dict[str, str]] = {
         "model": "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size"
         " vocab_size qk_norm tie_word_embeddings rope_theta rms_norm_eps",
         "tokenizer": "chat_template",
-        "data": "format seq_len packing",  # they number the rows, and resuming goes by row numbers
-        "validation": "fraction",  # what was held out would be trained on
+        "data": "format seq_len packing",  # the data order is a sequence of row numbers, which depend on these
+        "validation": "fraction",  # held-out documents would be trained on
         "training": "seed",
         "optimizer": "name state_dtype",
     },
 }
+
+
+class _SavedSection(BaseModel):
+    """A section of a saved config: what is read of it, and other options, which may be another version's."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _SavedRunSection(_SavedSection):
+    dir: str
+    name: str
+
+
+class _SavedData(_SavedSection):
+    seq_len: Annotated[int, Field(gt=0, le=2**26)]  # the tables of RoPE have as many rows
+    format: str = "text"
+
+
+class _SavedConfig(BaseModel):
+    """The config in a checkpoint. Options are read from it by name only; the rest is compared with today's config."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    run: _SavedRunSection
+    model: dict[str, Any]
+    data: _SavedData
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> "_SavedConfig":
+        for name, section in (self.model_extra or {}).items():
+            if not isinstance(section, dict):
+                raise ValueError(f"{name} is not a table")
+        return self
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _SavedStage(Record):
+    """`Stage.to_json`."""
+
+    g: Count
+    step: Count
+    global_batch: Annotated[int, Field(gt=0, lt=2**63)]
+    seed: NonNegativeInt
+    sources: tuple[str, ...]
+    quotas: tuple[PositiveInt, ...]
+    first: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> "_SavedStage":
+        if not len(self.sources) == len(self.quotas) == len(self.first) or sum(self.quotas) != BLOCK:
+            raise ValueError("sources, quotas and first do not fit each other")
+        return self
+
+
+class _Change(Record):
+    step: Count
+    option: str
+    was: Annotated[Any, Field(alias="from")]
+    to: Any
+
+
+class _TrainState(Record):
+    """Exactly what `History.to_json` returns."""
+
+    step: Count
+    stages: tuple[_SavedStage, ...]
+    config: _SavedConfig
+    changes: tuple[_Change, ...]
+    tokenizer: str
+    origin: str
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> "_TrainState":
+        starts = [(stage.g, stage.step) for stage in self.stages]
+        if starts and (starts[0] != (0, 0) or not all(a < c and b < d for (a, b), (c, d) in pairwise(starts))):
+            raise ValueError("the stages are not in order")
+        return self
+
+
+def read_train_state(directory: Location) -> dict[str, Any]:
+    """What `History.to_json` returned when the committed step `directory` was saved.
+
+    Raises CorruptError unless it is exactly that, of this step, with the hash in the manifest; OSError; UserError.
+    """
+    content = read_file(directory, TRAIN_STATE)
+    try:
+        state = parse_record(content, _TrainState).model_dump(mode="json", by_alias=True)
+    except DamagedError as error:
+        raise CorruptError(f"{TRAIN_STATE} is not what a run saves: {error}") from None
+    if state["step"] != step_of(directory.name):
+        raise CorruptError(f"{TRAIN_STATE} is of step {state['step']}, but the directory is named {directory.name}")
+    return state
 
 
 def kind_of(option: str) -> Kind:
@@ -65,19 +163,24 @@ def kind_of(option: str) -> Kind:
     raise KeyError(option)
 
 
+def all_changes(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """The options, but for free ones, whose values differ between `before` (as JSON) and `config`, with both values."""
+    now = config.model_dump(mode="json")
+    return {
+        f"{section}.{name}": (value, now[section][name])
+        for section, values in before.items()
+        for name, value in values.items()
+        # An option that only one of two versions of torchxihe has is not a change.
+        if name in now.get(section, {}) and now[section][name] != value and kind_of(f"{section}.{name}") != "free"
+    }
+
+
 def recorded_changes(before: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     """The options that have changed since a checkpoint with the config `before` (as JSON), with both values.
 
     Free ones are left out. Raises UserError, a line each, for those that must not change.
     """
-    now = config.model_dump(mode="json")
-    changes = {
-        f"{section}.{name}": (value, now[section][name])
-        for section, values in before.items()
-        for name, value in values.items()
-        # An option that came or went with another version of torchxihe is no change of the user's.
-        if name in now.get(section, {}) and now[section][name] != value
-    }
+    changes = all_changes(before, config)
     remedy = "start another run with --run.name=NAME"
     refused = [
         f"{option}: was {was!r} when this run was saved, is {is_now!r}; a run keeps it: {remedy}"
@@ -90,42 +193,43 @@ def recorded_changes(before: dict[str, Any], config: Config) -> dict[str, tuple[
 
 
 def describe_change(option: str, was: Any, now: Any) -> list[str]:
-    """A change in lines: of a list of tables (a mixture) only what differs, by the tables' names."""
+    """A change, one line per difference; lists of tables (a mixture) are compared by the tables' names."""
     entries = [*was, *now] if isinstance(was, list) and isinstance(now, list) else [was]
     if not all(isinstance(entry, dict) for entry in entries):
         return [f"{option} changes from {was} to {now}"]
 
     def by_name(tables: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         keys = ("path", "subset", "glob")
-        return {e["name"] or " ".join(e[key] for key in keys if e.get(key)): e for e in tables}
+        return {e.get("name") or " ".join(str(e[key]) for key in keys if e.get(key)): e for e in tables}
 
     old, new = by_name(was), by_name(now)
-    lines = [f"{option}: {name} is gone" for name in old if name not in new]
-    lines += [f"{option}: {name} is new" for name in new if name not in old]
+    lines = [f"{option}: {name} is removed" for name in old if name not in new]
+    lines += [f"{option}: {name} is added" for name in new if name not in old]
     lines += [
         f"{option}: {name}: {key} changes from {old[name][key]} to {value}"
         for name in new
         for key, value in new[name].items()
         if name in old and key in old[name] and value != old[name][key]
     ]
-    return lines or [f"{option} changes"]  # their order, or options of another version
+    return lines or [f"{option} changes"]  # the order of tables, or options of another version
 
 
 def check_changes(config: Config) -> None:
     """Raise UserError for what must not change since the run's newest checkpoint: before hours of preparing its data.
 
-    What is damaged or out of reach is training's to judge, which may take an older one.
+    A damaged or unreadable one is no error here: training will check it and may fall back to an older one.
     """
     try:
         newest = next((step for step in steps_in(checkpoints_of(config)) if is_committed(step)), None)
-        if newest and hash_file(newest / TRAIN_STATE) == read_manifest(newest).files[TRAIN_STATE]:
-            recorded_changes(json.loads((newest / TRAIN_STATE).read())["config"], config)
+        saved = read_train_state(newest) if newest else None
     except (CorruptError, OSError):
         return
+    if saved:
+        recorded_changes(saved["config"], config)
 
 
 class History:
-    """The part of a checkpoint that is no tensor."""
+    """The part of a checkpoint that is not tensors."""
 
     def __init__(self, config: Config, tokenizer_dir: Path) -> None:
         """`tokenizer_dir` holds the `tokenizer.json` that the data was prepared with."""
@@ -134,10 +238,10 @@ class History:
         self._changes: list[dict[str, Any]] = []
         self._origin = ""
         self.stages: list[dict[str, Any]] = []
-        """The data order's, as JSON."""
+        """The stages of the data order, as JSON."""
 
     def to_json(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of `step` says of the run."""
+        """The content of train_state.json of a checkpoint of `step`."""
         return {
             "step": step,
             "stages": self.stages,
@@ -148,7 +252,7 @@ class History:
         }
 
     def resume(self, saved: dict[str, Any]) -> None:
-        """Continue the run that wrote `saved`. Raises UserError if a change since then makes it another run."""
+        """Resume the run that wrote `saved`. Raises UserError if an option has changed that must not."""
         changes = recorded_changes(saved["config"], self._config)
         if saved["tokenizer"] != self._tokenizer:
             raise UserError(
@@ -163,11 +267,20 @@ class History:
         self._origin, self.stages = saved["origin"], saved["stages"]
 
     def start_from(self, saved: dict[str, Any], origin: Location, whole: bool) -> None:
-        """Begin a new run at the checkpoint `origin`; `whole`: with its step and data order, not its weights alone."""
+        """Start a new run from the checkpoint `origin`; `whole`: with its step and data order, not its weights alone.
+
+        Logs the options that differ from the origin's, free ones excepted. Raises UserError for another tokenizer.
+        """
         if saved["tokenizer"] != self._tokenizer:
             raise UserError(
                 f"checkpoint.load: {origin} was trained with another tokenizer; "
                 "set tokenizer.path to its run's tokenizer/"
             )
+        for option, (was, now) in all_changes(saved["config"], self._config).items():
+            for line in describe_change(option, was, now):
+                log.info("%s, compared with %s", line, origin)
+            if whole:
+                self._changes.append({"step": saved["step"], "option": option, "from": was, "to": now})
         self._origin = str(origin)
-        self.stages = saved["stages"] if whole else []
+        if whole:
+            self._changes, self.stages = saved["changes"] + self._changes, saved["stages"]

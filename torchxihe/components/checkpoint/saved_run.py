@@ -1,54 +1,65 @@
-"""A checkpoint seen from outside training: of which run, of what model, with which tokenizer."""
+"""A checkpoint as eval, generate and export use it: with its model config and tokenizer."""
 
-import json
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from torchxihe.components.checkpoint.manifest import TRAIN_STATE, CorruptError, read_manifest, step_of
-from torchxihe.components.checkpoint.state import corrupt, load_model_only, resolve
-from torchxihe.components.checkpoint.storage import Location, hash_file, with_retries
-from torchxihe.config.options import Model
-from torchxihe.errors import UserError, explained
+from torchxihe.components.checkpoint.history import read_train_state
+from torchxihe.components.checkpoint.manifest import step_of
+from torchxihe.components.checkpoint.state import corruption_explained, load_model_only, resolve
+from torchxihe.components.checkpoint.storage import CorruptError, Location, hash_file
+from torchxihe.config.options import Config, Model
+from torchxihe.errors import UserError
 from torchxihe.kernels.select import PORTABLE, Kernels
 from torchxihe.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A committed step and what belongs to it."""
+    """A committed step, its model config and its tokenizer."""
 
     step_dir: Location
     train_state: dict[str, Any]
-    """What `History.to_json` wrote."""
+    """What `History.to_json` returned."""
     model: Model
     seq_len: int
     tokenizer_dir: Path
 
     @property
     def step(self) -> int:
-        """Optimizer steps that the weights have behind them."""
+        """Optimizer steps that the weights have been trained for."""
         return step_of(self.step_dir.name)
+
+    @property
+    def config(self) -> Config | None:
+        """The config that it was saved with; None for an imported model, and for one of an incompatible version."""
+        try:
+            return Config.model_validate(self.train_state["config"]) if self.train_state["stages"] else None
+        except ValidationError:
+            return None
 
 
 def open_saved(path: str | PathLike[str]) -> SavedRun:
     """The checkpoint that `path` (a run, or one of its step directories) means; a run's newest one.
 
-    Raises UserError if there is none. Weights are not read, nor is anything verified.
+    Raises UserError if there is none. Weights are neither read nor verified.
     """
     step_dir = resolve(path)
-    try:
-        if hash_file(step_dir / TRAIN_STATE) != read_manifest(step_dir).files.get(TRAIN_STATE):
-            raise corrupt(step_dir, f"{TRAIN_STATE} is not what was written")
-        train_state = json.loads(with_retries((step_dir / TRAIN_STATE).read))
-    except OSError as error:
-        raise explained(error) from None
-    except CorruptError as error:
-        raise corrupt(step_dir, str(error)) from None
-    config = train_state["config"]
+    with corruption_explained(step_dir):
+        train_state = read_train_state(step_dir)
+        config = train_state["config"]
+        try:
+            model = Model.model_validate(config["model"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"{step_dir}: this torchxihe has no such model: {where}: {first['msg']}; use another version"
+            ) from None
     of_run = Path(config["run"]["dir"], config["run"]["name"])
     homes = [Path(path), Path(step_dir.parent.parent), of_run]
     found = next((home / "tokenizer" for home in homes if (home / "tokenizer" / "torchxihe.json").is_file()), None)
@@ -56,16 +67,20 @@ def open_saved(path: str | PathLike[str]) -> SavedRun:
         raise UserError(
             f"{step_dir}: the run's tokenizer/ is neither beside checkpoints/ nor in {of_run}; put it there"
         )
-    if hash_file(Location(found / "tokenizer.json"))[1] != train_state["tokenizer"]:
-        raise UserError(f"{found}: tokenizer.json is damaged, or another than the one that {step_dir} was trained with")
-    return SavedRun(step_dir, train_state, Model.model_validate(config["model"]), config["data"]["seq_len"], found)
+    with corruption_explained(step_dir):
+        try:
+            digest = hash_file(Location(found / "tokenizer.json"))[1]
+        except CorruptError as error:
+            raise UserError(f"{found}: {error}; restore it from the run's cache or a copy") from None
+    if digest != train_state["tokenizer"]:
+        raise UserError(f"{found}: tokenizer.json is damaged, or not the one that {step_dir} was trained with")
+    return SavedRun(step_dir, train_state, model, config["data"]["seq_len"], found)
 
 
 def load_decoder(saved: SavedRun, device: torch.device, dtype: torch.dtype, kernels: Kernels = PORTABLE) -> Decoder:
     """The model with its weights, verified, on `device`, computing in `dtype`. Raises UserError."""
     with torch.device("meta"):
         model = Decoder(saved.model, seq_len=saved.seq_len, dtype=dtype, kernels=kernels)
-    model.to_empty(device=device)
+    load_model_only(saved.step_dir, model, device)
     model.init_tables()
-    load_model_only(saved.step_dir, model)
     return model

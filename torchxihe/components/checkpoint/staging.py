@@ -1,4 +1,4 @@
-"""Which rank writes which tensor, and copies of them that training does not change while they are written."""
+"""Which rank writes which tensor, and copies in host memory that stay unchanged while they are written."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torchxihe.utils.distributed import local_part
 
 Entry = tuple[tuple[int, ...], str, tuple[int, ...]]
-"""Global shape and dtype of a tensor, and the ranks of its mesh (none: a plain tensor, whole where it is)."""
+"""Global shape and dtype of a tensor, and the ranks of its mesh (none: not a DTensor)."""
 
 
 def describe_state(state: dict[str, Tensor]) -> dict[str, Entry]:
@@ -28,7 +28,7 @@ def describe_state(state: dict[str, Tensor]) -> dict[str, Entry]:
 def find_holders(described: list[dict[str, Entry]]) -> dict[str, tuple[int, ...]]:
     """The ranks that hold each tensor, by name, from what every rank has (`described`, by rank).
 
-    Raises AssertionError for what would lose tensors: two under one name, or a shard that nobody has.
+    Raises AssertionError where tensors would be lost: two different ones of one name, or a shard that no rank has.
     """
     holders: dict[str, tuple[int, ...]] = {}
     for key in sorted(set().union(*described)):
@@ -42,10 +42,10 @@ def find_holders(described: list[dict[str, Entry]]) -> dict[str, tuple[int, ...]
 
 
 def share_of_this_rank(state: dict[str, Tensor], holders: dict[str, tuple[int, ...]], rank: int) -> dict[str, Tensor]:
-    """The tensors that this rank is to write: every shard of its own, and its part of those that others have too.
+    """The tensors that this rank is to write: its own shards, and its part of the tensors that are replicated.
 
-    Replicas are divided by size among the ranks that hold them (`find_holders`), so that no rank copies or writes what
-    another one does.
+    Replicas are divided by size among the ranks that hold them (`find_holders`), so that each is copied and written
+    once.
     """
     loads: dict[tuple[tuple[int, ...], int], list[int]] = {}
     mine = {}
@@ -75,13 +75,13 @@ def _replica(tensor: Tensor, holders: tuple[int, ...], rank: int) -> tuple[int, 
 
 
 class Staging:
-    """Copies in host memory, page-locked for a GPU's; the memory is kept from one save to the next."""
+    """Copies in host memory, page-locked for GPU tensors; the memory is reused by the next save."""
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
 
     def copy(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors' values of now; complete when this returns. The copies before are overwritten."""
+        """Copies of the tensors, complete when this returns. Earlier copies are overwritten."""
         if self._copies.keys() != state.keys():
             self._copies = {key: _host_like(tensor) for key, tensor in state.items()}
         on_gpu = False
@@ -95,7 +95,7 @@ class Staging:
 
 
 def _host_like(tensor: Tensor) -> Tensor:
-    """Memory for a copy on the host; a DTensor's knows its place in the whole, as the original does."""
+    """Host memory for a copy; a DTensor's has the original's mesh and placements."""
     local = local_part(tensor)
     copy = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
     if not isinstance(tensor, DTensor):

@@ -1,11 +1,11 @@
 """The tensors of a run by name, their comparison with a checkpoint's, and loading them."""
 
-import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,18 +16,18 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from torchxihe.components.checkpoint.history import read_train_state
 from torchxihe.components.checkpoint.manifest import (
     CORRUPT,
     MANIFEST,
-    TRAIN_STATE,
-    CorruptError,
     homes_of,
     is_committed,
     step_flaws,
     step_of,
     steps_in,
 )
-from torchxihe.components.checkpoint.storage import Location, with_retries
+from torchxihe.components.checkpoint.staging import Entry, describe_state
+from torchxihe.components.checkpoint.storage import CorruptError, Location, with_retries
 from torchxihe.components.checkpoint.tensor_files import TensorReader
 from torchxihe.errors import UserError, explained
 
@@ -38,22 +38,22 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Every tensor that a run consists of, by a name that no parallelism changes; they share the originals' memory.
+    """The tensors of a model and its optimizer, by names that do not depend on parallelism; memory is shared.
 
-    "model.<parameter>" and "optim.<parameter>.<moment>". Works on a plain, DDP or FSDP2 model alike, so that a state
-    saved under one is loaded under any other. The optimizer must have its state: DCP loads in place.
+    "model.<parameter>" and "optim.<parameter>.<moment>", of a plain, DDP or FSDP2 model alike, so that a state saved
+    under one is loaded under any other. The optimizer's state must exist: DCP loads in place.
     """
     module = model.module if isinstance(model, DistributedDataParallel) else model
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            part.reshard()  # after a validation the root is still gathered: not what the optimizer knows
+            part.reshard()  # after a validation the root is still gathered; the optimizer has the shards
     state: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         assert "_orig_mod" not in name and "_checkpoint_wrapped_module" not in name, f"a wrapper renamed {name}"
         state[f"model.{name}"] = parameter.detach()
     if optimizer is not None:
         for name, parameter in module.named_parameters():
-            assert optimizer.state[parameter], f"the optimizer does not know {name}"
+            assert optimizer.state[parameter], f"the optimizer has no state of {name}"
             for key, value in optimizer.state[parameter].items():
                 state[f"optim.{name}.{key}"] = value
     return state
@@ -62,7 +62,7 @@ def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
 def resolve(path: str | PathLike[str]) -> Location:
     """The step directory that `path` means: itself, or the newest committed one of a run or checkpoints directory.
 
-    Raises UserError if there is none. Nothing is read but names: loading verifies.
+    Raises UserError, naming what there is instead, if there is none. Only names are read: loading verifies.
     """
     place = Location(path)
     if place.is_link():
@@ -70,43 +70,73 @@ def resolve(path: str | PathLike[str]) -> Location:
     if step_of(place.name) >= 0 and place.is_dir():
         if not is_committed(place):
             reason = f"is marked {CORRUPT}" if CORRUPT in place.names() else f"has no {MANIFEST}"
-            raise UserError(f"{place}: {reason}, so it is not a valid checkpoint; name another step")
+            raise UserError(f"{place}: {reason}, so it is not a valid checkpoint; {_steps_beside(place)}")
         return place
-    for home in homes_of(place):
-        for step in steps_in(home):
-            if is_committed(step):
-                return step
+    if step := _newest_step(place):
+        return step
+    if step_of(place.name) >= 0:
+        raise UserError(f"{place}: no such directory; {_steps_beside(place)}")
     what = "holds no committed checkpoint" if place.is_dir() else "no such directory"
-    raise UserError(f"{place}: {what}; give a step directory, or the directory of a run that has saved one")
+    return _raise_with_runs(place, what)
 
 
-def load_model_only(path: str | PathLike[str], model: nn.Module) -> dict[str, Any]:
+def _newest_step(place: Location) -> Location | None:
+    """The newest committed step of a run or checkpoints directory."""
+    committed = (step for home in homes_of(place) for step in steps_in(home) if is_committed(step))
+    return next(committed, None)
+
+
+def _steps_beside(step: Location) -> str:
+    """What to name instead of a step directory that cannot be loaded."""
+    there = [str(step_of(other.name)) for other in steps_in(step.parent) if is_committed(other) and other != step]
+    if not there:
+        return "give the directory of a run that has saved a checkpoint"
+    return f"the steps in {step.parent} are {_some(there[::-1], most=20)}"
+
+
+def _raise_with_runs(place: Location, what: str) -> NoReturn:
+    """Name the runs below the directory, or, if it does not exist, below the one that would contain it."""
+    base = place if place.is_dir() else place.parent
+    runs = [f"{base / name}" for name in base.names()[:1000] if base.local and _newest_step(base / name)]
+    remedy = f"the runs in {base} with checkpoints are {_some(runs)}" if runs else "give that of a run or of a step"
+    raise UserError(f"{place}: {what}; {remedy}")
+
+
+def load_model_only(path: str | PathLike[str], model: nn.Module, device: torch.device | None = None) -> dict[str, Any]:
     """Fill the parameters of `model`, in this process alone, from a step directory that any number of ranks wrote.
 
+    With `device`, `model` is on the meta device, and gets memory there after the checkpoint has been found to fit.
     Returns the train_state. Raises UserError if the checkpoint is corrupt or not of this model.
     """
     directory = resolve(path)
-    state = flat_state(model, None)
-    try:
+    with corruption_explained(directory):
         if found := step_flaws(directory):
-            raise corrupt(directory, "; ".join(found))
-        load_tensors(state, open_fitting(directory, state, ("model",)), None)
-        return json.loads(with_retries((directory / TRAIN_STATE).read))
-    except OSError as error:
-        raise explained(error) from None
+            raise CorruptError("; ".join(found))
+        reader = open_fitting(directory, describe_state(flat_state(model, None)), ("model",))
+        if device is not None:
+            model.to_empty(device=device)
+        load_tensors(flat_state(model, None), reader, None)
+        return read_train_state(directory)
 
 
-def corrupt(directory: Location, why: str) -> UserError:
-    """The error that a damaged checkpoint is."""
-    return UserError(f"{directory}: corrupt: {why}; use an earlier step")
-
-
-def open_fitting(directory: Location, state: dict[str, Tensor], only: tuple[str, ...]) -> TensorReader:
-    """The tensors of a step directory, which are exactly `state`'s. Raises UserError."""
+@contextmanager
+def corruption_explained(directory: Location) -> Iterator[None]:
+    """Raise UserError for what is corrupt or unreadable in a step directory."""
     try:
-        reader = TensorReader(directory)
+        yield
     except CorruptError as error:
-        raise corrupt(directory, str(error)) from None
+        raise UserError(f"{directory}: corrupt: {error}; use an earlier step") from None
+    except OSError as error:
+        raise explained(error, directory) from None
+
+
+def open_fitting(directory: Location, state: dict[str, Entry], only: tuple[str, ...]) -> TensorReader:
+    """The tensors of a step directory, which are exactly those that `state` describes, in the parts `only`.
+
+    Raises UserError.
+    """
+    with corruption_explained(directory):
+        reader = TensorReader(directory)
     _compare(directory, state, reader.metadata, only)
     return reader
 
@@ -114,25 +144,23 @@ def open_fitting(directory: Location, state: dict[str, Tensor], only: tuple[str,
 def load_tensors(state: dict[str, Tensor], reader: TensorReader, group: dist.ProcessGroup | None) -> None:
     """Fill `state` in place, together with the group's ranks or alone. Raises UserError."""
     alone = group is None
-    try:
+    with corruption_explained(reader.path):
         with_retries(
             lambda: dcp_errors(lambda: dcp_load(state, storage_reader=reader, process_group=group, no_dist=alone))
         )
-    except OSError as error:
-        raise explained(error) from None
 
 
-def _compare(directory: Location, state: dict[str, Tensor], metadata: Metadata, only: tuple[str, ...]) -> None:
+def _compare(directory: Location, state: dict[str, Entry], metadata: Metadata, only: tuple[str, ...]) -> None:
     """Raise UserError unless the checkpoint has exactly `state`'s keys, shapes and dtypes (in the parts `only`)."""
     saved = metadata.state_dict_metadata
     saved = {key: entry for key, entry in saved.items() if not only or key.partition(".")[0] in only}
     different = []
     for key in state.keys() & saved.keys():
-        entry, tensor = saved[key], state[key]
-        assert isinstance(entry, TensorStorageMetadata)
-        there, here = (entry.properties.dtype, tuple(entry.size)), (tensor.dtype, tuple(tensor.shape))
+        entry = saved[key]
+        assert isinstance(entry, TensorStorageMetadata), "TensorReader"
+        there, here = (tuple(entry.size), str(entry.properties.dtype).removeprefix("torch.")), state[key][:2]
         if there != here:
-            different.append(f"{key}: {_dtype(there[0])}{list(there[1])}, here {_dtype(here[0])}{list(here[1])}")
+            different.append(f"{key}: {there[1]}{list(there[0])}, here {here[1]}{list(here[0])}")
     found = [
         ("missing in the checkpoint", sorted(state.keys() - saved.keys())),
         ("not in this run", sorted(saved.keys() - state.keys())),
@@ -144,23 +172,19 @@ def _compare(directory: Location, state: dict[str, Tensor], metadata: Metadata, 
         raise UserError(f"{directory}: does not fit: {'; '.join(lines)}; {remedy}")
 
 
-def _some(keys: list[str], most: int = 6) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def dcp_errors(action: Callable[[], T]) -> T:
-    """`action` through DCP, whose CheckpointException is no Exception: raises OSError (the disk) or RuntimeError.
+    """Call DCP, whose CheckpointException is not an Exception: raises OSError, CorruptError or RuntimeError instead.
 
-    The same on all ranks, because DCP gathers what failed.
+    The same on all ranks: DCP gathers the errors.
     """
     try:
         return action()
     except CheckpointException as error:
         for cause, _ in error.failures.values():
-            if isinstance(cause, OSError):
+            if isinstance(cause, (OSError, CorruptError)):
                 raise cause from None
         raise RuntimeError(str(error)) from None

@@ -1,4 +1,4 @@
-"""Places on a local disk or behind an fsspec URL, and files that are durable and hashed when they are closed."""
+"""Local paths and fsspec URLs, and files that are synced to the disk and hashed when they are closed."""
 
 import contextlib
 import os
@@ -13,16 +13,21 @@ from fsspec.implementations.local import LocalFileSystem
 
 from torchxihe.errors import UserError
 from torchxihe.utils.files import hash_stream, sync_folder
+from torchxihe.utils.records import LIMIT, DamagedError, open_regular, read_stream
 
 READ_ATTEMPTS = 4
 
 T = TypeVar("T")
 
 
+class CorruptError(Exception):
+    """The content of a checkpoint is not what was written; the message is one line that names the file."""
+
+
 class Location(os.PathLike[str]):
     """A file or directory: a local path, or a URL such as `s3://bucket/run`.
 
-    Has the handful of a `Path`'s methods that checkpoints need, with the same meaning on both kinds of place.
+    Has the methods of `Path` that checkpoints need, with the same meaning for both.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -68,21 +73,21 @@ class Location(os.PathLike[str]):
 
     @property
     def parent(self) -> "Location":
-        """What holds it."""
+        """The directory that contains it."""
         head, _, last = self._text.rpartition("/")
         return Location(os.path.dirname(self._path) if self.local and last in (".", "..") else head or ".")
 
     def with_name(self, name: str) -> "Location":
-        """The neighbour of that name."""
+        """The file or directory of that name in the same directory."""
         return self.parent / name
 
     def exists(self) -> bool:
-        """Whether there is a file or directory here, now."""
+        """Whether the file or directory exists."""
         self._fs.invalidate_cache()
         return bool(self._fs.exists(self._path))
 
     def is_dir(self) -> bool:
-        """Whether there is a directory (or, in an object store, anything below this name)."""
+        """Whether it is a directory (in an object store: whether any object has it as prefix)."""
         self._fs.invalidate_cache()
         return bool(self._fs.isdir(self._path))
 
@@ -96,31 +101,39 @@ class Location(os.PathLike[str]):
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
     def open(self) -> IO[bytes]:
-        """This file, for reading."""
-        return self._fs.open(self._path, "rb")
+        """This file, for reading. Raises CorruptError for a FIFO or a device, which is not waited for, and OSError."""
+        if not self.local:
+            return self._fs.open(self._path, "rb")
+        try:
+            return open_regular(self._path)
+        except DamagedError as error:
+            raise CorruptError(f"{self.name} {error}") from None
 
-    def read(self) -> bytes:
-        """The whole content of this file."""
+    def read(self, limit: int = LIMIT) -> bytes:
+        """The content of this file. Raises CorruptError if it has more than `limit` bytes, OSError."""
         with self.open() as file:
-            return file.read()
+            try:
+                return read_stream(file, limit)
+            except DamagedError as error:
+                raise CorruptError(f"{self.name} {error}") from None
 
     def make(self) -> None:
-        """Make this directory and those above it, if they are missing."""
+        """Create this directory and its parents, if they are missing."""
         self._fs.makedirs(self._path, exist_ok=True)
 
     def rename(self, to: "Location") -> None:
-        """Move this to a free name; at once on a local disk, a copy in an object store."""
+        """Move this to a name that does not exist; atomic on a local disk, a copy in an object store."""
         if self.local:
             os.rename(self._path, to._path)
         else:
             self._fs.mv(self._path, to._path, recursive=True)
 
     def is_link(self) -> bool:
-        """Whether this is a symbolic link to something elsewhere."""
+        """Whether this is a symbolic link."""
         return self.local and os.path.islink(self._path)
 
     def remove(self) -> None:
-        """Delete this file or directory with all below it, or this link; fine if it is not there."""
+        """Delete this file, link or directory tree, if it exists."""
         try:
             if self.is_link():
                 os.unlink(self._path)
@@ -132,13 +145,13 @@ class Location(os.PathLike[str]):
             pass
 
     def sync(self) -> None:
-        """Wait until this directory's entries are on the disk; nothing to do in an object store."""
+        """fsync this directory; does nothing in an object store."""
         if self.local:
             sync_folder(self._path)
 
     @contextlib.contextmanager
     def create(self) -> Iterator["HashedFile"]:
-        """This file, for writing anew; on the disk when the block has ended. Errors name the file."""
+        """This file, truncated and opened for writing; synced to the disk when the block ends. Errors name the file."""
         try:
             with self._fs.open(self._path, "wb") as raw:
                 file = HashedFile(raw)
@@ -149,22 +162,22 @@ class Location(os.PathLike[str]):
         except OSError as error:
             if error.errno is None:
                 raise OSError(f"{self}: {error}") from error
-            # A failed write(2) knows only its number: say where.
+            # The error of a failed write(2) has no file name.
             raise OSError(error.errno, error.strerror, str(self)) from error
 
 
 class HashedFile:
-    """Counts and hashes what passes on the way to a file, so that a fault between here and the disk is seen later."""
+    """Counts and hashes what is written to a file, so that corruption between memory and disk is detected later."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self.error: OSError | None = None
-        """What writing has met: those who write through others may see an error of the others' instead."""
+        """The first error of `write`: torch.save raises another one of its own instead."""
         self._raw = raw
         self._hash = xxhash.xxh3_128()
         self._bytes = 0
 
     def write(self, data: Any) -> int:
-        """Append the whole of `data`, any buffer."""
+        """Append `data`, any buffer."""
         self._hash.update(data)
         try:
             self._raw.write(data)
@@ -180,10 +193,10 @@ class HashedFile:
         return self._bytes
 
     def flush(self) -> None:
-        """Nothing: the end of `Location.create` flushes and syncs once, where DCP would after every tensor."""
+        """Does nothing: `Location.create` flushes and syncs once at its end; DCP would after every tensor."""
 
     def close(self) -> None:
-        """Nothing, for the same reason."""
+        """Does nothing, for the same reason."""
 
     def digest(self) -> tuple[int, str]:
         """Bytes written and their xxh3_128 in hexadecimal."""
@@ -191,7 +204,10 @@ class HashedFile:
 
 
 def hash_file(file: Location, progress: Callable[[int], object] = lambda size: None) -> tuple[int, str]:
-    """Size in bytes and xxh3_128 of a file's content, read in pieces; `progress` is told the size of each."""
+    """Size in bytes and xxh3_128 of a file's content, read in pieces; `progress` gets the size of each.
+
+    Raises CorruptError for what is not a regular file, OSError.
+    """
     with file.open() as stream:
         return hash_stream(stream, progress)
 
@@ -199,7 +215,7 @@ def hash_file(file: Location, progress: Callable[[int], object] = lambda size: N
 def with_retries(read: Callable[[], T], pause: float = 0.5) -> T:
     """Call `read` again, with growing pauses, while it raises OSError: a busy server is not a corrupt file.
 
-    A file that is not there is not waited for. The last error is raised as it is.
+    A missing file is not retried. The last error is raised unchanged.
     """
     for attempt in range(READ_ATTEMPTS):
         try:
