@@ -33,8 +33,9 @@ from clock import timed
 
 from torchxihe.config.load import load_config
 from torchxihe.config.options import Config
+from torchxihe.data.loader import causal_pairs
 from torchxihe.errors import UserError
-from torchxihe.model.decoder import flops_per_token
+from torchxihe.model.flops import palm_flops_per_token, training_flops
 from torchxihe.model.hf import hf_config
 from torchxihe.utils.device import default_device, device_name, memory_gib, peak_flops
 
@@ -255,9 +256,10 @@ def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> Non
     }
     peers = [run["tokens_per_second"] for entry, run in best.items() if entry.startswith("torchtitan@")]
     base = max(peers) if peers else next((run["tokens_per_second"] for run in best.values()), 0)
-    flops, peak = flops_per_token(config.model, config.data.seq_len), peak_flops(device)
+    model, seq_len, peak = config.model, config.data.seq_len, peak_flops(device)
+    flops = training_flops(model, seq_len, causal_pairs(seq_len)) / seq_len, palm_flops_per_token(model, seq_len)
     print(f"\n{device_name(device)}, torch {torch.__version__}, {config.tokens_per_step:,} tokens a step\n")
-    print("| Entry | Version | tokens/s, best round (all) | Ratio | MFU | Peak GiB | First step s, cold (warm) |")
+    print("| Entry | Version | tokens/s, best (all) | Ratio | MFU (PaLM's) | Peak GiB | First step s, cold (warm) |")
     print("|---|---|---|---|---|---|---|")
     for entry, runs in results.items():
         if entry not in best:
@@ -265,11 +267,12 @@ def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> Non
             continue
         run = best[entry]
         every = ", ".join(f"{r['tokens_per_second']:,}" if "error" not in r else r["error"] for r in runs)
-        mfu = f"{100 * flops * run['tokens_per_second'] / peak:.1f} %" if peak else "unknown device"
+        mfu = [f"{100 * per_token * run['tokens_per_second'] / peak:.1f}" for per_token in flops] if peak else []
+        shown = f"{mfu[0]} % ({mfu[1]} %)" if mfu else "unknown device"
         starts = [r["seconds_to_first_step"] for r in runs if "error" not in r]
         print(
             f"| `{entry}` | {run['version']} | {run['tokens_per_second']:,} ({every}) | "
-            f"{run['tokens_per_second'] / base:.3f} | {mfu} | {run['peak_gib']} | "
+            f"{run['tokens_per_second'] / base:.3f} | {shown} | {run['peak_gib']} | "
             f"{starts[0]} ({min(starts[1:], default='-')}) |"
         )
 

@@ -32,7 +32,7 @@ from torchxihe.data.loader import Batch, Loader, random_batch
 from torchxihe.data.order import Order, plan_stages
 from torchxihe.data.store import open_prepared
 from torchxihe.errors import UserError
-from torchxihe.model.decoder import flops_per_token, parameter_counts
+from torchxihe.model.flops import palm_flops_per_token, parameter_counts, training_flops
 from torchxihe.parallelisms.dims import build_dims
 from torchxihe.trainer import Trainer, trial_step
 from torchxihe.utils.device import device_name, memory_gib, peak_flops
@@ -75,19 +75,26 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         loader: Iterator[Batch] = Loader(prepared, order, trainer.batch_spec)
     else:
         trainer = Trainer(config, device, np.full(config.model.vocab_size, 4, np.int32))
-        loader = synthetic(trainer)
+        batch = random_batch(trainer.batch_spec, config.model.vocab_size, DOCUMENTS_A_ROW)
+        loader = itertools.repeat(batch)  # on the device already
     step = partial(trainer.train_step, loader)
     first_step = timed(step, 1, device)[0]
     to_first_step = time.perf_counter() - STARTED
     timed(step, max(warmup - 1, 0), device)
     barrier()
+    if isinstance(loader, Loader):
+        loader.read_counts()
     seconds = timed(step, steps, device)
     loss = trainer.sums.read()["loss"]
     if isinstance(loader, Loader):
+        pairs = loader.read_counts()[2] // steps
         loader.close()
+    else:
+        pairs = next(loader).pairs * trainer.accumulation
     median = float(np.median(seconds))
     per_gpu = config.tokens_per_step / median / world_size()
-    peak = peak_flops(device)
+    tokens = config.tokens_per_step // world_size()
+    peak, palm_flops = peak_flops(device), palm_flops_per_token(config.model, config.data.seq_len)
     memory = [max(values) for values in zip(*all_gather_object(memory_gib(device)), strict=True)]
     return {
         "config": config.run.name,
@@ -101,10 +108,8 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         "data": data,
         "dtype": config.training.dtype,
         "tokens_per_second_per_gpu": round(per_gpu),
-        "mfu": round(per_gpu * flops_per_token(config.model, config.data.seq_len) / peak, 4) if peak else None,
-        "mfu_causal": (
-            round(per_gpu * flops_per_token(config.model, config.data.seq_len, causal=True) / peak, 4) if peak else None
-        ),
+        "mfu": round(training_flops(config.model, tokens, pairs) / median / peak, 4) if peak else None,
+        "mfu_palm": round(per_gpu * palm_flops / peak, 4) if peak else None,
         "memory_allocated_gib": round(memory[0], 2),
         "memory_reserved_gib": round(memory[1], 2),
         "step_ms": round(1e3 * median, 2),
@@ -115,11 +120,6 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         "loss": round(loss, 4),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-
-
-def synthetic(trainer: Trainer) -> Iterator[Batch]:
-    """Random tokens, the same batch over and over, on the device already."""
-    return itertools.repeat(random_batch(trainer.batch_spec, trainer.config.model.vocab_size, DOCUMENTS_A_ROW))
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ def print_table(result: dict[str, Any]) -> None:
             f"documents {'masked' if result['documents'] else 'off'}, {result['data']} data",
         ),
         ("tokens/s/GPU", f"{result['tokens_per_second_per_gpu']:,}"),
-        ("MFU", f"{percent(result['mfu'])} (attention counted causal: {percent(result['mfu_causal'])})"),
+        ("MFU", f"{percent(result['mfu'])} (by PaLM's convention, attention unmasked: {percent(result['mfu_palm'])})"),
         ("step time", f"{result['step_ms']} ms median, {result['step_ms_p10']} p10, {result['step_ms_p90']} p90"),
         (
             "memory",

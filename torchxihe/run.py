@@ -34,6 +34,7 @@ from torchxihe.data.loader import Loader
 from torchxihe.data.order import Order, Stage, check_epochs, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.errors import UserError, explained
+from torchxihe.model.flops import training_flops
 from torchxihe.parallelisms.dims import build_dims
 from torchxihe.trainer import Trainer, trial_step
 from torchxihe.utils.device import device_name
@@ -307,9 +308,11 @@ class Loop:
         metrics = {"step": trainer.step, "tokens": self._tokens(), "lr": self.lr} | trainer.sums.read(names)
         if len(names) > 1:
             metrics |= {f"epoch/{name}": n for name, n in zip(names, self.order.epochs(trainer.step), strict=True)}
-        metrics |= self.window.close(trainer.step, self._tokens(), self.loader.wait_seconds)
-        self.loader.wait_seconds = 0.0
-        metrics |= usage(trainer.config, trainer.device, metrics["tokens_per_second_per_gpu"])
+        wait_seconds, tokens, pairs = self.loader.read_counts()
+        steps = trainer.step - self.window.step
+        metrics |= self.window.close(trainer.step, self._tokens(), wait_seconds)
+        flops = training_flops(trainer.config.model, tokens, pairs)
+        metrics |= usage(trainer.device, flops / (steps * metrics["step_seconds"]))
         log.debug(
             "%.3f s a step, %.1f %% of it waiting for data, %.2f GiB of the host's memory",
             metrics["step_seconds"],

@@ -243,3 +243,27 @@ def test_waiting_is_counted(data: Data) -> None:
     next(loader)
     assert 0 < loader.wait_seconds < 5
     loader.close()
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_attention_pairs_are_counted_by_documents(data: Data, document_mask: bool) -> None:
+    """One by one: each input token, with itself and those before it that it may attend to; padding needs none.
+
+    Seen to fail with whole rows counted, which gave more than 100 % MFU in long rows of short documents.
+    """
+    prepared, order = data
+    loader = Loader(prepared, order, BatchSpec(SEQ_LEN, 3, CPU, document_mask))
+    expected = 0
+    for _ in range(20):
+        for g in (sample for sample in next(loader).samples if sample >= 0):
+            source, row = order.sample(g)
+            reader = prepared.sources[source].open("train")
+            lengths = reader.read(row, np.empty(SEQ_LEN + 1, reader.dtype))
+            document = [i for i, length in enumerate(lengths) for _ in range(length)][:SEQ_LEN]
+            expected += sum(
+                not document_mask or document[q] == document[k] for q in range(len(document)) for k in range(q + 1)
+            )
+    waited, tokens, pairs = loader.read_counts()
+    assert waited > 0 and (tokens, pairs) == (20 * 3 * SEQ_LEN, expected)
+    assert loader.read_counts() == (0.0, 0, 0)
+    loader.close()

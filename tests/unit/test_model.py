@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchxihe.config.options import Model
 from torchxihe.errors import UserError
@@ -13,7 +15,8 @@ from torchxihe.kernels import float8_swiglu, select
 from torchxihe.kernels import linear_cross_entropy as lce
 from torchxihe.kernels.attention import sdpa
 from torchxihe.kernels.select import select_attention, select_swiglu
-from torchxihe.model.decoder import Decoder, flops_per_token, parameter_counts
+from torchxihe.model.decoder import Decoder
+from torchxihe.model.flops import palm_flops_per_token, parameter_counts, training_flops
 from torchxihe.model.hf import hf_config, hf_name
 
 XIHE = {
@@ -214,8 +217,17 @@ def test_counts_of_xihe_120m() -> None:
     total, multiplying = parameter_counts(config)
     assert total == sum(p.numel() for p in model.parameters()) == 123_590_400
     assert multiplying == 84_934_656 + 50304 * 768  # the blocks' matrices, and the table as the head
-    assert flops_per_token(config, 1024) == pytest.approx(855e6, rel=2e-3)
-    assert flops_per_token(config, 1024) - flops_per_token(config, 1024, causal=True) == 6 * 12 * 768 * 1024
+    assert palm_flops_per_token(config, 1024) == pytest.approx(855e6, rel=2e-3)
+
+
+def test_flops_are_those_of_the_operations() -> None:
+    """Against torch's own counter of matrix products, which counts every (query, key) pair, masked or not."""
+    config = model_config(SHAPES[0])
+    model, tokens = build(config), torch.randint(0, config.vocab_size, (2, 16))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, tokens)[0].backward()
+    assert counter.get_total_flops() == training_flops(config, 2 * 16, 2 * 16 * 16)
+    assert palm_flops_per_token(config, 16) == training_flops(config, 1, 16)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

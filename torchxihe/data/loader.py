@@ -6,6 +6,7 @@ the store has masks that say so (a conversation's prompts).
 """
 
 import itertools
+import os
 import queue
 import resource
 import threading
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from torchxihe.data.order import Order
 from torchxihe.data.store import Prepared, Split
+from torchxihe.data.verify import Verification
 
 IGNORE = -100
 """Target that carries no loss."""
@@ -27,6 +29,8 @@ MOST_OPEN = 1024
 """Token files of one source that are kept open, if the process may open so many."""
 AHEAD = 4
 """Batches that the prefetch thread keeps ready."""
+VERIFIED_FIRST = 10.0
+"""Seconds that the first batch waits for the verification of the files; a larger store is trained on meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Batch:
     """Source of each row, int64 [B], on the device; 0 for padding, which has no loss anyway."""
     valid: int
     """Targets that carry a loss."""
+    pairs: int = 0
+    """(query, key) pairs that attention needs: causal and, where documents are masked, inside one; none of padding."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class _Reader:
         targets_BT = torch.empty(self._rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
         tokens, targets = tokens_BT.numpy(), targets_BT.numpy()
         starts: list[int] = []
-        valid = 0
+        valid = pairs = 0
         for b, (source, row) in enumerate(zip(sources, rows, strict=True)):
             buffer, mask = self._buffers[source], self._masks[source]
             lengths = self._sources[source].read(row, buffer, mask)
@@ -97,12 +103,14 @@ class _Reader:
                     targets[b, at - 1] = IGNORE
                 if at < seq_len:
                     starts.append(b * seq_len + at)
+                    pairs += causal_pairs(min(length, seq_len - at)) if self._document_mask else 0
                 at += length
             if at <= seq_len:
                 tokens[b, at:] = self._eos
                 targets[b, at - 1 :] = IGNORE
                 if at < seq_len:
                     starts.append(b * seq_len + at)
+            pairs += 0 if self._document_mask else causal_pairs(min(at, seq_len))
             if mask is None:
                 valid += at - len(lengths)
             else:
@@ -116,7 +124,7 @@ class _Reader:
             cu_seqlens = torch.tensor([*starts, self._rows * seq_len], dtype=torch.int32, pin_memory=self._pin)
         sources_B = torch.zeros(self._rows, dtype=torch.int64, pin_memory=self._pin)
         sources_B.numpy()[: len(sources)] = sources
-        return Batch(tokens_BT, targets_BT, cu_seqlens, (*samples, *(-1,) * missing), sources_B, valid)
+        return Batch(tokens_BT, targets_BT, cu_seqlens, (*samples, *(-1,) * missing), sources_B, valid, pairs)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -132,6 +140,11 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **moved)
 
 
+def causal_pairs(length: int) -> int:
+    """(query, key) pairs in the causal attention of `length` tokens."""
+    return length * (length + 1) // 2
+
+
 def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
     """A batch of random tokens, with as many documents in each row where documents are masked: for trials of a step."""
     rows, seq_len, device = spec.rows, spec.seq_len, spec.device
@@ -141,10 +154,11 @@ def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
     if spec.document_mask:
         starts = [b * seq_len + d * seq_len // documents for b in range(rows) for d in range(documents)]
         cu_seqlens = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=device)
+    edges = [d * seq_len // documents for d in range(documents + 1)] if spec.document_mask else [0, seq_len]
+    pairs = rows * sum(causal_pairs(end - start) for start, end in itertools.pairwise(edges))
     sources = torch.zeros(rows, dtype=torch.int64, device=device)
-    return Batch(
-        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), cu_seqlens, (-1,) * rows, sources, rows * seq_len
-    )
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return Batch(inputs, targets, cu_seqlens, (-1,) * rows, sources, rows * seq_len, pairs)
 
 
 class Loader:
@@ -156,10 +170,12 @@ class Loader:
 
     def __init__(self, prepared: Prepared, order: Order, spec: BatchSpec, step: int = 0) -> None:
         """`step`: the first step to read."""
-        self.wait_seconds = 0.0
-        """Time that `next()` has waited for the thread; the reader sets it back to 0."""
+        self.wait_seconds, self.tokens, self.pairs = 0.0, 0, 0
+        """Time that `next()` has waited for the thread, and what its batches held; `read_counts` resets them."""
         self._order, self._spec, self._step = order, spec, step
         self._reader = _Reader(prepared, "train", spec)
+        # One process per machine verifies what all of them read.
+        self._verification = Verification(prepared) if os.environ.get("LOCAL_RANK", "0") == "0" else None
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data", daemon=True)
@@ -175,11 +191,21 @@ class Loader:
         if isinstance(batch, BaseException):
             self._ready.put(batch)  # every further call raises it too
             raise batch
+        self.tokens += batch.tokens.numel()
+        self.pairs += batch.pairs
         return _to_device(batch, self._spec.device)
 
+    def read_counts(self) -> tuple[float, int, int]:
+        """Seconds waited, tokens (padding included) and attention pairs of this rank since it was last called."""
+        counts = self.wait_seconds, self.tokens, self.pairs
+        self.wait_seconds, self.tokens, self.pairs = 0.0, 0, 0
+        return counts
+
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the threads."""
         self._stop.set()
+        if self._verification:
+            self._verification.close()
         while self._thread.is_alive():
             with suppress(queue.Empty):
                 self._ready.get(timeout=0.01)  # the thread may be waiting for room
@@ -188,8 +214,12 @@ class Loader:
         try:
             if self._spec.device.type == "cuda":
                 torch.cuda.set_device(self._spec.device)  # or this thread's pinned memory opens a context on GPU 0
+            if self._verification:
+                self._verification.wait(VERIFIED_FIRST)
             for step in itertools.count(self._step):
                 for batch in self._read_step(step):
+                    if self._verification:
+                        self._verification.check()
                     self._ready.put(batch)
                     if self._stop.is_set():
                         return

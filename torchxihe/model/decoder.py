@@ -193,27 +193,3 @@ class Decoder(nn.Module):
                 mesh, placements = parameter.device_mesh, parameter.placements
                 whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
             parameter.copy_(whole)
-
-
-def parameter_counts(config: Model) -> tuple[int, int]:
-    """(all parameters, those that multiply every token: head included, embedding lookup and norms excluded)."""
-    c, f, heads, kv_heads = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
-    matrices = config.num_hidden_layers * (c * config.head_dim * 2 * (heads + kv_heads) + 3 * c * f)
-    norms = config.num_hidden_layers * (2 * c + (2 * config.head_dim if config.qk_norm else 0)) + c
-    table = config.vocab_size * c
-    return matrices + norms + table * (1 if config.tie_word_embeddings else 2), matrices + table
-
-
-def flops_per_token(config: Model, seq_len: int, *, causal: bool = False) -> float:
-    """Training FLOPs per token: 6 per multiplying parameter + 12 · layers · heads · head_dim · seq_len of attention.
-
-    Forward 2, backward 4 per parameter (PaLM's appendix B, arXiv:2204.02311). `causal` halves the attention term:
-    what the masked half would cost is not counted as work. Documents and recomputation never change the figure.
-    """
-    attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-    return 6.0 * parameter_counts(config)[1] + (attention / 2 if causal else attention)

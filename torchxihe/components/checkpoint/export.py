@@ -20,7 +20,8 @@ from torchxihe.components.checkpoint.storage import CorruptError
 from torchxihe.data.prepare.chat import Chat
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE
 from torchxihe.errors import UserError, explained
-from torchxihe.model.decoder import Decoder, parameter_counts
+from torchxihe.model.decoder import Decoder
+from torchxihe.model.flops import parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
 from torchxihe.utils.files import read_json
 

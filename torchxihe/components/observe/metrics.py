@@ -18,7 +18,6 @@ from torch import Tensor
 from torchxihe.components.observe.trackers import Trackers
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch
-from torchxihe.model.decoder import flops_per_token
 from torchxihe.utils.device import host_memory_gib, memory_gib, peak_flops
 from torchxihe.utils.distributed import all_gather_object
 from torchxihe.utils.words import duration
@@ -142,7 +141,7 @@ class MetricsWriter:
         self.trackers.close()
 
 
-def usage(config: Config, device: torch.device, tokens_per_second: float) -> dict[str, float]:
+def usage(device: torch.device, flops_per_second: float) -> dict[str, float]:
     """What this rank makes of its device: model FLOP/s utilisation, where the device's peak is known, and peak memory.
 
     And GiB on every rank: "memory_reserved_gib/<rank>", its GPU's peak, and "host_memory_gib/<rank>", resident now. All
@@ -151,7 +150,7 @@ def usage(config: Config, device: torch.device, tokens_per_second: float) -> dic
     allocated, reserved = memory_gib(device)
     result = {"memory_allocated_gib": allocated, "memory_reserved_gib": reserved}
     if peak := peak_flops(device):
-        result["mfu"] = flops_per_token(config.model, config.data.seq_len) * tokens_per_second / peak
+        result["mfu"] = flops_per_second / peak
     for r, (gpu, host) in enumerate(all_gather_object((reserved, host_memory_gib()))):
         result[f"host_memory_gib/{r}"] = host
         if device.type == "cuda":

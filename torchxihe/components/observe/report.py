@@ -10,9 +10,10 @@ import torch
 from torchxihe.components.observe.metrics import METRICS, read_metrics
 from torchxihe.components.optimizer import describe, state_bytes
 from torchxihe.config.options import Config
+from torchxihe.data.loader import causal_pairs
 from torchxihe.data.order import Order
 from torchxihe.data.store import Prepared
-from torchxihe.model.decoder import flops_per_token, parameter_counts
+from torchxihe.model.flops import parameter_counts, training_flops
 from torchxihe.utils.words import BYTES, FLOPS, counted, scaled
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def report_start(
     model, training = config.model, config.training
     total, _ = parameter_counts(model)
     tokens = order.batch(config.total_steps)[0] * config.data.seq_len
-    flops = flops_per_token(model, config.data.seq_len) * config.tokens_per_step
+    rows, seq_len = training.global_batch_size, config.data.seq_len
+    flops = training_flops(model, rows * seq_len, rows * causal_pairs(seq_len))  # at most: documents need less
     ramp = "".join(f", {sequences:,} rows until step {until:,}" for sequences, until in training.batch_ramp)
     shape = f"{model.num_hidden_layers} layers of {model.hidden_size}, {model.num_attention_heads} heads"
     rows = [
