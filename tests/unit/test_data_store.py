@@ -21,7 +21,6 @@ from torchxihe.data.store import Rows, TokenFile, digest, open_prepared
 from torchxihe.errors import UserError
 from torchxihe.utils.files import write_json
 
-
 REPORT: dict[str, Any] = {"rows": 0, "dropped": {}, "bad": {}, "examples": {}, "max_tokens": 0}
 
 

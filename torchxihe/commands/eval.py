@@ -18,6 +18,7 @@ from torchxihe.config.load import load_config
 from torchxihe.config.options import Config
 from torchxihe.data.loader import BatchSpec, validation_batches
 from torchxihe.data.store import Prepared, open_prepared
+from torchxihe.data.verify import Verification
 from torchxihe.errors import UserError
 from torchxihe.kernels.select import PORTABLE, select_attention
 from torchxihe.parsers import parse
@@ -42,6 +43,9 @@ def main(args: list[str]) -> None:
     config = load_config(options.on, overrides) if options.on else _own_config(saved)
     prepared = open_prepared(config)
     _check(saved, config, prepared)
+    verification = Verification(prepared, held_out=True)
+    verification.wait()
+    verification.check()
     result = evaluate(saved, config, prepared, max(options.max_tokens, 0))
     print(json.dumps(result) if options.json else _table(result))
 

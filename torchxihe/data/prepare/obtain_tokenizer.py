@@ -50,8 +50,8 @@ megabytes of letters take hours."""
 def obtain(options: Tokenizer, cache: Path, sample: Iterable[str], sample_key: str, chat: bool = False) -> Path:
     """The folder of the tokenizer that `options` ask for, made if it does not exist or is damaged.
 
-    It holds `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json` (`TokenizerMeta`), `bytes_per_token.npy` and, if
-    the tokenizer has a chat template or must have one (`chat`), `chat_template.jinja`.
+    It holds `tokenizer.json`, `tokenizer_config.json`, `torchxihe.json` (`TokenizerMeta`), `bytes_per_token.npy` and,
+    if the tokenizer has a chat template or must have one (`chat`), `chat_template.jinja`.
     `sample`: text to train on; `sample_key`: changes with it. Raises UserError.
     """
     files = _find(options) if options.path else {}
