@@ -1,4 +1,4 @@
-"""A run: where it stands, the loop, and what is due between steps."""
+"""A run: what it starts from, the loop, and the tasks between steps."""
 
 import gc
 import logging
@@ -31,7 +31,7 @@ from torchxihe.components.runtime import Ranks, Stop, Watchdog, fit_micro_batch,
 from torchxihe.config.load import dump_config
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Loader
-from torchxihe.data.order import Order, Stage, check_epochs, plan_stages
+from torchxihe.data.order import Order, Stage, changed_sources, check_epochs, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.errors import UserError, explained
 from torchxihe.model.flops import training_flops
@@ -49,9 +49,9 @@ log = logging.getLogger(__name__)
 def run(config: Config) -> None:
     """Train `config` to its horizon, from the newest checkpoint of the run if there is one."""
     limits = config.training.init_timeout, config.training.step_timeout
-    # The collectives' own limit comes after the watchdog's, which tells more.
+    # Collectives time out after the watchdog, whose report says more.
     timeout = max(limits) + 60 if all(limits) else 7 * 86_400
-    wanted_trackers(config)  # one that is not installed is no reason to have built a model
+    wanted_trackers(config)  # fail before the model is built
     try:
         with Watchdog(config.run_dir, *limits) as watchdog, process_group(timeout) as device:
             ranks = Ranks()
@@ -59,12 +59,12 @@ def run(config: Config) -> None:
             files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
             with files, Stop(watchdog, config.training.time_limit) as stop, run_locks(config, ranks):
                 _run(config, device, stop, watchdog)
-    except OSError as error:  # data that is gone, a disk that is full: nothing that a traceback would explain
+    except OSError as error:  # missing data, a full disk: a traceback would not help
         raise explained(error) from error
     except RuntimeError as error:
-        if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's words
+        if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's messages
             raise
-        raise UserError("another rank is gone; what it said last tells why") from error
+        raise UserError("another rank exited; its last message says why") from error
 
 
 @contextmanager
@@ -80,10 +80,10 @@ def run_locks(config: Config, ranks: Ranks) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run stands: what it starts from, if anything."""
+    """What a run starts from, if anything."""
 
     config: Config
-    """Of the run, which knows how far it has come."""
+    """With the progress so far."""
     directory: Location | None = None
     """The step directory that is loaded."""
     only: tuple[str, ...] = ()
@@ -91,11 +91,11 @@ class Start:
     saved: dict[str, Any] | None = None
     """Its train_state."""
     own: bool = False
-    """Whether it is a checkpoint of this very run."""
+    """Whether it is a checkpoint of this run (not `checkpoint.load`'s)."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the run is complete."""
         return self.saved is not None and not self.only and is_finished(self.config, self.saved)
 
 
@@ -113,15 +113,15 @@ def find_start(config: Config, checkpointer: Checkpointer) -> Start:
     only, saved = config.checkpoint.load_only, checkpointer.train_state(origin)
     start = Start(config if only else resumed(config, saved), origin, only, saved)
     if start.finished:
-        why = f"{origin} has done {counted(saved['step'], 'step')}, which is all of this run"
+        why = f"{origin} has done {counted(saved['step'], 'step')}, all of this run's"
         weights = """--checkpoint.load_only='["model"]'"""
         longer = f"a larger --training.{config.horizon}=N"
-        raise UserError(f"checkpoint.load: {why}; give {longer}, or {weights} to begin with its weights alone")
+        raise UserError(f"checkpoint.load: {why}; give {longer}, or {weights} to start from its weights only")
     return start
 
 
 def resumed(config: Config, saved: dict[str, Any]) -> Config:
-    """`config` for a run that has come as far as a checkpoint with the train_state `saved`."""
+    """`config` with the progress of a checkpoint with the train_state `saved`."""
     stages = [Stage.from_json(stage) for stage in saved["stages"]]
     return config.resumed_at(saved["step"], Order(stages, {}).batch(saved["step"])[0] if stages else 0)
 
@@ -132,17 +132,17 @@ def is_finished(config: Config, saved: dict[str, Any]) -> bool:
 
 
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
-    """Find out where the run stands, build it, and train."""
+    """Find the start, build the trainer, and train."""
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
     start = find_start(config, checkpointer)
     config, saved = start.config, start.saved
     if start.finished:
         assert saved is not None
-        with Exporter(config, checkpointer):  # the last export may have been interrupted
+        with Exporter(config, checkpointer):  # an export may have been interrupted
             watchdog.begin("exports", slow=True)
-        log.info("%s is finished: it has done %s.", config.run_dir, counted(saved["step"], "step"))
+        log.info("%s is finished (%s).", config.run_dir, counted(saved["step"], "step"))
         longer = f"a larger --training.{config.horizon}=N"
-        log.info("Go on with %s, or start another run with --run.name=NAME.", longer)
+        log.info("Continue it with %s, or start another run with --run.name=NAME.", longer)
         return
     prepared = open_prepared(config)
     history = History(config, prepared.tokenizer_dir)
@@ -157,8 +157,11 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         trainer = Trainer(config, device, prepared.bytes_per_token, dims=dims)
         if start.directory is not None:
             trainer.load(checkpointer, start.directory, start.only)
-            log.info("loaded %s of %s", " and ".join(start.only) or "everything", start.directory)
-    stages = plan_stages(config, prepared, [Stage.from_json(stage) for stage in history.stages], trainer.step)
+            log.info("loaded %s from %s", " and ".join(start.only) or "everything", start.directory)
+    saved_stages = [Stage.from_json(stage) for stage in history.stages]
+    for line in changed_sources(saved_stages, prepared, trainer.step):
+        history.record_sources(line, trainer.step)
+    stages = plan_stages(config, prepared, saved_stages, trainer.step)
     history.stages = [stage.to_json() for stage in stages]
     order = Order(stages, prepared.rows)
     check_epochs(config, prepared, order)
@@ -180,7 +183,9 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     if trainer.step < config.total_steps:
         if is_main():
             (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")
-        log.info("stopped after step %d (%s) with a checkpoint; the same command goes on", trainer.step, stop.reason)
+        log.info(
+            "stopped after step %d (%s), checkpoint saved; run the same command to resume", trainer.step, stop.reason
+        )
         return
     log_sample(trainer, prepared)
     if is_main():
@@ -197,24 +202,24 @@ def describe_run(config: Config, prepared: Prepared) -> None:
 
 
 def log_sample(trainer: Trainer, prepared: Prepared) -> None:
-    """Print a sample of the model's text; all ranks must ask together."""
+    """Log a sample of the model's text; called on all ranks together."""
     if trainer.config.metrics.sample_tokens:
         log.info("sample at step %d:\n%s", trainer.step, trainer.sample(prepared))
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something that is due after some steps."""
+    """Something to do after some of the steps."""
 
     every: int
-    """Steps between two times, 0: never. It is due after the last step, too."""
+    """Interval in steps, 0: never. Also due after the last step."""
     action: Callable[[], None]
     phase: str = ""
-    """What the watchdog is told, and training's clock stands still meanwhile; "": it takes no time worth the name."""
+    """Name for the watchdog; its time does not count as training time. "": a task of no notable duration."""
     first: bool = False
-    """Whether it is due after the first step of a run, too."""
+    """Whether it is also due after the first step of a run."""
     last: bool = True
-    """Whether it is due after the last step."""
+    """Whether it is due after the last step of a run."""
 
     def due(self, step: int, total: int) -> bool:
         """Whether it is due after `step` of `total`."""
@@ -224,7 +229,7 @@ class Task:
 
 
 class Loop:
-    """Steps, and between them what is due. Ends at the horizon or when the ranks agree to stop, saved."""
+    """Steps and the tasks between them. Ends at the horizon or when the ranks agree to stop, with a checkpoint."""
 
     def __init__(
         self,
@@ -241,10 +246,10 @@ class Loop:
         self.checkpointer, self.stop, self.watchdog = checkpointer, stop, watchdog
         self.total, self.lr = config.total_steps, 0.0
         self.validation_loss: float | None = None
-        # A trial of two steps shall not end in an hour of validation.
+        # A trial of two steps must not end in an hour of validation.
         validate_every = config.validation.every if config.validation.every <= self.total else 0
         self.tasks = [
-            Task(config.metrics.log_every, self._log, first=True),  # the first loss tells most about a new model
+            Task(config.metrics.log_every, self._log, first=True),  # the first loss shows mistakes soonest
             Task(validate_every, self._validate, "validation"),
             Task(config.metrics.sample_every, self._sample, "sample", last=False),
             Task(config.checkpoint.every or self.total, self._save, "checkpoint"),
@@ -257,7 +262,7 @@ class Loop:
         self.writer = self.checkpointer.ranks.each(lambda: MetricsWriter(config, trainer.step) if is_main() else None)
         self.profiler = Profiler(config, trainer.device)
         self.window = Window(trainer.step, self._tokens(), trainer.dims.size("world"))
-        # Garbage collection of all that torch has made takes half a second, at a different step on every rank.
+        # A full garbage collection takes half a second, and hits ranks at different steps (stragglers).
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -278,7 +283,7 @@ class Loop:
     def _steps(self) -> None:
         trainer, first = self.trainer, self.trainer.step
         while trainer.step < self.total:
-            self.watchdog.begin(f"step {trainer.step + 1}", slow=trainer.step == first)  # which compiles
+            self.watchdog.begin(f"step {trainer.step + 1}", slow=trainer.step == first)  # compiles
             if self.stop.agreed():
                 return
             self.lr = trainer.lr
@@ -303,7 +308,7 @@ class Loop:
         return self.order.batch(self.trainer.step)[0] * self.trainer.config.data.seq_len
 
     def _log(self) -> None:
-        """Here the host waits for the device, and the ranks for each other."""
+        """Synchronises the host with the device and the ranks with each other."""
         trainer, names = self.trainer, self.prepared.names
         metrics = {"step": trainer.step, "tokens": self._tokens(), "lr": self.lr} | trainer.sums.read(names)
         if len(names) > 1:
@@ -314,7 +319,7 @@ class Loop:
         flops = training_flops(trainer.config.model, tokens, pairs)
         metrics |= usage(trainer.device, flops / (steps * metrics["step_seconds"]))
         log.debug(
-            "%.3f s a step, %.1f %% of it waiting for data, %.2f GiB of the host's memory",
+            "%.3f s/step, %.1f %% of it waiting for data, %.2f GiB of host memory",
             metrics["step_seconds"],
             100 * metrics["data_wait_fraction"],
             metrics[f"host_memory_gib/{rank()}"],

@@ -119,8 +119,8 @@ def test_another_tokenizer_behind_the_same_path_is_refused(workspace: Workspace)
 
 
 def test_another_data_file_begins_a_new_stage(workspace: Workspace) -> None:
-    """The changed source starts at its beginning, the other goes on; the checkpoint tells. Seen to fail when a
-    new source starts elsewhere."""
+    """The changed source starts at its first row, the other resumes; it is logged and recorded. Seen to fail when a
+    new source starts elsewhere, and without the message."""
     stopped(workspace)
     step = max(workspace.steps())
     more = workspace.root.parent / "more"
@@ -129,8 +129,12 @@ def test_another_data_file_begins_a_new_stage(workspace: Workspace) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace.root)
         prepare(load_config("config.toml"))
-    workspace.finish(2)
+    log = workspace.finish(2)
+    assert "this content (key " in log and f"it starts at its first row at step {step}" in log
+    assert "is removed from the mixture" in log
     state = json.loads((workspace.checkpoints / "step-00000020" / "train_state.json").read_text())
+    recorded = [change["to"] for change in state["changes"] if change["option"] == "data.sources"]
+    assert len(recorded) == 2 and all(change["step"] == step for change in state["changes"])
     before, after = state["stages"]
     assert after["step"] == step and after["g"] == 6 * step
     assert before["sources"][0] == after["sources"][0] and before["sources"][1] != after["sources"][1]
@@ -151,4 +155,6 @@ def test_a_data_shard_is_gone_or_shrunk(removed: bool, workspace: Workspace) -> 
         else:
             with shard.open("r+b") as file:
                 file.truncate(100)
-    workspace.run(2).check_mistake("cache/stores", ".bin: No such file" if removed else ".bin: ends at byte 100")
+    workspace.run(2).check_mistake(
+        "cache/stores", ".bin: missing; run" if removed else ".bin: damaged: 100 bytes instead"
+    )

@@ -146,7 +146,8 @@ class Source(Documents):
     """One source of documents: local files, a saved dataset or a Hugging Face hub dataset."""
 
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-    """Share of the training tokens, relative to the other sources' weights."""
+    """Share of the training tokens, relative to the other sources' weights. It must amount to one sample in 2,048: a
+    weight that is rounded to none is refused."""
 
 
 class Data(Section):

@@ -1,14 +1,16 @@
-"""Which row is sample number g: a pure function of the seed and g, so that resuming costs nothing and no rank matters.
+"""The data order: the row of sample number g is a pure function of the seed and g, so resuming takes no time.
 
-Samples are counted from 0 over the whole run. A *stage* is a stretch of it with one mixture, one batch size and one
-seed. Within a stage, samples come in blocks of 2048 in which every source has a fixed quota, evenly interleaved; the
-n-th sample that a source gives is row `permute(seed, source, epoch, i)` with `epoch, i = divmod(n, rows)`. The samples
-consumed of a source are always a prefix of that sequence, whatever the stages: a stage only remembers how long it is.
+Samples are counted from 0 over the run. A *stage* is an interval of steps with one mixture, one batch size and one
+seed. Within a stage, samples come in blocks of 2048 in which every source has a fixed quota, evenly interleaved. The
+n-th sample of a source is row `permute(seed, source, epoch, i)` with `epoch, i = divmod(n, rows)`. The samples that
+were read of a source are always a prefix of this sequence; a stage records the length of the prefix at its start.
+`docs/data_format.md` is the reference.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -19,26 +21,26 @@ from torchxihe.data.store import Prepared
 from torchxihe.errors import UserError
 
 BLOCK = 2048
-"""Samples in which the mixture is exact."""
+"""Number of samples in which the mixture is exact."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the run in which nothing about the order changes."""
+    """An interval of the run in which nothing about the order changes."""
 
     g: int
     """Number of its first sample."""
     step: int
     """Its first optimizer step."""
     global_batch: int
-    """Samples a step."""
+    """Samples per step."""
     seed: int
     sources: tuple[str, ...]
     """Content key of each source."""
     quotas: tuple[int, ...]
     """Samples of each source in a block; they sum to 2048."""
     first: tuple[int, ...]
-    """Samples of each source that earlier stages have consumed."""
+    """Samples of each source that earlier stages have read."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -51,11 +53,11 @@ class Stage:
         return cls(**{**values, **{name: tuple(values[name]) for name in lists}})
 
     def first_sample(self, step: int) -> int:
-        """Number of the first sample of `step`, if this stage is still on by then."""
+        """Number of the first sample of `step`, which must not lie in a later stage."""
         return self.g + (step - self.step) * self.global_batch
 
     def consumed(self, g: int) -> tuple[int, ...]:
-        """Samples of each source that lie before sample `g`, since the run began."""
+        """Samples of each source before sample `g`, counted from the start of the run."""
         block, p = divmod(g - self.g, BLOCK)
         before = np.bincount(pattern(self.quotas)[0][:p], minlength=len(self.quotas))
         taken = zip(self.first, self.quotas, before.tolist(), strict=True)
@@ -68,53 +70,86 @@ def pattern(quotas: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     counts = np.array(quotas)
     source = np.repeat(np.arange(len(counts)), counts)
     turn = np.concatenate([np.arange(count) for count in quotas])
-    # Turn k of n belongs in the middle of the k-th n-th of the block. Stable, so that equal places go by source.
+    # Sample k of n is placed in the middle of the k-th of n equal parts of the block. The sort is stable: ties go by
+    # source. Equal fractions give equal floats, and different ones differ by more than 1e-8.
     order = np.argsort((turn + 0.5) / counts[source], kind="stable")
     return source[order], turn[order]
 
 
 def make_quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole shares of a block by largest remainder, in the order of `weights`.
+    """Samples of each source in a block, in the order of `weights`: shares of 2048 by largest remainder.
 
-    Raises UserError if a weight is too small to get a share.
+    Weights count as the decimal numbers that they are written as, and the shares are exact fractions: of equal
+    remainders, the earlier source's comes first. Raises UserError if a share is rounded to 0.
     """
-    exact = [weight / sum(weights) * BLOCK for weight in weights]
-    quotas = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))
+    decimal = [Fraction(repr(weight)) for weight in weights]
+    shares = [weight * BLOCK / sum(decimal) for weight in decimal]
+    quotas = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (quotas[i] - shares[i], i))
     for i in by_remainder[: BLOCK - sum(quotas)]:
         quotas[i] += 1
     for i, quota in enumerate(quotas):
         if not quota:
-            others = sum(weights) - weights[i]
-            least = f"{others / (BLOCK - 1):.3g}"
+            least = f"{float((sum(decimal) - decimal[i]) / (BLOCK - 1)):.3g}"
             raise UserError(
-                f"data.sources.{i}.weight: {weights[i]:g} is less than one sample in {BLOCK}; beside the other "
-                f"sources' weights {least} is the smallest that counts"
+                f"data.sources.{i}.weight: {weights[i]:g} is less than one sample in {BLOCK}; with the other sources' "
+                f"weights, {least} is one sample: raise it to at least that, or remove the source"
             )
     return tuple(quotas)
+
+
+def _read_of(stages: Sequence[Stage], g: int) -> dict[str, int]:
+    """How many samples of each source the stages have read before sample `g`, by content key."""
+    read: dict[str, int] = {}
+    for stage, end in zip(stages, [*(following.g for following in stages[1:]), g], strict=True):
+        read |= zip(stage.sources, stage.consumed(end), strict=True)
+    return read
 
 
 def next_stage(previous: Sequence[Stage], config: Config, prepared: Prepared, step: int) -> Stage:
     """The stage that `config` asks for from `step` on, after `previous` (all of the run's stages, in order).
 
-    A source goes on where it stood, also if it was left out for a while; a new one starts at its beginning.
+    A source resumes after the last row that was read of it, even if it was left out in between; one that was never
+    read starts at its first row (`changed_sources` reports which).
     """
     keys = tuple(source.key for source in prepared.sources)
     g = previous[-1].first_sample(step) if previous else 0
-    ends = [following.g for following in previous[1:]] + [g]
-    stood: dict[str, int] = {}
-    for stage, end in zip(previous, ends, strict=False):
-        stood |= zip(stage.sources, stage.consumed(end), strict=True)
+    read = _read_of(previous, g) if previous else {}
     quotas = make_quotas([source.weight for source in prepared.sources])
-    first = tuple(stood.get(key, 0) for key in keys)
+    first = tuple(read.get(key, 0) for key in keys)
     return Stage(g, step, config.batch_size(step), config.training.seed, keys, quotas, first)
 
 
-def plan_stages(config: Config, prepared: Prepared, saved: Sequence[Stage] = (), step: int = 0) -> tuple[Stage, ...]:
-    """The run's stages when it goes on at `step` with `config`, up to its horizon.
+def changed_sources(saved: Sequence[Stage], prepared: Prepared, step: int) -> list[str]:
+    """How the sources differ from those of the last step of a run that resumes at `step`: a line for each.
 
-    What has run of `saved` stays; a new one follows wherever anything differs from the one before, at `step` and at
-    each step of a batch-size ramp. A stage that never ran a step leaves no trace.
+    Sources are compared by content key, so changed documents, templates or tokenizers count, whatever the config says.
+    """
+    stages = [stage for stage in saved if stage.step < step]
+    if not stages:
+        return []
+    read = _read_of(stages, stages[-1].first_sample(step))
+    keys = [source.key for source in prepared.sources]
+    lines = [
+        f"data.sources: the source with content key {key}, of which {read[key]:,} rows have been read, is removed from "
+        "the mixture"
+        for key in stages[-1].sources
+        if key not in keys
+    ]
+    for i, source in enumerate(prepared.sources):
+        if source.key not in read:
+            lines.append(
+                f"data.sources.{i} ({source.name}): this content (key {source.key}) has not been read before: it "
+                "starts at its first row"
+            )
+    return lines
+
+
+def plan_stages(config: Config, prepared: Prepared, saved: Sequence[Stage] = (), step: int = 0) -> tuple[Stage, ...]:
+    """The stages of a run that starts or resumes at `step` with `config`, up to its last step.
+
+    Stages of `saved` that began before `step` stay. A new one follows where anything differs from the one before: at
+    `step`, and at each step of a batch-size ramp.
     """
     stages = tuple(stage for stage in saved if stage.step < step)
     what = ("global_batch", "seed", "sources", "quotas")
@@ -126,18 +161,18 @@ def plan_stages(config: Config, prepared: Prepared, saved: Sequence[Stage] = (),
 
 
 def check_epochs(config: Config, prepared: Prepared, order: "Order") -> None:
-    """Raise UserError if the run passes over a source more than `data.max_epochs` times."""
+    """Raise UserError if the run reads a source more than `data.max_epochs` times."""
     most = config.data.max_epochs
     for i, (name, epochs) in enumerate(zip(prepared.names, order.epochs(config.total_steps), strict=True)):
         if most and epochs > most:
             raise UserError(
-                f"data.max_epochs: the run would pass over data.sources.{i} ({name}) {epochs:.2f} times, more than "
-                f"{most}; shorten the run, lower the weight of that source, or raise data.max_epochs"
+                f"data.max_epochs: the run would read data.sources.{i} ({name}) {epochs:.2f} times, more than {most}; "
+                "shorten the run, lower the weight of that source, or raise data.max_epochs"
             )
 
 
 class Order:
-    """The rows of all samples of a run."""
+    """The source and row of every sample of a run."""
 
     def __init__(self, stages: Sequence[Stage], rows: Mapping[str, int]) -> None:
         """`rows`: training rows by content key, in the order of the sources that `samples` numbers."""
@@ -155,14 +190,14 @@ class Order:
         return stage.first_sample(step), stage.global_batch
 
     def epochs(self, step: int) -> list[float]:
-        """How often the steps before `step` have gone through each source, in the order that `samples` numbers."""
+        """How many epochs of each source the steps before `step` read, in the order that `samples` numbers."""
         g = self.batch(step)[0]
         stage = self.stage_at(g)
         consumed = dict(zip(stage.sources, stage.consumed(g), strict=True))
         return [consumed.get(key, 0) / rows for key, rows in zip(self._keys, self._rows.tolist(), strict=True)]
 
     def describe(self, step: int, names: list[str]) -> str:
-        """The global batch of `step` in words: its samples' numbers and the sources, called `names`, they come from."""
+        """The sample numbers of the global batch of `step` and the names of their sources, as text."""
         first, size = self.batch(step)
         sources = sorted(set(self.samples(np.arange(first, first + size))[0].tolist()))
         return f"samples g = {first} to {first + size - 1} from {', '.join(names[i] for i in sources)}"
@@ -190,11 +225,11 @@ class Order:
 
 
 def permute(seed: int, source_key: str, epoch: int, i: np.ndarray, rows: int) -> np.ndarray:
-    """Where a keyed pseudo-random permutation of range(rows) sends `i` (int64 [n]).
+    """The image of `i` (int64 [n]) under a keyed pseudo-random permutation of range(rows).
 
     A Feistel network over pairs (left, right) of mixed radix, so that its domain is hardly larger than `rows`: eight
-    rounds, each adding the splitmix64 finaliser of one half to the other. A result beyond `rows` is sent on again
-    (cycle-walking) until it lies within, which keeps it a permutation.
+    half rounds, each adding the splitmix64 finaliser of one half to the other. A result of `rows` or more is mapped
+    again until it is less (cycle walking), so the map is a permutation of range(rows).
     """
     radix = max(1, int(np.ceil(np.sqrt(rows))))
     sizes = np.uint64(radix), np.uint64(-(-rows // radix))

@@ -266,6 +266,11 @@ class History:
         self._changes = saved["changes"] + self._changes
         self._origin, self.stages = saved["origin"], saved["stages"]
 
+    def record_sources(self, change: str, step: int) -> None:
+        """Log and record that another content is read from `step` on; the stages have the content keys."""
+        log.warning("%s at step %d", change, step)
+        self._changes.append({"step": step, "option": "data.sources", "from": "", "to": change})
+
     def start_from(self, saved: dict[str, Any], origin: Location, whole: bool) -> None:
         """Start a new run from the checkpoint `origin`; `whole`: with its step and data order, not its weights alone.
 
