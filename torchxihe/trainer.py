@@ -66,7 +66,7 @@ class Trainer:
         )
         self.bytes_per_token = torch.from_numpy(bytes_per_token).to(device)
         self.sums = StepSums(device, len(config.data.sources))
-        self.keep_shards = config.parallelism.reshard_after_forward  # what is wanted is memory, not less traffic
+        self.keep_shards = config.parallelism.reshard_after_forward  # less memory, more traffic
         self.bad_steps = BadSteps(training, device)
         self.step = 0
 
@@ -74,7 +74,7 @@ class Trainer:
         """One optimizer step on the next `accumulation` micro-batches; the host never waits for the device."""
         batches = [next(loader) for _ in range(self.accumulation)]
         tokens = torch.full((), float(sum(batch.valid for batch in batches)), device=self.device)
-        tokens = self.dims.sum(tokens, "data").clamp(min=1)  # a batch of a conversation's prompts alone has none
+        tokens = self.dims.sum(tokens, "data").clamp(min=1)  # a batch of prompts only has none
         sources = len(self.config.data.sources)
         sums_S3 = torch.zeros(sources, 3, dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
@@ -138,24 +138,24 @@ class Trainer:
         return text + tokenizer.decode(list(tokens))
 
     def load(self, checkpointer: Checkpointer, path: Location, only: tuple[str, ...] = ()) -> None:
-        """Continue from a step directory; with parts in `only`, start at step 0 with nothing but these."""
+        """Load a step directory; with parts in `only`, only these, and start at step 0."""
         state = checkpointer.load(path, self.state(), only)
         self.step = 0 if only else state["step"]
 
     def save(self, checkpointer: Checkpointer, history: History, validation_loss: float | None = None) -> None:
-        """Commit everything that the run consists of; at the end, if that is wanted, the model alone."""
+        """Save the run's state; after the last step, with `checkpoint.final = "model"`, the model only."""
         whole = self.step < self.config.total_steps or self.config.checkpoint.final == "full"
         checkpointer.save(self.step, self.state(whole), history.to_json(self.step), validation_loss)
 
     def state(self, whole: bool = True) -> dict[str, torch.Tensor]:
-        """Every tensor that the run consists of, by name; not `whole`: the model alone."""
+        """Every tensor of the run's state by name; with `whole = False` those of the model only."""
         if not whole:
             return flat_state(self.model, None)
         return flat_state(self.model, self.optimizer) | self.bad_steps.state()
 
 
 def trial_step(config: Config, device: torch.device) -> None:
-    """Build a trainer and take a step of random tokens; nothing is kept."""
+    """Build a trainer and take one step on random tokens; nothing is kept."""
     trainer = Trainer(config, device, np.ones(config.model.vocab_size, np.int32))
     batch = random_batch(trainer.batch_spec, config.model.vocab_size, documents=1)
     trainer.train_step(itertools.repeat(batch))

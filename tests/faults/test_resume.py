@@ -11,7 +11,7 @@ def test_a_finished_run_says_so_and_goes_on_when_there_is_more_to_do(workspace: 
     """Seen to fail without the look at the newest step's number."""
     workspace.finish(2)
     log = workspace.finish(2)
-    assert "is finished: it has done 20 steps" in log and "--training.steps=N" in log
+    assert "is finished (20 steps)" in log and "--training.steps=N" in log
     workspace.finish(2, "--training.steps=24")
     assert max(workspace.ledger()) == 24
 

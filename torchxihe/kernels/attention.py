@@ -1,4 +1,4 @@
-"""Causal attention, one signature over several kernels: `attention(q, k, v, cu_seqlens)`.
+"""Causal attention by several kernels with one signature: `attention(q, k, v, cu_seqlens)`.
 
 Axes: B batch, T position in the row, N = B·T tokens, H query heads, K key and value heads (K divides H), D head
 dimension.
@@ -27,7 +27,7 @@ CAUSAL_KERNELS = [
 
 
 def document_mask(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
-    """Which position may look at which: bool [B, 1, T, T], causal and inside one document."""
+    """Which query (dim 2) attends to which key (dim 3): bool [B, 1, T, T], causal and within one document."""
     position_N = torch.arange(batch * seq_len, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document_BT = torch.searchsorted(cu_seqlens, position_N, right=True).view(batch, seq_len)
     same = document_BT[:, :, None] == document_BT[:, None, :]
@@ -35,7 +35,7 @@ def document_mask(cu_seqlens: Tensor, batch: int, seq_len: int) -> Tensor:
 
 
 def sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`F.scaled_dot_product_attention`, with a block-diagonal mask for documents: the reference, and the CPU's.
+    """`F.scaled_dot_product_attention`, with a block-diagonal mask for documents: the reference, and what a CPU uses.
 
     Returns [B, T, H, D] in q's dtype.
     """
@@ -45,7 +45,7 @@ def sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | No
     if cu_seqlens is not None:
         out = F.scaled_dot_product_attention(q, k, v, document_mask(cu_seqlens, batch, seq_len), enable_gqa=gqa)
     elif q.is_cuda:
-        with sdpa_kernel(CAUSAL_KERNELS, set_priority=True):  # a compiled graph keeps only what is named inside it
+        with sdpa_kernel(CAUSAL_KERNELS, set_priority=True):  # a compiled graph only keeps a context entered inside it
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
     else:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
@@ -53,13 +53,13 @@ def sdpa(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | No
 
 
 def varlen(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """PyTorch's variable-length flash attention (CUDA, 16-bit): documents cost nothing but their own scores.
+    """PyTorch's variable-length flash attention (CUDA, 16-bit): no work on masked document pairs.
 
     Returns [B, T, H, D] in q's dtype.
     """
     if cu_seqlens is None:
         return sdpa(q_BTHD, k_BTKD, v_BTKD, None)
-    # It needs CUDA's libraries: imported here so that a machine without them can use the rest.
+    # Imported here: it needs CUDA's libraries.
     from torch.nn.attention.varlen import varlen_attn
 
     seq_len = q_BTHD.shape[1]

@@ -1,7 +1,7 @@
 """Softmax, loss and gradient of a chunk of logits in one Triton kernel, in place.
 
-A row's first pass reads it from memory and its second from the cache, so that a chunk costs one read and one write:
-what the compiler makes of the same formula takes twice as long at a vocabulary of 50,304 (docs/performance.md).
+The first pass over a row reads it from memory and the second from the cache, so a chunk costs one read and one write.
+Inductor's code for the same formula takes twice as long at a vocabulary of 50,304 (docs/performance.md).
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
     columns = tl.arange(0, block)
     base = logits + row * stride
     valid = target != ignore
-    # Before any thread may have overwritten it.
+    # Read before any thread overwrites it.
     target_logit = tl.load(base + tl.where(valid, target, 0)).to(tl.float32)
-    log2e = 1.4426950408889634  # powers of two are what the device computes
+    log2e = 1.4426950408889634  # the hardware computes exp2
     whole = vocab // block * block
     rest = whole + columns < vocab
     x = tl.load(base + whole + columns, mask=rest, other=-1e30).to(tl.float32) * log2e
@@ -37,13 +37,13 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
     lse = highest + tl.log2(tl.sum(sums))
     tl.store(losses + row, tl.where(valid, lse / log2e - target_logit, 0.0))
     if gradients:
-        shift = tl.where(valid, lse, float("inf"))  # 2 to the minus infinity: a row that does not count has no gradient
+        shift = tl.where(valid, lse, float("inf"))  # exp2(-inf) = 0: an ignored row has no gradient
         for start in range(0, whole, block):
             x = tl.load(base + start + columns).to(tl.float32) * log2e
             tl.store(base + start + columns, tl.exp2(x - shift).to(logits.dtype.element_ty))
         x = tl.load(base + whole + columns, mask=rest, other=float("-inf")).to(tl.float32) * log2e
         tl.store(base + whole + columns, tl.exp2(x - shift).to(logits.dtype.element_ty), mask=rest)
-        tl.debug_barrier()  # another thread has just written the target's place
+        tl.debug_barrier()  # the target's element was just written by another thread
         tl.store(base + target, (tl.exp2(target_logit * log2e - shift) - 1.0).to(logits.dtype.element_ty), mask=valid)
 
 

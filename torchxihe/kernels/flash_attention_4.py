@@ -18,8 +18,8 @@ from torchxihe.utils.device import compute_capability
 # Keeps compiled kernels on disk; read when flash_attn is imported.
 os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
-# Of the widths up to 128, those that it computes right: at 72 and 80 its gradients are wrong on a Hopper (4.0.0b26), at
-# others it does not compile.
+# Head dimensions up to 128 with correct results: at 72 and 80 the gradients are wrong on Hopper (4.0.0b26), others do
+# not compile.
 FA4_HEAD_DIMS = (32, 64, 96, 128)
 
 

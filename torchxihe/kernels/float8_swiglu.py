@@ -1,13 +1,13 @@
-"""SwiGLU whose products are float8, around an activation that is read once and leaves as float8.
+"""SwiGLU with float8 products, and one kernel that computes the activation and quantises it in the same pass.
 
-A tensor's one scale is known only after all of it was seen, so that scaling the activation by tensor means computing
-it twice, at 2F numbers a token the largest of the model. Here every token has a scale of its own, which the kernel
-that computes it finds on the way. A product over the features gives rows that are multiplied by it afterwards; in a
-product over the tokens (a weight's gradient) the other factor, four times narrower, takes it before it is rounded
-itself. The scales are powers of two: none of this rounds. Everything else has one scale a tensor.
+A scale per tensor is known only after all of it has been computed, so the activation, with 2F values per token the
+largest tensor of the model, would be computed twice. Here every token has its own scale, found by the kernel that
+computes the activation. A product over features multiplies its rows by the scale afterwards; a product over tokens (a
+weight's gradient) applies it to the other factor, which is four times narrower, before that is quantised. These scales
+are powers of two, so applying them is exact. All other tensors have one scale per tensor.
 
-Rounded to E4M3: inputs, weights, activations, the gradients of gate and up. To E5M2, which reaches further down: the
-output's gradient, and whatever carries gradients' scales.
+E4M3: inputs, weights, activations, gradients of gate and up. E5M2, which has the wider range: the output's gradient and
+what is multiplied by gradients' scales.
 
 Axes: N tokens, C hidden size, F feed-forward width.
 """
@@ -21,10 +21,10 @@ from torchxihe.utils.device import compile_obstacle, compute_capability
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
-ALIGNED = 16  # what a float8 product asks of all its sides, and the tokens are one
+ALIGNED = 16  # float8 products need all dimensions, tokens included, to be multiples of this
 
-_WIDEST = 16384  # activations of a token: a program of the kernel holds them all
-_TINY = 2.0**-100  # a largest value of zero needs a scale too
+_WIDEST = 16384  # activations of a token: one program of the kernel holds all of them
+_TINY = 2.0**-100  # a tensor of zeros needs a scale, too
 
 
 def swiglu_float8(x_BTC: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
@@ -34,7 +34,7 @@ def swiglu_float8(x_BTC: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module
 
 
 def has_float8(device: torch.device, dtype: torch.dtype, recipe: str, hidden_size: int, intermediate_size: int) -> bool:
-    """Whether that works here and is what torchao's `recipe` would be, a scale a tensor, or finer."""
+    """Whether this works here and is at least as fine as torchao's `recipe` (one scale per tensor)."""
     aligned = hidden_size % ALIGNED == intermediate_size % ALIGNED == 0 and intermediate_size <= _WIDEST
     works = compute_capability(device) >= (8, 9) and dtype != torch.float32 and not compile_obstacle()
     return recipe == "tensorwise" and aligned and works
@@ -52,44 +52,44 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         x_NC, gate_FC, up_FC, down_CF, gate_NF, up_NF = ctx.saved_tensors
-        dafter_NF = _product(_round(grad_NC, E5M2), _turned(_round(down_CF, E4M3)), grad_NC.dtype)
+        dafter_NF = _product(_round(grad_NC, E5M2), _transposed(_round(down_CF, E4M3)), grad_NC.dtype)
         dgate_NF, dup_NF, dscale_N1, after_NF, scale_N1 = _rounded_swiglu_backward(gate_NF, up_NF, dafter_NF)
-        through_gate = _product((dgate_NF, None), _turned(_round(gate_FC, E4M3)), grad_NC.dtype)
-        through_up = _product((dup_NF, None), _turned(_round(up_FC, E4M3)), grad_NC.dtype)
-        x = _turned(_round(x_NC * dscale_N1, E5M2))
-        grad = _turned(_round(grad_NC * scale_N1, E5M2))
+        through_gate = _product((dgate_NF, None), _transposed(_round(gate_FC, E4M3)), grad_NC.dtype)
+        through_up = _product((dup_NF, None), _transposed(_round(up_FC, E4M3)), grad_NC.dtype)
+        x = _transposed(_round(x_NC * dscale_N1, E5M2))
+        grad = _transposed(_round(grad_NC * scale_N1, E5M2))
         return (
             ((through_gate.float() + through_up) * dscale_N1).to(grad_NC.dtype),
-            _product(_turned((dgate_NF, None)), x, gate_FC.dtype),
-            _product(_turned((dup_NF, None)), x, up_FC.dtype),
-            _product(grad, _turned((after_NF, None)), down_CF.dtype),
+            _product(_transposed((dgate_NF, None)), x, gate_FC.dtype),
+            _product(_transposed((dup_NF, None)), x, up_FC.dtype),
+            _product(grad, _transposed((after_NF, None)), down_CF.dtype),
         )
 
 
-Rounded = tuple[Tensor, Tensor | None]  # float8, and what to multiply it by: a float32 scalar, or 1 without it
+Rounded = tuple[Tensor, Tensor | None]  # float8 values and their scale: a float32 scalar; None: 1
 
 
 def _round(x: Tensor, dtype: torch.dtype) -> Rounded:
-    """`x` in float8, its largest value the largest that `dtype` has."""
+    """`x` quantised to float8, scaled so that its largest value is the largest of `dtype`."""
     scale = x.abs().amax().float().clamp(min=_TINY) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
 
 
-def _turned(x: Rounded) -> Rounded:
-    """Transposed in memory: the units read both factors of a product along what it sums over."""
+def _transposed(x: Rounded) -> Rounded:
+    """Transposed in memory: float8 tensor cores read both factors along the reduction dimension."""
     return x[0].t().contiguous(), x[1]
 
 
 def _product(a: Rounded, b: Rounded, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
-    """a [M, K] times b [P, K] transposed: [M, P]. Fast sums keep 14 bits or so, as torchao's forward pass does."""
+    """a [M, K] times b [P, K] transposed: [M, P]. fast: 14-bit accumulation, as in torchao's forward."""
     a_scale, b_scale = (a[0].new_ones((), dtype=torch.float32) if scale is None else scale for _, scale in (a, b))
     return torch._scaled_mm(a[0], b[0].t(), a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
 @torch.library.custom_op("torchxihe::rounded_swiglu", mutates_args=())
 def rounded_swiglu(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
-    """silu(gate) · up as E4M3 [N, F], and what to multiply each token by: powers of two, float32 [N, 1]."""
-    # Triton comes with PyTorch's CUDA builds alone.
+    """silu(gate) · up as E4M3 [N, F], and each token's scale: powers of two, float32 [N, 1]."""
+    # Triton only comes with PyTorch's CUDA builds.
     from torchxihe.kernels.float8_swiglu_triton import forward
 
     return forward(gate_NF, up_NF)
@@ -104,8 +104,8 @@ def _(gate_NF: Tensor, up_NF: Tensor) -> tuple[Tensor, Tensor]:
 def _rounded_swiglu_backward(
     gate_NF: Tensor, up_NF: Tensor, dafter_NF: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gate and up as E4M3 [N, F], with one scale a token for both; then `rounded_swiglu` again."""
-    # Triton comes with PyTorch's CUDA builds alone.
+    """Gradients of gate and up as E4M3 [N, F], one scale per token for both; then `rounded_swiglu`'s results."""
+    # Triton only comes with PyTorch's CUDA builds.
     from torchxihe.kernels.float8_swiglu_triton import backward
 
     return backward(gate_NF, up_NF, dafter_NF)

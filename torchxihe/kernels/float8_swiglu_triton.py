@@ -1,4 +1,4 @@
-"""SwiGLU to float8 in Triton, forward and backward: one program a token, whose activations it holds."""
+"""SwiGLU with float8 output in Triton, forward and backward: one program per token."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ LARGEST = tl.constexpr(448.0)  # of E4M3
 
 @triton.jit
 def _scale(largest):
-    """The least power of two by which `largest` can be divided to fit E4M3."""
+    """The smallest power of two s with largest / s <= 448, the largest E4M3 value."""
     bits = (largest / LARGEST).to(tl.int32, bitcast=True)
     return tl.maximum((bits + 0x7FFFFF) & 0x7F800000, 0x800000).to(tl.float32, bitcast=True)
 

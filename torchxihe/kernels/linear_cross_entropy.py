@@ -1,7 +1,7 @@
-"""Output head and cross-entropy in one operator: logits never exist whole.
+"""Output head and cross-entropy in one operator; the full logits are never materialised.
 
 Rows go through in chunks. A chunk's logits give its part of the loss, of dX and of dW at once, in the forward pass;
-the backward pass only multiplies by the incoming gradient. At 65,536 rows and a vocabulary of 50,304 whole float32
+the backward pass only multiplies by the incoming gradient. At 65,536 rows and a vocabulary of 50,304 full float32
 logits would take 13 GB, twice.
 
 Axes: N rows (tokens), C hidden size, V vocabulary, n rows of one chunk.
@@ -21,15 +21,15 @@ LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 IGNORE_INDEX = -100
 CHUNK_LOGITS = 2**29  # logits of one chunk, about: 1 GiB in bfloat16
-ROWS_MULTIPLE = 128  # what the matrix units like
+ROWS_MULTIPLE = 128  # tensor-core tile alignment
 
 
 def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over rows of -log softmax(x wᵀ)[target], and the terms of that sum; a row whose target is -100 has 0.
+    """Sum over rows of -log softmax(x wᵀ)[target], and the terms of that sum; 0 for a row whose target is -100.
 
     x: float32 or bfloat16 [N, C]. w: [V, C], cast to x's dtype for the products; its gradient is accumulated and
-    returned in float32. targets: int64 [N]. Returns a float32 scalar and float32 [N], which is cut off from the graph:
-    only the sum has a gradient, or dW would be needed row by row.
+    returned in float32. targets: int64 [N]. Returns a float32 scalar and float32 [N], which is detached: only
+    the sum has a gradient.
     """
     gradients = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
     loss, losses_N, _, _ = _chunked(x_NC, w_VC, targets_N, gradients)
@@ -37,16 +37,16 @@ def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> tuple
 
 
 def linear_cross_entropy_reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by definition: full float32 logits."""
+    """The same from full float32 logits: the reference."""
     logits_NV = F.linear(x_NC.float(), w_VC.float())
     losses_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
     return losses_N.sum(), losses_N.detach()
 
 
 def _cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, gradients: bool) -> None:
-    """Write a chunk's losses (float32 [n]); with `gradients`, the gradient of their sum takes the logits' place."""
+    """Write a chunk's losses (float32 [n]); with `gradients`, overwrite the logits by the sum's gradient."""
     if logits_nV.is_cuda and not compile_obstacle():
-        # Triton comes with PyTorch's CUDA builds alone.
+        # Triton only comes with PyTorch's CUDA builds.
         from torchxihe.kernels.cross_entropy_triton import cross_entropy_
 
         cross_entropy_(logits_nV, targets_n, losses_n, IGNORE_INDEX, gradients)
@@ -105,7 +105,7 @@ def _(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool) -> tuple[T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # or zeros of dX's and dW's size are made for nobody
+    ctx.set_materialize_grads(False)  # no zeros of dX's and dW's size for unused outputs
     ctx.w_dtype = inputs[1].dtype
     ctx.save_for_backward(*output[2:])
 
@@ -120,4 +120,4 @@ _chunked.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.torchxihe.linear_cross_entropy)
 def _flops(x: tuple[int, int], w: tuple[int, int], targets: Any, gradients: bool, **kwargs: Any) -> int:
-    return (6 if gradients else 2) * x[0] * w[0] * w[1]  # so that no memory budget makes the compiler recompute it
+    return (6 if gradients else 2) * x[0] * w[0] * w[1]  # high enough that no memory budget recomputes it

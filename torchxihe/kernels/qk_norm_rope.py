@@ -54,7 +54,7 @@ def qk_norm_rope_triton(
     cos_TD: Tensor,
     sin_TD: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The same on a GPU, in 16-bit; norms and angles are computed in float32 without rounding between them."""
+    """The same on a GPU, in 16-bit; norm and rotation are computed in float32 without rounding in between."""
     assert isinstance(q_proj.weight, Tensor) and isinstance(k_proj.weight, Tensor)
     weight_EC = torch.cat((q_proj.weight.to(x_BTC.dtype), k_proj.weight.to(x_BTC.dtype)))
     qk_BTE = _product(x_BTC, weight_EC, q_proj)
@@ -67,7 +67,7 @@ def qk_norm_rope_triton(
 
 
 def _product(x_BTC: Tensor, weight_EC: Tensor, like: nn.Module) -> Tensor:
-    """[B, T, C] to [B, T, E], in float8 where the module `like` multiplies so (torchao's; a scale for all of E)."""
+    """[B, T, C] to [B, T, E], in float8 if the module `like` is torchao's (one scale for all of E)."""
     if not hasattr(like, "linear_mm_config"):
         return F.linear(x_BTC, weight_EC)
     from torchao.float8.float8_linear import matmul_with_hp_or_float8_args  # slow, and optional
@@ -82,10 +82,10 @@ def normed_rope(
 ) -> tuple[Tensor, Tensor]:
     """Queries [N, H, D] and keys [N, K, D] from their projections side by side.
 
-    qk: 16-bit [N, E], contiguous, whole rows of the tables' T positions. weight: scales of the queries' norm and of the
+    qk: 16-bit [N, E], contiguous, of B rows of the tables' T positions. weight: scales of the queries' norm and of the
     keys', or None without norms. cos, sin: float32 [T, D/2]. heads: H.
     """
-    # Triton comes with PyTorch's CUDA builds alone.
+    # Triton only comes with PyTorch's CUDA builds.
     from torchxihe.kernels.qk_norm_rope_triton import forward
 
     return forward(qk_NE, weight_2D, cos_TD, sin_TD, heads, eps)
@@ -111,7 +111,7 @@ def _normed_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qk, in the gradients' dtype, and of the weights (float32 [2, D]; empty without norms)."""
-    # Triton comes with PyTorch's CUDA builds alone.
+    # Triton only comes with PyTorch's CUDA builds.
     from torchxihe.kernels.qk_norm_rope_triton import backward
 
     return backward(dq_NHD.contiguous(), dk_NKD.contiguous(), qk_NE, weight_2D, cos_TD, sin_TD, eps)
@@ -134,7 +134,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qk_NE, weight_2D, cos_TD, sin_TD, _, ctx.eps = inputs
-    # Turning back needs no input: only the norms' gradients do.
+    # RoPE's gradient needs no input; only the norms' do.
     ctx.save_for_backward(cos_TD, sin_TD, *(() if weight_2D is None else (qk_NE, weight_2D)))
 
 
@@ -149,9 +149,9 @@ normed_rope.register_autograd(_gradients, setup_context=_save)
 
 
 def apply_rope(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Turn each head by its position's angles, in float32; the result has x's dtype.
+    """Rotate each head by its position's angles (rotate-half), in float32; the result has x's dtype.
 
-    Positions are the row's, not the document's: the score of two tokens depends on their distance alone.
+    Positions are the row's, not the document's: scores depend on relative positions only.
     """
     a, b = x_BTHD.float().chunk(2, dim=-1)
     cos, sin = cos_TD[:, None, :], sin_TD[:, None, :]

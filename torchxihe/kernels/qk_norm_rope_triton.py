@@ -1,11 +1,11 @@
 """QK-norm and rotary embedding in one Triton kernel, forward and backward: each head is read once and written once.
 
-A program takes a block of tokens through all heads, so that a position's cosines and sines are loaded once. A head is
-two halves, a and b, that turn against each other.
+A program computes all heads of a block of tokens, so that a position's cosines and sines are loaded once. Rotate-half:
+the halves a and b of a head become a cos - b sin and b cos + a sin.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
-# A constexpr's branches are decided when the kernel is compiled.
+# Branches on a constexpr are decided when the kernel is compiled.
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def _norm_rope(
     tl.constexpr,
 ):
 # fmt: on
-    """Heads `first` to `first + heads` of each row of `source` to `out`, normed and turned."""
+    """Heads `first` to `first + heads` of each row of `source` to `out`, normalised and rotated."""
     d = tl.arange(0, half)
     if norm:
         weight_a = tl.load(weight + d).to(tl.float32)[None, :]
@@ -66,19 +66,19 @@ def _norm_rope_backward(
     tl.constexpr, norm: tl.constexpr,
 ):
 # fmt: on
-    """Gradient of `_norm_rope`: `grads` of its `out` to `out`, laid out as its `source`; its weight's to `dweight`."""
+    """Gradient of `_norm_rope`: `grads` of its `out` to `out`, placed as in its `source`; its weight's to `dweight`."""
     d = tl.arange(0, half)
     if norm:
         weight_a = tl.load(weight + d).to(tl.float32)[None, :]
         weight_b = tl.load(weight + half + d).to(tl.float32)[None, :]
-        sum_a = tl.zeros_like(cos)  # by token too: one reduction at the end
+        sum_a = tl.zeros_like(cos)  # per token: one reduction at the end
         sum_b = tl.zeros_like(cos)
     for head in range(heads):
         at = grads + (rows * grad_heads * 2 * half + head * 2 * half)[:, None] + d[None, :]
-        turned_a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        turned_b = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-        da = turned_a * cos + turned_b * sin
-        db = turned_b * cos - turned_a * sin
+        grad_a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        grad_b = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+        da = grad_a * cos + grad_b * sin
+        db = grad_b * cos - grad_a * sin
         place = (rows * width + (first + head) * 2 * half)[:, None] + d[None, :]
         if norm:
             a = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
@@ -127,7 +127,7 @@ def forward(
     (tokens, width), (seq_len, half) = qk_NE.shape, cos_TD.shape
     keys = width // (2 * half) - heads
     q_NHD, k_NKD = qk_NE.new_empty(tokens, heads, 2 * half), qk_NE.new_empty(tokens, keys, 2 * half)
-    weight = qk_NE if weight_2D is None else weight_2D  # without norms nobody reads it
+    weight = qk_NE if weight_2D is None else weight_2D  # unused without norms
     grid: Any = _forward[(triton.cdiv(tokens, TOKENS),)]  # type: ignore[index]
     grid(
         qk_NE, q_NHD, k_NKD, weight, cos_TD, sin_TD, tokens, seq_len, heads, keys, eps,
@@ -150,7 +150,7 @@ def backward(
     programs, norm = triton.cdiv(tokens, TOKENS), qk_NE is not None and weight_2D is not None
     dqk_NE = dq_NHD.new_empty(tokens, (heads + keys) * 2 * half)
     parts = dq_NHD.new_empty((programs, 2, 2 * half) if norm else (0,), dtype=torch.float32)
-    source, weight = (qk_NE, weight_2D) if norm else (dqk_NE, dqk_NE)  # without norms nobody reads them
+    source, weight = (qk_NE, weight_2D) if norm else (dqk_NE, dqk_NE)  # unused without norms
     grid: Any = _backward[(programs,)]  # type: ignore[index]
     grid(
         dq_NHD, dk_NKD, source, dqk_NE, weight, parts, cos_TD, sin_TD, tokens, seq_len, heads, keys, eps,

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from torchxihe.utils.device import compute_capability
 
-# Tiles of quack's products on a Hopper: the fastest of all that it would try, at three widths (docs/performance.md).
-# Its own search takes minutes for each shape.
+# Tiles of quack's products on Hopper: the fastest of its candidates at three widths (docs/performance.md). Its own
+# autotuning takes minutes per shape.
 TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "pingpong": True, "cluster_m": 1, "cluster_n": 2}
 
 SIZE_MULTIPLE = 8  # TMA rows start at 16 bytes: 8 elements of 16 bits
@@ -27,8 +27,8 @@ SIZE_MULTIPLE = 8  # TMA rows start at 16 bytes: 8 elements of 16 bits
 def _quack_swiglu(x_NC: Tensor, gate_up_GC: Tensor, down_CF: Tensor) -> tuple[Tensor, Tensor]:
     """Feed-forward output [N, C], and gate and up before the activation [N, G], for the backward pass; 16-bit.
 
-    Rows of gate and up alternate in `gate_up`, and so do the columns of the second result: one product computes both
-    and leaves a gate beside its up, where the activation is applied before anything reaches memory.
+    Rows of gate and up alternate in `gate_up`, and so do the columns of the second result: one product computes both,
+    and its epilogue applies the activation to adjacent columns before anything is written to memory.
     """
     from quack.gemm_config import GemmConfig  # slow, and optional
     from quack.gemm_interface import gemm_gated_tuned
@@ -89,7 +89,7 @@ def _swiglu_flops(x: tuple[int, int], gate_up: tuple[int, int], down: tuple[int,
 def swiglu_quack(x_BTC: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """The same with the activation and its gradient inside the products (the extra `[kernels]`; Hopper, 16-bit)."""
     assert isinstance(gate.weight, Tensor) and isinstance(up.weight, Tensor) and isinstance(down.weight, Tensor)
-    # Cast before they are joined: cast after it, each gradient would be a slice of both and be copied once more.
+    # Cast before the stack: otherwise each gradient would be a strided slice and be copied once more.
     gate_up = torch.stack((gate.weight.to(x_BTC.dtype), up.weight.to(x_BTC.dtype)), dim=1).flatten(0, 1)
     out_NC, _ = _quack_swiglu(x_BTC.flatten(0, 1), gate_up, down.weight.to(x_BTC.dtype))
     return out_NC.view_as(x_BTC)

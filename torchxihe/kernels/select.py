@@ -1,4 +1,4 @@
-"""Which kernel computes what: one value, chosen once, with the references among its choices."""
+"""The choice of kernels: one value, chosen in one place, the references among its choices."""
 
 from dataclasses import dataclass
 
@@ -49,10 +49,10 @@ LABELS = {
 }
 
 REFERENCE = Kernels(sdpa, qk_norm_rope_reference, swiglu_reference, linear_cross_entropy_reference)
-"""What every other choice is tested against: plain PyTorch, float32 logits that exist whole."""
+"""The references of all tests: plain PyTorch, full float32 logits."""
 
 PORTABLE = Kernels(sdpa, qk_norm_rope_reference, swiglu_reference, linear_cross_entropy)
-"""What works on every device, in bounded memory."""
+"""Plain PyTorch, on any device, without full logits."""
 
 
 def select_kernels(config: Config, device: torch.device) -> Kernels:

@@ -23,7 +23,7 @@ from torchxihe.model.rope import rope_tables
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, cast to the activations' dtype: one rule for mixed precision under every parallelism."""
+    """A linear layer without bias; its weight is cast to the input's dtype (mixed precision, alike in every layout)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -71,7 +71,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then feed-forward, each normalised before and added after."""
+    """One decoder layer: attention, then feed-forward, each with a pre-norm and a residual connection."""
 
     def __init__(self, config: Model, kernels: Kernels) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config, kernels)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, kernels)
-        self.checkpoint: Callable[..., Tensor] | None = None  # set from outside, to compute `body` again in backward
+        self.checkpoint: Callable[..., Tensor] | None = None  # set from outside: activation checkpointing of `body`
 
     def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """What the block computes: [B, T, C] to [B, T, C]."""
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm, then the summed loss or the logits. It owns no parameter: those are the decoder's, wherever tied."""
+    """Final norm, then the summed loss or the logits. It owns no parameters: the decoder passes them, tied or not."""
 
     def __init__(self, eps: float, kernels: Kernels) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
         `kernels/attention.py`.
         The first is a float32 scalar, the second float32 [B], for reports, without a gradient.
         positions: int64 [T], each token's position in its row; None: 0 to T - 1.
-        The loss is computed in here, so that FSDP2 gathers the head with the root and nothing reaches around it.
+        The loss is computed inside, so that FSDP2 gathers the head's weight with the root module.
         """
         at = slice(tokens_BT.shape[1]) if positions_T is None else positions_T
         cos_TD, sin_TD = self.cos_TD[at], self.sin_TD[at]
@@ -162,7 +162,7 @@ class Decoder(nn.Module):
         return self.head(x_BTC, self.norm.weight, w_VC, targets_BT)
 
     def init_tables(self) -> None:
-        """Fill the rotary embedding's tables, which no checkpoint holds."""
+        """Fill RoPE's tables, which are not in checkpoints."""
         cos, sin = rope_tables(self.seq_len, self.config.head_dim, self.config.rope_theta, self.cos_TD.device)
         self.cos_TD.copy_(cos)
         self.sin_TD.copy_(sin)
@@ -173,8 +173,8 @@ class Decoder(nn.Module):
 
         Norms are one. Matrices and the embedding are truncated normals of sigma `initializer_range`, cut at 3 sigma;
         the two projections that write to the residual stream get sigma / sqrt(2 layers), so that its variance does
-        not grow with depth (GPT-2). Each parameter has a generator of its own, keyed by seed and name: the weights
-        do not depend on how they are sharded, nor on what else is initialised.
+        not grow with depth (GPT-2). Each parameter has its own generator, keyed by seed and name, so the weights do not
+        depend on the layout or on other parameters.
         """
         self.init_tables()
         device = self.cos_TD.device
@@ -189,7 +189,7 @@ class Decoder(nn.Module):
             generator = torch.Generator(device).manual_seed(int.from_bytes(key[:8], "big") >> 1)
             whole = torch.empty(parameter.shape, device=device)
             nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
-            if isinstance(parameter, DTensor):  # every rank has drawn the same: each keeps its shard, nothing is sent
+            if isinstance(parameter, DTensor):  # all ranks draw the same and keep their shard; no communication
                 mesh, placements = parameter.device_mesh, parameter.placements
                 whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
             parameter.copy_(whole)

@@ -1,6 +1,6 @@
-"""Sampling text from a decoder, a token at a time, with the keys and values of what came before kept.
+"""Sampling text from a decoder, one token at a time, with a key-value cache.
 
-A cache is an attention: while text is generated each layer attends through one, and no other line of the model knows.
+A cache is an attention callable: during generation each layer's attention is replaced by one.
 """
 
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class CachedAttention:
-    """Causal attention to all keys and values that it has seen; the signature of `attention.py`, for a batch of one.
+    """Causal attention to all keys and values seen so far; the signature of `attention.py`, for a batch of one.
 
     Axes as there: B batch, T positions of this call, H query heads, K key and value heads, D head dimension; S
     positions seen so far, this call's included.
@@ -29,7 +29,7 @@ class CachedAttention:
         self._keys_BSKD, self._values_BSKD = torch.empty(0), torch.empty(0)
 
     def __call__(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """[B, T, H, D] in q's dtype. The whole row is one document."""
+        """[B, T, H, D] in q's dtype. The row is one document."""
         if not self.seen:
             shape = (k_BTKD.shape[0], self.size, *k_BTKD.shape[2:])
             self._keys_BSKD, self._values_BSKD = k_BTKD.new_empty(shape), v_BTKD.new_empty(shape)
@@ -37,7 +37,7 @@ class CachedAttention:
         self.seen = end = start + new
         self._keys_BSKD[:, start:end], self._values_BSKD[:, start:end] = k_BTKD, v_BTKD
         q, k, v = (x.transpose(1, 2) for x in (q_BTHD, self._keys_BSKD[:, :end], self._values_BSKD[:, :end]))
-        # A single new position sees everything; several see each other causally, and all that came before them.
+        # One new position attends to everything; several attend causally to each other and to all before.
         mask_TS = torch.ones(new, end, dtype=torch.bool, device=q.device).tril(start) if new > 1 else None
         out = F.scaled_dot_product_attention(q, k, v, mask_TS, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
@@ -61,8 +61,8 @@ def cached(model: nn.Module, size: int) -> Iterator[list[CachedAttention]]:
 def window_start(length: int, context: int) -> int:
     """The first of `length` tokens that the model still sees.
 
-    When the context is full the oldest quarter of it is forgotten at once: forgetting token by token would shift every
-    position each time, and nothing could be kept.
+    When the context is full its oldest quarter is dropped at once: dropping token by token would shift every position
+    each time and invalidate the cache.
     """
     stride = max(1, context // 4)
     return max(0, -(-(length - context) // stride) * stride)
@@ -97,8 +97,8 @@ def generate(
 
     `model` is a Decoder, wrapped or not, that sees at most the last `context` tokens (`window_start`); ids from
     `vocab_size` on are padding and never drawn. Logits that are not finite end it with a warning. Under FSDP2 all ranks
-    must call this together; the same seed draws the same tokens. Until the iterator is exhausted or closed the model is
-    good for nothing else.
+    must call this together; the same seed draws the same tokens. The model must not be
+    used otherwise until the iterator is exhausted or closed.
     """
     tokens = list(prompt)
     device = next(model.parameters()).device
@@ -110,7 +110,7 @@ def generate(
                 first = seen = window_start(len(tokens), context)
                 for cache in caches:
                     cache.seen = 0
-            # Every length is a new shape: a compiled model would compile each. no_grad ends at each yield.
+            # Eager, because each length would be compiled anew. no_grad ends at each yield.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 new_T = torch.tensor([tokens[seen:]], device=device)
                 positions_T = torch.arange(seen - first, len(tokens) - first, device=device)
@@ -118,7 +118,7 @@ def generate(
             seen = len(tokens)
             logits_V = logits_BTV[0, -1, :vocab_size].cpu()
             if not logits_V.isfinite().all():
-                log.warning("the model's logits are not finite: it has diverged, and there is nothing to draw from")
+                log.warning("the model's logits are not finite (it has diverged); nothing to sample")
                 return
             token = sample(logits_V, generator, temperature, top_k, top_p)
             if token == stop_id:

@@ -1,4 +1,4 @@
-"""Rotary position embeddings in Hugging Face's layout: the two halves of a head turn against each other.
+"""Tables of rotary position embeddings (RoPE), rotate-half as in Hugging Face's models.
 
 Axes: B batch, T position in the row, H heads, D head dimension.
 """

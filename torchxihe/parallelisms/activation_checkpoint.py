@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward pass keeps, and what it computes again."""
+"""Activation checkpointing: which activations the backward pass keeps and which it recomputes."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ from torchxihe.config.options import Parallelism
 from torchxihe.errors import UserError
 from torchxihe.model.decoder import Block, Decoder
 
-# Dear to compute again: matrix products and attention. Everything else is elementwise.
+# Expensive to recompute: matrix products and attention. Everything else is elementwise.
 _SAVED = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm.default,
@@ -25,21 +25,21 @@ _SAVED = {
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # PyTorch's variable-length attention exists once its module is imported: by namespace.
+    # By namespace: PyTorch's varlen attention only exists once its module is imported.
     saved = op in _SAVED or getattr(op, "namespace", "") == "torch_attn"
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_activation_checkpointing(model: Decoder, parallelism: Parallelism, *, compiled: bool) -> None:
     """Recompute in the backward pass, by `parallelism.activation_checkpointing`: "none", "selective" (all but products
-    and attention), "full" (whole blocks) or "budget" (what is cheapest, which the compiler knows).
+    and attention), "full" (entire blocks) or "budget" (chosen by the compiler).
 
     Raises UserError for a budget without a compiler.
     """
     mode = parallelism.activation_checkpointing
     if mode == "budget" and not compiled:
-        raise UserError('parallelism.activation_checkpointing: "budget" is the compiler\'s; take "selective" or "full"')
-    # The compiler has one budget, for all that it compiles from now on.
+        raise UserError('parallelism.activation_checkpointing: "budget" needs the compiler; use "selective" or "full"')
+    # A global setting of the compiler.
     torch._functorch.config.activation_memory_budget = parallelism.activation_budget if mode == "budget" else 1.0
     if mode in ("none", "budget"):
         return

@@ -1,4 +1,4 @@
-"""Data parallelism: DDP, FSDP2, HSDP. All of them sum gradients over the processes; the loss is already normalised."""
+"""Data parallelism: DDP, FSDP2, HSDP. Gradients are summed, never averaged: the loss is normalised already."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchxihe.model.decoder import Decoder
 
-UNIT_PARAMETERS = 25_000_000  # FSDP2 takes milliseconds of host time a unit and step: small blocks share one
+UNIT_PARAMETERS = 25_000_000  # FSDP2 costs milliseconds of host time per unit and step: small blocks share a unit
 
 
 def apply_ddp(model: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
-    """A copy of the model on every process; returns the wrapper to call (the model itself keeps its names)."""
-    # The tables are constants that every process has made for itself.
+    """Replicate the model on every process; returns the wrapper to call (parameter names of the model stay)."""
+    # The tables are constants that every process computes.
     tables = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, tables)
     ddp = DistributedDataParallel(
@@ -37,7 +37,7 @@ def apply_ddp(model: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_after_forward: bool) -> None:
-    """Shard the parameters in place (FSDP2), over all of a flat mesh or each replica of a two-dimensional one (HSDP).
+    """Shard the parameters in place (FSDP2), over a 1-D mesh, or within each replica of a 2-D one (HSDP).
 
     Blocks are gathered in `dtype`, the root (table, final norm, head) in float32: it casts itself, so that the
     table's gradients are summed in float32 everywhere.
@@ -50,7 +50,7 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # without it gloo is asked for a PREMUL_SUM it lacks
+            module.set_force_sum_reduction_for_comms(True)  # otherwise FSDP2 asks gloo for PREMUL_SUM, which it lacks
 
 
 def _units(blocks: list[nn.Module], least: int) -> list[list[nn.Module]]:
@@ -68,10 +68,10 @@ def _units(blocks: list[nn.Module], least: int) -> list[list[nn.Module]]:
 
 @contextmanager
 def gradient_sync(model: nn.Module, *, last: bool, keep_shards: bool) -> Iterator[None]:
-    """Forward and backward of one micro-batch inside this; gradients travel only when it is the step's last.
+    """Context of one micro-batch's forward and backward pass; gradients are reduced after the step's last one only.
 
-    But for FSDP2's with `keep_shards`: each micro-batch's are scattered at once, so that no process ever holds more of
-    them than its shard, and HSDP's replicas sum their shards at the last.
+    Under FSDP2 with `keep_shards` each micro-batch's gradients are reduce-scattered at once, so that no process holds
+    more than its shard of them, and HSDP's replicas all-reduce their shards after the last one.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or keep_shards)

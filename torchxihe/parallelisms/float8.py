@@ -1,4 +1,4 @@
-"""Float8 products in the blocks (torchao): twice the units' speed, worth its casts from a billion parameters or so."""
+"""Float8 products in the blocks (torchao): worth their quantisation from about a billion parameters on."""
 
 import dataclasses
 import importlib.util
@@ -13,20 +13,21 @@ from torchxihe.utils.device import compute_capability
 
 
 def apply_float8(model: Decoder, recipe: str, device: torch.device) -> None:
-    """Make the products of the blocks' matrices float8, forward and backward, in place; "" leaves the model alone.
+    """Make the products of the blocks' matrices float8, forward and backward, in place; "" changes nothing.
 
-    `recipe` is torchao's: one scale a tensor ("tensorwise"), or one a row ("rowwise", "rowwise_with_gw_hp"; the latter
-    leaves the weights' gradients in 16-bit). The table and the head stay as they are, and so do parameters and their
-    names. A scale is shared by one micro-batch of one process, so their sizes show in the last digits. A CPU computes
-    torchao's products without float8 units; on a GPU the feed-forward may have its own (`float8_swiglu.py`). Raises
-    UserError where this cannot work.
+    `recipe` is torchao's: one scale per tensor ("tensorwise"), or per row ("rowwise", "rowwise_with_gw_hp"; the latter
+    keeps the weights' gradients in 16-bit). Table, head, parameters and names are unchanged. A scale covers one
+    micro-batch of one process, so its size affects the last digits. A CPU emulates float8; on a GPU the feed-forward
+    may use `kernels/float8_swiglu.py` instead. Raises UserError where this cannot work.
     """
     if not recipe:
         return
     if importlib.util.find_spec("torchao") is None:
         raise UserError(f'float8.recipe: "{recipe}" needs torchao (pip install torchxihe[float8])')
     if device.type == "cuda" and compute_capability(device) < (8, 9):
-        raise UserError(f'float8.recipe: "{recipe}" needs a GPU with float8 units (Ada, Hopper or newer); take ""')
+        raise UserError(
+            f'float8.recipe: "{recipe}" needs a GPU with float8 tensor cores (Ada, Hopper or newer); use ""'
+        )
     if device.type == "cuda" and model.seq_len % ALIGNED:
         raise UserError(f"data.seq_len: {model.seq_len} must be a multiple of {ALIGNED} with float8.recipe")
     # Slow, and optional.

@@ -1,4 +1,4 @@
-"""From a config to a model on its device: the one place that fixes the order of the techniques."""
+"""From a config to a model on its device; fixes the order in which parallelisms are applied."""
 
 import logging
 
@@ -34,7 +34,7 @@ def parallelize(
     compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
     if config.training.compile and not compiled:
-        log.warning("training.compile: %s, so this run is not compiled, only slower", compile_obstacle())
+        log.warning("training.compile: %s: running uncompiled, slower", compile_obstacle())
     elif compiled:
         apply_compile(model, whole=dims.size("world") == 1)
     if dims.dp_shard > 1:

@@ -1,4 +1,4 @@
-"""Processes: who this one is, how they start, speak and leave. Everything works in one process without a group."""
+"""Processes: ranks, start and end of the process group, small collectives. All of it works in one process, too."""
 
 import datetime
 import gc
@@ -34,13 +34,13 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Whether this is rank 0, which prints and writes."""
     return rank() == 0
 
 
 @contextmanager
 def process_group(timeout_seconds: float = 600) -> Iterator[torch.device]:
-    """Start the processes' group (if there is more than one), yield this process's device, leave in good order.
+    """Initialise the process group (of several processes), yield this process's device, and shut down cleanly.
 
     With a GPU, collectives on GPU tensors go through NCCL and those on CPU tensors through gloo.
     """
@@ -54,10 +54,10 @@ def process_group(timeout_seconds: float = 600) -> Iterator[torch.device]:
             timeout=datetime.timedelta(seconds=timeout_seconds),
             device_id=device if device.type == "cuda" else None,
         )
-    yield device  # an error leaves from here: the others may be gone, and no barrier would end
+    yield device  # no cleanup on errors: others may have exited, and a barrier would hang
     if dist.is_initialized():
-        # FSDP2 over gloo aborts at interpreter exit now and then unless everybody arrives here and the model, which
-        # the caller has dropped by now, is collected first.
+        # FSDP2 over gloo sometimes aborts at interpreter exit unless all ranks arrive here and the model, which the
+        # caller has dropped, is collected first.
         barrier()
         gc.collect()
         dist.destroy_process_group()
@@ -79,13 +79,13 @@ def mesh_group(mesh: DeviceMesh, names: Sequence[str]) -> dist.ProcessGroup:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def all_gather_object(value: T) -> list[T]:
-    """`value` of every process, by rank. Pickles: for what we made ourselves, never for a file's content."""
+    """`value` of every process, by rank. Pickles: only for our own objects, never for a file's content."""
     if not dist.is_initialized():
         return [value]
     values = [value] * world_size()
@@ -94,5 +94,5 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Files: held by one process, hashed, and on the disk."""
+"""Files: locks, hashes, durable writes."""
 
 import errno
 import fcntl
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: Path, taken: Callable[[str], object]) -> Iterator[str]:
-    """Hold `path`, which has this process's name in it meanwhile; yields the name of a holder that ended before it
-    could take it out, "" if there is none.
+    """Lock the file `path` and write this process's name into it; yields the name left by a holder that did not end
+    cleanly, "" if there is none.
 
-    `taken` is told who has it, before that one is waited for, and may raise. The lock dies with the process that has
-    it, however it ends. A file system without locks is warned of, and nobody is kept out.
+    taken: called with the current holder's name before waiting for it; may raise. The lock is released when its process
+    ends, however it ends. On a file system without locks there is a warning and no exclusion.
     """
     with path.open("a+", encoding="utf-8") as file:
         try:
@@ -35,7 +35,7 @@ def locked(path: Path, taken: Callable[[str], object]) -> Iterator[str]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise
-            log.warning("%s: this file system has no locks: nothing keeps a second process out of it", path)
+            log.warning("%s: this file system has no locks: a second process is not kept out", path)
         earlier = path.read_text(encoding="utf-8").strip()
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -47,7 +47,7 @@ def locked(path: Path, taken: Callable[[str], object]) -> Iterator[str]:
 
 
 def hash_stream(stream: IO[bytes], progress: Callable[[int], object] = lambda size: None) -> tuple[int, str]:
-    """Size in bytes and xxh3_128 of what is left of `stream`, read in pieces; `progress` is told the size of each."""
+    """Size in bytes and xxh3_128 of the rest of `stream`, read in pieces; `progress` gets the size of each."""
     digest, size = xxhash.xxh3_128(), 0
     while piece := stream.read(CHUNK_BYTES):
         digest.update(piece)
@@ -57,7 +57,7 @@ def hash_stream(stream: IO[bytes], progress: Callable[[int], object] = lambda si
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Have the names in a folder reach the disk."""
+    """fsync a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,22 +79,22 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def draft(path: Path) -> Path:
-    """Where this process writes what is to be `path`: two that make the same file must not write into one."""
+    """A temporary name for `path`, unique to this process."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is either whole and on the disk, or not there."""
+    """Write a JSON file atomically and durably."""
     write_text(path, json.dumps(value, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole and on the disk, or as it was before."""
+    """Write a text file atomically and durably."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole and on the disk, or as it was before. Raises OSError that names it."""
+    """Write a file atomically and durably. Raises OSError that names it."""
     temporary = draft(path)
     try:
         with temporary.open("wb") as file:

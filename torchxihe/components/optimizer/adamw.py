@@ -11,7 +11,7 @@ from torchxihe.utils.distributed import local_part
 
 
 def create_state(adamw: torch.optim.AdamW, dtype: torch.dtype) -> None:
-    """What fused AdamW starts from, moments in `dtype`: there from the first, because DCP loads into what is there."""
+    """Create fused AdamW's state, moments in `dtype`, before the first step: DCP loads in place."""
     for group in adamw.param_groups:
         for parameter in group["params"]:
             moment = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
@@ -23,7 +23,7 @@ class BFloat16AdamW(torch.optim.AdamW):
     """Fused AdamW, in float32, with moments that are kept in bfloat16 between the steps: 4 bytes a parameter, not 8.
 
     torch 2.13's fused kernel can do that by itself on a GPU, older ones cannot, nor can the CPU's. Here the moments
-    become float32 for the step, not many at a time. `create_state` makes them.
+    are converted to float32 for the step, a part at a time. `create_state` makes them.
     """
 
     AT_ONCE = 2**26  # parameters, whose float32 moments take 512 MiB

@@ -1,4 +1,4 @@
-"""Steps that must not change the model: not finite, or far outside of what was usual lately."""
+"""Steps that must not change the model: not finite, or outliers among the recent ones."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch import Tensor
 from torchxihe.config.options import Training
 from torchxihe.errors import UserError
 
-WINDOW = 128  # steps that "lately" is
-LEAST = 32  # steps before anything can be unusual
+WINDOW = 128  # recent steps that are compared with
+LEAST = 32  # accepted steps before outliers are judged
 
 
 class BadSteps:
-    """Judges steps on the device, so that the host waits for nothing; its memory is part of a checkpoint.
+    """Judges steps on the device without a host sync; its state is part of checkpoints.
 
-    Everything here is the same on all ranks, because loss and gradient norm are.
+    Its state is the same on all ranks, because loss and gradient norm are.
     """
 
     def __init__(self, config: Training, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class BadSteps:
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps: float32 [2, 128] and two int64 scalars. They share this object's memory."""
+        """For checkpoints: float32 [2, 128] and two int64 scalars, sharing this object's memory."""
         return {
             "steps.recent": self._recent,
             "steps.accepted": self._accepted,
@@ -32,7 +32,7 @@ class BadSteps:
         }
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether to skip the step of this mean loss and gradient norm (float scalars): a bool scalar on the device."""
+        """Whether to skip the step of this mean loss and gradient norm (float scalars): bool scalar on the device."""
         values = torch.stack([loss.float(), grad_norm.float()])
         skip = ~values.isfinite().all()
         if self._sigmas:
@@ -51,7 +51,7 @@ class BadSteps:
     def check(self, last: str) -> None:
         """Raise UserError if the last `training.max_skipped` steps were all skipped; waits for the device.
 
-        `last` says what the last step was taken on.
+        last: description of the last step's batch.
         """
         if self._most and int(self._in_a_row) >= self._most:
             what = f"{int(self._in_a_row)} steps in a row were skipped, the last of them with {last}"

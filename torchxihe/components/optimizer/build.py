@@ -15,7 +15,7 @@ from torchxihe.model.decoder import Decoder
 def build_optimizer(
     model: Decoder, config: Optimizer, replicas: dist.ProcessGroup | None, *, compile: bool
 ) -> torch.optim.Optimizer:
-    """What `config` names; matrices decay, embeddings and norms do not.
+    """The optimizer that `config` names. Matrices have weight decay, embeddings and norms have none.
 
     `replicas`: the ranks that hold this rank's plain parameters too; None: it alone.
     """
@@ -50,7 +50,7 @@ def build_optimizer(
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
-    """Who updates what, for people."""
+    """Which optimizer updates how many parameters, for the log."""
     groups = [
         f"{'Muon' if 'momentum' in group else 'AdamW'} for {sum(p.numel() for p in group['params']) / 1e6:,.1f} M "
         f"parameters in {len(group['params'])} tensors, weight decay {group['weight_decay']:g}"

@@ -27,7 +27,7 @@ EPS = 1e-7
 
 
 def orthogonalize(x_KRC: Tensor) -> Tensor:
-    """Each matrix with its singular values moved to about 1 (0.7 to 1.2), in x's dtype: five Newton-Schulz steps.
+    """Each matrix with singular values moved to about 1 (0.7 to 1.2), in x's dtype: five Newton-Schulz iterations.
 
     The quintic aX + bXX'X + cXX'XX'X has the steepest slope at zero that still stays bounded: it does not converge to
     exactly 1, which makes no difference to training.
@@ -45,7 +45,7 @@ def orthogonalize(x_KRC: Tensor) -> Tensor:
 def advance_momentum(
     buffer: Tensor, grad: Tensor, grad_scale: Tensor, momentum: float, skip: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Move the momentum towards grad / grad_scale, in place unless `skip`; Nesterov's look ahead, in `dtype`."""
+    """Update the momentum with grad / grad_scale, in place unless `skip`; returns Nesterov's look-ahead in `dtype`."""
     grad = grad / grad_scale
     moved = buffer.to(grad.dtype).lerp(grad, 1 - momentum)
     buffer.copy_(torch.where(skip, buffer, moved))
@@ -55,14 +55,14 @@ def advance_momentum(
 def apply_update(weight: Tensor, update: Tensor, keep: Tensor, rate: Tensor, skip: Tensor) -> None:
     """weight · keep - rate · update, in place unless `skip`.
 
-    keep and rate are scalars on the device: as numbers, others in each step, they would be compiled in.
+    keep and rate are device scalars: as Python numbers they would be compiled in as constants.
     """
     moved = weight * keep - rate * update.to(weight.dtype)
     weight.copy_(torch.where(skip, weight, moved))
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices, the optimizer given with them for everything else; one step of the two together.
+    """Muon for matrices and a given optimizer for all other parameters, stepped together.
 
     The update of a matrix is scaled by 0.2 · sqrt(max(rows, columns)), which gives it the root mean square of AdamW's
     (arXiv:2502.16982): one learning rate and one weight decay serve both. Two float32 scalars on the device must be set
