@@ -21,6 +21,7 @@ FLOORS = {
     "components": 2,
     "trainer": 3,
     "run": 3,
+    "parsers": 4,
     "commands": 4,
     "__main__": 4,
 }
