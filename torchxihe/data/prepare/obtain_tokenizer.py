@@ -194,7 +194,7 @@ def _finish(folder: Path, where: str) -> None:
     try:
         settings = read_settings(folder)
     except UserError as error:
-        raise UserError(f"{where}: tokenizer_config.json {str(error).partition(': ')[2]}") from None
+        raise UserError(f"{where}: tokenizer_config.json: {str(error).partition(': ')[2]}") from None
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     size = max(vocab.values()) + 1
 
