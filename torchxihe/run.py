@@ -28,6 +28,7 @@ from torchxihe.components.observe import (
     wanted_trackers,
 )
 from torchxihe.components.runtime import Ranks, Stop, Watchdog, fit_micro_batch, run_lock, share_run_directory
+from torchxihe.components.validation import deciding_key, warn_of_few_rows
 from torchxihe.config.load import dump_config
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Loader
@@ -174,6 +175,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         accumulation=trainer.accumulation_at(config.total_steps),
         shards=dims.dp_shard,
     )
+    warn_of_few_rows(config, prepared)
     checkpointer.ranks.on_main(lambda: describe_run(config, prepared))
     with memory_explained(config), Exporter(config, checkpointer) as exporter:
         Loop(trainer, order, prepared, history, checkpointer, stop, watchdog).run()
@@ -331,7 +333,7 @@ class Loop:
 
     def _validate(self) -> None:
         result = self.trainer.validate(self.prepared)
-        self.validation_loss = result["validation/loss"]
+        self.validation_loss = result.get(deciding_key(self.trainer.config.checkpoint.best_by))
         if self.writer:
             self.writer.validation(self.trainer.step, result)
 

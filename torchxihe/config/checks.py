@@ -156,11 +156,27 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
             yield True, f"parallelism.{option}", str(error)
 
 
+def _listed(names: list[str]) -> str:
+    named = [name for name in names if name]
+    return f" ({', '.join(named)})" if named else ""
+
+
 def _documents(config: Config) -> Iterator[Finding]:
     """Mistakes in the sources and the validation sets."""
     yield not config.data.sources, "data.sources", "needs at least one entry"
+    best_by, sets = config.checkpoint.best_by, [documents.name for documents in config.validation.sets]
+    yield (
+        best_by not in ("sources", *filter(None, sets)),
+        "checkpoint.best_by",
+        f'must be "sources" or the name of one of validation.sets{_listed(sets)}, got {best_by!r}',
+    )
     names: list[str] = []
     for at, source in documents_of(config):
+        yield (
+            source.name == "sources",
+            f"{at}.name",
+            '"sources" stands for all documents held out of data.sources; choose another name',
+        )
         yield (
             bool(source.name) and source.name in names,
             f"{at}.name",

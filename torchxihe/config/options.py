@@ -328,6 +328,10 @@ class Checkpoint(Section):
     """Keep for ever the checkpoints of steps divisible by this. 0: none beyond `keep_last`."""
     keep_best: NonNegativeInt = 0
     """Keep this many checkpoints of the lowest validation loss, of those whose step was validated. 0: none."""
+    best_by: str = "sources"
+    """Whose validation loss decides which checkpoint is the best (`keep_best`, the manifest, the closing summary):
+    "sources" (all documents held out of `data.sources`; where none are, all validation sets together), or the name of
+    one of `validation.sets`."""
     final: Literal["full", "model"] = "full"
     """What the last step saves. "model": the weights alone, a third of the size; to go on afterwards with more steps,
     the run then starts from the checkpoint before."""

@@ -18,12 +18,11 @@ from torchxihe.components.checkpoint.staging import describe_state
 from torchxihe.components.checkpoint.state import corruption_explained, flat_state, load_tensors, open_fitting
 from torchxihe.components.checkpoint.storage import CorruptError
 from torchxihe.data.prepare.chat import Chat
-from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE
+from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, read_meta
 from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.flops import parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
-from torchxihe.utils.files import read_json
 
 SHARD_BYTES = 4 * 10**9
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -53,9 +52,7 @@ def export(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        tokenizer = read_json(saved.tokenizer_dir / "torchxihe.json")
-        if not tokenizer:
-            raise UserError(f"{saved.tokenizer_dir}: torchxihe.json is damaged; starting its run again mends it")
+        tokenizer = read_meta(saved.tokenizer_dir).model_dump(include={"vocab_size", "eos_id", "bos_id"})
         _write_weights(saved, draft, tokenizer["vocab_size"], dtype, shard_bytes, progress)
         _write_configs(saved, draft, tokenizer, str(dtype).removeprefix("torch."))
         _write_tokenizer(saved.tokenizer_dir, draft, tokenizer)

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from torchxihe.components.checkpoint.history import read_train_state
 from torchxihe.components.checkpoint.manifest import step_of
 from torchxihe.components.checkpoint.state import corruption_explained, load_model_only, resolve
-from torchxihe.components.checkpoint.storage import CorruptError, Location, hash_file
+from torchxihe.components.checkpoint.storage import Location, hash_file
 from torchxihe.config.options import Config, Model
+from torchxihe.data.tokenizer import read_meta
 from torchxihe.errors import UserError
 from torchxihe.kernels.select import PORTABLE, Kernels
 from torchxihe.model.decoder import Decoder
@@ -67,13 +68,9 @@ def open_saved(path: str | PathLike[str]) -> SavedRun:
         raise UserError(
             f"{step_dir}: the run's tokenizer/ is neither beside checkpoints/ nor in {of_run}; put it there"
         )
-    with corruption_explained(step_dir):
-        try:
-            digest = hash_file(Location(found / "tokenizer.json"))[1]
-        except CorruptError as error:
-            raise UserError(f"{found}: {error}; restore it from the run's cache or a copy") from None
-    if digest != train_state["tokenizer"]:
-        raise UserError(f"{found}: tokenizer.json is damaged, or not the one that {step_dir} was trained with")
+    read_meta(found)  # checks every file there
+    if hash_file(Location(found / "tokenizer.json"))[1] != train_state["tokenizer"]:
+        raise UserError(f"{found}: tokenizer.json is not the one that {step_dir} was trained with")
     return SavedRun(step_dir, train_state, model, config["data"]["seq_len"], found)
 
 

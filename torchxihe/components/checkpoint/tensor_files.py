@@ -30,16 +30,16 @@ METADATA_LIMIT = 2**30
 """Bytes: several thousand tensors on a thousand ranks."""
 
 # What pickle writes for strings, integers, tuples, lists, dicts, classes and objects (protocols 4 and 5).
-OPCODES = set(
+OPCODES = (
     "PROTO FRAME STOP SHORT_BINUNICODE BINUNICODE BINUNICODE8 MEMOIZE BINGET LONG_BINGET STACK_GLOBAL NONE NEWTRUE "
     "NEWFALSE BININT BININT1 BININT2 LONG1 MARK EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS "
-    "EMPTY_DICT SETITEM SETITEMS EMPTY_SET REDUCE NEWOBJ BUILD".split()
+    "EMPTY_DICT SETITEM SETITEMS EMPTY_SET REDUCE NEWOBJ BUILD"
 )
 OPERAND_BYTES = [-1] * 256
 """By opcode: bytes of its operand, of a counted one of the count alone; -1: not allowed."""
 COUNTED = set()
 for _opcode in pickletools.opcodes:
-    if _opcode.name in OPCODES:
+    if _opcode.name in OPCODES.split():
         _width = _opcode.arg.n if _opcode.arg else 0
         if _width < 0:  # pickletools has -2, -3 and -5 for a count of 1, 4 and 8 bytes
             COUNTED.add(ord(_opcode.code))
