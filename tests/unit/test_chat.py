@@ -1,6 +1,10 @@
 """Conversations: every token and mask spelled out, `transformers`' own rendering as reference, and what is refused."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from tests.unit.data_corpus import make_config, write_lines
 from torchxihe.config.options import Config, Tokenizer
 from torchxihe.data.loader import IGNORE, BatchSpec, Loader
 from torchxihe.data.order import Order, plan_stages
-from torchxihe.data.prepare import encode
+from torchxihe.data.prepare import encode, render
 from torchxihe.data.prepare import sources as sources_module
 from torchxihe.data.prepare.chat import Chat, Message
 from torchxihe.data.prepare.obtain_tokenizer import CHAT_TEMPLATE, END_OF_TEXT, obtain
@@ -278,10 +282,9 @@ def test_a_template_whose_prompt_is_not_the_beginning(tmp_path: Path) -> None:
     chat = make_chat(tmp_path / "t", IM, "{% if messages | length > 2 %}more than one turn{% endif %}" + THINKING)
     _, why = chat.parts(conversation("a", "b")["messages"])
     assert not why
-    _, why = chat.parts(conversation("a", "b", "c", "d")["messages"])
-    assert (
-        "is not how it begins the conversation with that answer; mark the assistant's words by {% generation %}" in why
-    )
+    _, problem = chat.parts(conversation("a", "b", "c", "d")["messages"])
+    assert problem and problem.reason == "the chat template refuses it"
+    assert "is not how it begins the conversation with that answer; mark the text of the" in problem.detail
 
 
 @pytest.mark.parametrize(
@@ -290,7 +293,10 @@ def test_a_template_whose_prompt_is_not_the_beginning(tmp_path: Path) -> None:
         ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ raise_exception('not today') }}", "tokenizer.chat_template: not today"),
-        ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", "no special token ends what the assistant says"),
+        (
+            "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}",
+            "no special token ends the messages of the assistant",
+        ),
         (CHATML.replace("CONTENT", "{% generation %}{{ m.content }}{% endgeneration %}"), "no special token ends"),
         (
             "{% for m in messages %}{{ strftime_now('%d') + m.content + eos_token }}{% endfor %}",
@@ -311,9 +317,135 @@ def test_a_tokenizer_that_is_another_one_after_a_special_token(tmp_path: Path) -
     (folder / "tokenizer.json").write_text(json.dumps(content))
     template = "{% for m in messages %}{{ ' ' + m.content + eos_token }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(
-        UserError, match="tokenizer.path: its tokenizer.json encodes text after a special token in anot"
-    ):
+    with pytest.raises(UserError, match="tokenizer.path: its tokenizer.json encodes text after a special token diff"):
+        Chat(obtain(Tokenizer(path=str(folder)), tmp_path, [], ""))
+
+
+HEAVY = {
+    "an endless loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+    "a power": "{% set n = messages | length + 7 %}{{ 7 ** (n ** n) }}",
+    "a long text": "{{ 'x' * 10**10 }}",
+    "a text that doubles": "{% set n = namespace(t='xy') %}{%for i in range(64) %}{%set n.t = n.t ~ n.t %}{% endfor %}",
+    "a wide number": "{{ '%0999999999d' % (messages | length) }}",
+    "a wide field": "{{ '{:>9999999999}'.format(1) }}",
+    "a list that doubles": "{% set n = namespace(t=[1]) %}{%for i in range(64) %}{%set n.t = n.t + n.t %}{% endfor %}",
+    "deep JSON": "{{ messages | tojson(indent=999999999) }}",
+    "a long output": "{% for i in range(9000) %}{{ 'x' * 10000 }}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+}  # fmt: skip
+EXCEEDED = (
+    "^tokenizer.chat_template: rendering a conversation (takes more than|gives more than) [0-9,]+ (s|MiB|characters)"
+)
+
+
+@pytest.mark.parametrize("what", HEAVY)
+@pytest.mark.parametrize("when", ["at once", "in a long conversation"])
+@pytest.mark.timeout(60)
+def test_a_template_has_limits_of_time_memory_and_length(
+    tmp_path: Path, what: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail, all of them: by the time limit of the test, or for memory."""
+    monkeypatch.setattr(render, "SECONDS", 1)
+    template = TEMPLATES["ChatML"][1]
+    if when == "at once":
+        with pytest.raises(UserError, match=EXCEEDED) as error:
+            make_chat(tmp_path / "t", IM, HEAVY[what] + template)
+        assert "\n" not in str(error.value)
+        return
+    heavy = "{% if messages | length > 2 %}" + HEAVY[what] + "{% endif %}"
+    chat = make_chat(tmp_path / "t", IM, heavy + template)
+    assert not chat.parts(conversation("a", "b")["messages"])[1]
+    for _ in range(2):
+        with pytest.raises(UserError, match=EXCEEDED):
+            chat.parts(conversation("a", "b", "c", "d")["messages"])
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: maximum recursion depth exceeded"),
+        ("{{ " + "(" * 100_000 + " }}", ""),
+        ("{{ " + "[" * 300 + "]" * 300 + " }}", ""),
+        ("{% if x %}" * 300 + "{% endif %}" * 300, ""),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ {}['a'].b.c }}", "has no attribute 'a'"),
+        ("{{ raise_exception('long\n' * 10000) }}", "long long"),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_any_error_of_a_template_is_one_line(tmp_path: Path, template: str, why: str) -> None:
+    """Seen to fail with a traceback: only errors of three types were expected."""
+    with pytest.raises(UserError, match="^tokenizer.chat_template: ") as error:
+        make_chat(tmp_path / "t", IM, template)
+    message = str(error.value)
+    assert why in message and "\n" not in message and len(message) < 500
+
+
+def test_a_template_that_exceeds_a_limit_stops_preparing_and_names_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_cores", lambda: 1)
+    monkeypatch.setattr(render, "SECONDS", 1)
+    folder = make_tokenizer(tmp_path / "t", IM)
+    heavy = "{% if messages | length > 2 %}" + HEAVY["an endless loop"] + "{% endif %}" + TEMPLATES["ChatML"][1]
+    (folder / "chat_template.jinja").write_text(heavy)
+    source = write_lines(tmp_path / "a.jsonl", [conversation("a", "b"), conversation("a", "b", "c", "d")])
+    with pytest.raises(UserError, match=rf"takes more than 1 s of CPU time.*; at {source['path']}, line 2$"):
+        prepare(chat_config(tmp_path / "cache", source, tokenizer={"path": str(folder)}))
+
+
+def test_the_process_that_renders_ends_with_its_chat(tmp_path: Path) -> None:
+    chat = make_chat(tmp_path / "t", IM, TEMPLATES["ChatML"][1])
+    process = chat._renderer._process
+    assert process.poll() is None
+    del chat
+    assert process.poll() is not None
+
+
+def test_the_process_that_renders_ends_with_its_parent(tmp_path: Path) -> None:
+    make_chat(tmp_path / "t", IM, TEMPLATES["ChatML"][1])
+    [folder] = (tmp_path / "t/cache/tokenizers").iterdir()
+    script = f"""
+import os, signal
+from pathlib import Path
+from torchxihe.data.prepare.chat import Chat
+chat = Chat(Path({str(folder)!r}))
+print(chat._renderer._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    output = subprocess.run([sys.executable, "-c", script], env=environment, text=True, stdout=subprocess.PIPE).stdout
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{int(output)}/cmdline").exists() and Path(f"/proc/{int(output)}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("settings", ["[]", "{", '{"eos_token": {}, "bos_token": 5, "pad_token": null}'])
+def test_settings_of_a_tokenizer_that_are_damaged(tmp_path: Path, settings: str) -> None:
+    """Seen to fail with a traceback."""
+    make_chat(tmp_path / "t", IM, TEMPLATES["ChatML"][1])
+    [folder] = (tmp_path / "t/cache/tokenizers").iterdir()
+    (folder / "tokenizer_config.json").write_text(settings)
+    try:
+        Chat(folder)
+    except UserError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+    else:
+        assert settings.startswith('{"')
+
+
+def test_a_tokenizer_without_special_tokens(tmp_path: Path) -> None:
+    """Seen to fail with a KeyError."""
+    folder = make_tokenizer(tmp_path / "t", ["</s>"], chat_template=ALPACA)
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    content["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no special token ends the messages of the assistant"):
         Chat(obtain(Tokenizer(path=str(folder)), tmp_path, [], ""))
 
 
@@ -363,32 +495,41 @@ def test_template_and_format_change_the_store_and_nothing_else_does(tmp_path: Pa
 # Rows
 
 
+NOT_OBJECT, ROLE = "a message is not an object", "a role is not system, user or assistant"
+CONTENT, NO_ANSWER = "the content of a message is not a string", "no message has the role assistant"
+FIRST = "the first message is not the user's"
 BAD = [
-    ({"text": "x"}, "column 'messages' is missing"),
-    ({"messages": "hello"}, "column 'messages' is not a list of messages"),
-    ({"messages": []}, "no message is the assistant's"),
-    ({"messages": ["hello"]}, "a message is not an object"),
-    (conversation("only a question"), "no message is the assistant's"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "a role is not system, user or assistant"),
-    ({"messages": [{"content": "x"}]}, "a role is not system, user or assistant"),
-    ({"messages": [{"role": "user", "content": ["x"]}]}, "a message's content is not a string"),
-    ({"messages": [{"role": "user"}]}, "a message's content is not a string"),
-    ({"messages": conversation("a", "b")["messages"][1:]}, "the first message is not the user's"),
-    ({"messages": conversation("a", "b", system="s")["messages"][::2]}, "the first message is not the user's"),
+    ({"text": "x"}, "column 'messages' is missing", "the row has text"),
+    ({"messages": "hello"}, "column 'messages' is not a list of messages", "it is a str"),
+    ({"messages": []}, NO_ANSWER, "the roles are none"),
+    ({"messages": ["hello"]}, NOT_OBJECT, "message 1 is a str"),
+    (conversation("only a question"), NO_ANSWER, "the roles are user"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, ROLE, "message 1: 'tool'"),
+    (
+        {"messages": [*conversation("a", "b")["messages"], {"role": "x\n" * 999}]},
+        ROLE,
+        "message 3: " + repr("x\n" * 20),
+    ),
+    ({"messages": [{"content": "x"}]}, ROLE, "message 1 has content"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, CONTENT, "message 1: a list"),
+    ({"messages": [{"role": "user"}]}, CONTENT, "message 1 has role"),
+    ({"messages": conversation("a", "b")["messages"][1:]}, FIRST, "the roles are assistant"),
+    ({"messages": conversation("a", "b", system="s")["messages"][::2]}, FIRST, "the roles are system, assistant"),
 ]
 
 
-@pytest.mark.parametrize(("row", "why"), BAD)
-def test_a_bad_conversation_is_counted_or_named(tmp_path: Path, row: dict[str, Any], why: str) -> None:
+@pytest.mark.parametrize(("row", "reason", "detail"), BAD)
+def test_a_bad_conversation_is_counted_or_named(tmp_path: Path, row: dict[str, Any], reason: str, detail: str) -> None:
+    """Counted by its reason; the error of a row also has what was found. Seen to fail: the role was not named."""
     good = [conversation("a", "b")] * 150
     source = write_lines(tmp_path / "a.jsonl", [*good, row, conversation("c", "d")])
     prepared = prepare(chat_config(tmp_path / "cache", source, tokenizer=BYTES))
-    assert prepared.sources[0].dropped == {why: 1} and prepared.sources[0].documents == 151
+    assert prepared.sources[0].dropped == {reason: 1} and prepared.sources[0].documents == 151
     strict = chat_config(tmp_path / "other", source, tokenizer=BYTES, data={"on_bad_rows": "error"})
     with pytest.raises(UserError) as error:
         prepare(strict)
     assert str(error.value) == (
-        f'data.sources.0: {source["path"]}, line 151: {why}; mend it, or set data.on_bad_rows = "skip"'
+        f'data.sources.0: {source["path"]}, line 151: {reason} ({detail}); fix it, or set data.on_bad_rows = "skip"'
     )
 
 
@@ -397,7 +538,7 @@ def test_what_the_template_refuses_is_a_bad_row(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [conversation("a", "b", system="s")])
     tokenizer = {**BYTES, "chat_template": str(tmp_path / "mistral.jinja")}
     with pytest.raises(
-        UserError, match="1 of 1 rows: the chat template refuses it: no system, first .*a.jsonl, line 1"
+        UserError, match=r"1 of 1 rows: the chat template refuses it, first .*a.jsonl, line 1 \(no system\); no row can"
     ):
         prepare(chat_config(tmp_path / "cache", source, tokenizer=tokenizer))
 

@@ -245,7 +245,7 @@ def test_talking(tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     chat = Chat(tuned / "tokenizer")
     messages = conversation("First?", first.removesuffix("\n"), "Second?")["messages"]
     assert seen == [chat.prompt(messages[:1]), chat.prompt(messages)]
-    with pytest.raises(UserError, match=r"base/tokenizer: there is no chat_template.jinja in it; train with"):
+    with pytest.raises(UserError, match=r"base/tokenizer: it has no chat_template.jinja; train with"):
         run(["generate", str(tuned.with_name("base")), "--chat", "--prompt", "x"])
 
 

@@ -1,36 +1,31 @@
-"""Conversations to tokens: the tokenizer's chat template at work, and which of the tokens carry a loss.
+"""Conversations to tokens by the tokenizer's chat template, and which of the tokens carry a loss.
 
-A template (Jinja, in the dialect of `transformers`) turns messages into one text. What the assistant says in it, up to
-and with the special token that ends its turn, carries the loss. The template says itself where that is if it has
-`{% generation %}`; otherwise it begins where the prompt for the assistant's message would end.
+A template (Jinja, in the dialect of `transformers`) renders messages as one text. The messages of the assistant in it
+carry the loss, up to and including the special token that ends the turn. Where they begin is marked by
+`{% generation %}` if the template has it; otherwise it is the end of the prompt for that message.
 """
 
 import itertools
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from torchxihe.data.prepare.rows import Row
+from torchxihe.data.prepare.render import BEGIN, END, Renderer, RenderError
+from torchxihe.data.prepare.rows import Problem, Row, column_problem, kind_of, listed
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, Encoder, encodable, read_meta
 from torchxihe.errors import UserError
+from torchxihe.utils.records import DamagedError, read_bounded, read_record
 
 Message = dict[str, str]
 """`role` ("system", "user" or "assistant") and `content`."""
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
-# What a template's output is marked with while it is taken apart. No text holds these: messages with lone surrogates
-# get question marks for them.
-BEGIN, END, LITERAL = "\ud800", "\ud801", "\ud802"
-"""Before and after what the assistant says; before each character of a message that spells a special token."""
+LITERAL = "\ud802"
+"""Before each character of a message that spells a special token. Like the marks BEGIN and END it is a lone surrogate,
+which no message has: `encodable` replaces them by question marks."""
 
 PROBE = [{"role": "user", "content": "some text"}, {"role": "assistant", "content": "more text"}]
 
@@ -45,118 +40,112 @@ class Part(NamedTuple):
     """Whether its tokens carry a loss."""
 
 
-class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, by which a template marks what the assistant says."""
-
-    tags = {"generation"}  # noqa: RUF012 (it is the base class's)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return BEGIN + caller() + END
-
-
-def read_messages(row: Row, column: str) -> tuple[list[Message], str]:
-    """The conversation in `column` of a row, and why there is none ("" if there is).
+def read_messages(row: Row, column: str) -> tuple[list[Message], Problem | None]:
+    """The conversation in `column` of a row, or [] and the reason why there is none.
 
     A list of `{"role", "content"}`, or of ShareGPT's `{"from", "value"}` with "human" and "gpt".
     """
     if row.bad:
-        return [], row.bad
+        return [], Problem(row.bad)
     value = row.columns.get(column)
     if not isinstance(value, list):
-        return [], f"column {column!r} is {'missing' if value is None else 'not a list of messages'}"
+        return [], column_problem(row, column, "a list of messages")
     messages = []
-    for message in value:
+    for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
-            return [], "a message is not an object"
-        # Columns of both spellings, one of them empty, are what merged data sets have.
+            return [], Problem("a message is not an object", f"message {number} is {kind_of(message)}")
+        # Merged data sets have columns of both spellings, one of them empty.
         role, content = (
             message[a] if message.get(a) is not None else message.get(b)
             for a, b in (("role", "from"), ("content", "value"))
         )
         if not isinstance(role, str) or role not in ROLES:
-            return [], "a role is not system, user or assistant"
+            return [], Problem("a role is not system, user or assistant", _found(role, message, number))
+        if message.get("tool_calls"):
+            return [], Problem("a message calls tools, which is not supported", f"message {number}")
         if not isinstance(content, str):
-            return [], "a message's content is not a string"
+            return [], Problem("the content of a message is not a string", _found(content, message, number))
         messages.append({"role": ROLES[role], "content": content})
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        return [], "no message is the assistant's"
+        return [], Problem("no message has the role assistant", f"the roles are {listed(roles)}")
     if roles[roles[0] == "system"] != "user":
-        return [], "the first message is not the user's"
-    return messages, ""
+        return [], Problem("the first message is not the user's", f"the roles are {listed(roles)}")
+    return messages, None
+
+
+def _found(value: object, message: dict[str, Any], number: int) -> str:
+    """What a message has instead of what is wanted."""
+    if value is None:
+        return f"message {number} has {listed(name for name in message if message[name] is not None)}"
+    return f"message {number}: {repr(value[:40]) if isinstance(value, str) else kind_of(value)}"
 
 
 class Chat:
     """A tokenizer and its chat template."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: one that `obtain` has filled. Raises UserError if nobody can be taught by its template."""
+        """`folder`: one that `obtain` has filled. Raises UserError if its template cannot be used for training."""
         file = folder / CHAT_TEMPLATE_FILE
         if not file.exists():
-            raise UserError(f"{folder}: there is no {CHAT_TEMPLATE_FILE} in it; train with data.format = 'chat'")
+            raise UserError(f"{folder}: it has no {CHAT_TEMPLATE_FILE}; train with data.format = 'chat'")
         self._encoder = Encoder(folder)
-        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-        named = {name: value for name, value in settings.items() if name.endswith("_token")}
-        self._names = {n: v["content"] if isinstance(v, dict) else v for n, v in named.items() if v is not None}
         eos_id = read_meta(folder).eos_id
-        self._names.setdefault("eos_token", next((t for t, i in self._encoder.special.items() if i == eos_id), ""))
+        eos_token = next((token for token, index in self._encoder.special.items() if index == eos_id), "")
         longest_first = sorted(map(re.escape, self._encoder.special), key=len, reverse=True)
-        self._special = re.compile(f"(?<!{LITERAL})({'|'.join(longest_first)})")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
+        self._special = re.compile(f"(?<!{LITERAL})({'|'.join(longest_first) or '(?!)'})")
         try:
-            self._template = environment.from_string(file.read_text(encoding="utf-8"))
+            names = {"eos_token": eos_token, **_special_tokens(folder / "tokenizer_config.json")}
+            template = read_bounded(file).decode()
+        except (OSError, DamagedError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder}: its chat template or tokenizer_config.json is damaged: {error}") from None
+        try:
+            self._renderer = Renderer(template, names)
             self._end = self._find_end()
-        except (TemplateError, TypeError, ValueError) as error:
+        except (RenderError, _UnusableError) as error:
             raise UserError(f"tokenizer.chat_template: {error}") from None
         self.end_of_turn = self._encoder.special[self._end]
-        """Id of the token that ends what the assistant says."""
+        """Id of the token that ends a message of the assistant."""
         parts, _ = self.parts(PROBE)
         if self.encode(parts)[0].tolist() != self._encoder.encode_with_special("".join(part.text for part in parts)):
             raise UserError(
-                "tokenizer.path: its tokenizer.json encodes text after a special token in another way than by itself "
-                "(a prefix blank, or special tokens that take blanks with them), which chats do not support"
+                "tokenizer.path: its tokenizer.json encodes text after a special token differently than on its own (a "
+                "prefix space, or special tokens that strip spaces), which chats do not support"
             )
 
     def _find_end(self) -> str:
-        """The special token that the template writes after what the assistant says."""
-        text = self._template_text(PROBE)
-        said = re.split(f"[{BEGIN}{END}]", text)[1] if BEGIN in text else text[self._start(text, PROBE[:1]) :]
-        found = self._special.search(said.partition(PROBE[1]["content"])[2])
+        """The special token that the template writes after a message of the assistant."""
+        text, starts = self._renderer(PROBE, answers=[1])
+        answer = re.split(f"[{BEGIN}{END}]", text)[1] if BEGIN in text else text[_checked(starts)[0] :]
+        found = self._special.search(answer.partition(PROBE[1]["content"])[2])
         if not found:
-            raise ValueError(
-                "no special token ends what the assistant says, so that no model could learn to stop; write "
-                "{{ eos_token }} after its content, within {% generation %} if there is that"
+            raise _UnusableError(
+                "no special token ends the messages of the assistant, so a model could not learn to stop; write "
+                "{{ eos_token }} after their content, inside of {% generation %} if the template has it"
             )
         return found[0]
 
-    def parts(self, messages: list[Message]) -> tuple[list[Part], str]:
-        """The conversation as the template writes it, in order, and why it cannot be had ("" if it can)."""
+    def parts(self, messages: list[Message]) -> tuple[list[Part], Problem | None]:
+        """The conversation as the template renders it, in order; or [] and why it cannot be rendered.
+
+        Raises UserError if the template exceeds a limit of time, memory or length.
+        """
         literal = [{**message, "content": self._literal(message["content"])} for message in messages]
+        answers = [i for i, message in enumerate(literal) if message["role"] == "assistant"]
         try:
-            text = self._template_text(literal)
+            text, starts = self._renderer(literal, answers=answers)
             if BEGIN in text:
-                pieces = enumerate(re.split(f"[{BEGIN}{END}]", text))  # what is not marked, and what is, in turn
-                return [part for i, piece in pieces for part in self._split(piece, loss=i % 2 == 1)], ""
-            asked = [literal[:i] for i, message in enumerate(literal) if message["role"] == "assistant"]
-            starts = [self._start(text, before) for before in asked]
-            parts = self._split(text[: starts[0]], loss=False)
+                pieces = enumerate(re.split(f"[{BEGIN}{END}]", text))  # unmarked and marked text alternate
+                return [part for i, piece in pieces for part in self._split(piece, loss=i % 2 == 1)], None
+            parts = self._split(text[: _checked(starts)[0]], loss=False)
             for start, end in itertools.pairwise([*starts, len(text)]):
                 parts += self._turn(text[start:end])
-        except (TemplateError, TypeError, ValueError) as error:  # TypeError: `+` of a string and nothing, say
-            return [], f"the chat template refuses it: {error}"
-        return parts, ""
+        except (RenderError, _UnusableError) as error:
+            return [], Problem("the chat template refuses it", str(error))
+        return parts, None
 
     def encode(self, parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, uint32, and which of them carry a loss, bool. A token that is partly the assistant's does."""
+        """Token ids, uint32 [n], and which of them carry a loss, bool [n]: those with a character of the assistant."""
         ids, loss = [], []
         for special, group in itertools.groupby(parts, key=lambda part: part.special):
             texts, _, losses = zip(*group, strict=True)
@@ -171,39 +160,24 @@ class Chat:
         return np.concatenate(ids), np.concatenate(loss)
 
     def prompt(self, messages: list[Message]) -> list[int]:
-        """Token ids that the assistant's answer to `messages` follows on. Raises UserError."""
+        """Token ids that end where the assistant's answer to `messages` begins. Raises UserError."""
         literal = [{**message, "content": self._literal(message["content"])} for message in messages]
         try:
-            text = re.sub(f"[{BEGIN}{END}]", "", self._template_text(literal, prompt=True))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template refuses it: {error}") from None
-        return self.encode(self._split(text, loss=False))[0].tolist()
-
-    def _start(self, text: str, before: list[Message]) -> int:
-        """Where in a rendered conversation the assistant's answer to the messages `before` begins."""
-        prompt = self._template_text(before, prompt=True)
-        if not text.startswith(prompt):
-            raise ValueError(
-                "its prompt for an answer is not how it begins the conversation with that answer; mark the assistant's "
-                "words by {% generation %} in a file for tokenizer.chat_template"
-            )
-        return len(prompt)
+            text, _ = self._renderer(literal, prompt=True)
+        except RenderError as error:
+            raise UserError(f"the chat template refuses the conversation: {error}") from None
+        return self.encode(self._split(re.sub(f"[{BEGIN}{END}]", "", text), loss=False))[0].tolist()
 
     def _turn(self, text: str) -> list[Part]:
-        """Text that begins with what the assistant says: learned up to and with the end of the turn."""
+        """Text that begins with a message of the assistant: it carries a loss up to and including the end of turn."""
         parts = self._split(text, loss=True)
         last = next((i for i, part in enumerate(parts) if part.special and part.text == self._end), -1)
         if last < 0:
-            raise ValueError(f"a turn of the assistant's does not end with {self._end}")
+            raise _UnusableError(f"a turn of the assistant does not end with {self._end}")
         return parts[: last + 1] + [part._replace(loss=False) for part in parts[last + 1 :]]
 
-    def _template_text(self, messages: list[Message], prompt: bool = False) -> str:
-        return self._template.render(
-            messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **self._names
-        )
-
     def _literal(self, text: str) -> str:
-        """`text` with marks, by which the special tokens that it spells remain text."""
+        """`text` with marks inside of the special tokens that it spells, so that they are encoded as text."""
         return self._special.sub(lambda found: "".join(LITERAL + char for char in found[0]), encodable(text))
 
     def _split(self, text: str, loss: bool) -> list[Part]:
@@ -212,10 +186,22 @@ class Chat:
         return [Part(piece.replace(LITERAL, ""), i % 2 == 1, loss) for i, piece in pieces if piece]
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
+class _UnusableError(Exception):
+    """What a template renders cannot be divided into prompts and answers."""
 
 
-def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """`transformers`' filter; jinja2's own escapes what HTML would not bear."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _checked(starts: list[int]) -> list[int]:
+    """Where answers begin. Raises _UnusableError if one is -1."""
+    if -1 in starts:
+        raise _UnusableError(
+            "its prompt for an answer is not how it begins the conversation with that answer; mark the text of the "
+            "assistant by {% generation %} in a file for tokenizer.chat_template"
+        )
+    return starts
+
+
+def _special_tokens(settings: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json names `..._token`, which templates can read. Raises DamagedError, OSError."""
+    named = {n: v for n, v in read_record(settings, dict[str, Any]).items() if n.endswith("_token")}
+    tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: value for name, value in tokens.items() if value is not None}

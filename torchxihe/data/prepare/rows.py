@@ -85,9 +85,10 @@ def column_problem(row: Row, name: str, wanted: str) -> Problem:
     if value is None:
         null = " (it is null)" if name in row.columns else ""
         return Problem(f"column {name!r} is missing", f"the row has {listed(row.columns)}{null}")
-    return Problem(f"column {name!r} is not {wanted}", f"it is {_kind(value)}")
+    return Problem(f"column {name!r} is not {wanted}", f"it is {kind_of(value)}")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """The type of a value with its article: "a list", "an int"."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
