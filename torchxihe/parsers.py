@@ -255,10 +255,10 @@ starts one of these per GPU; with a launcher of your own, run torchxihe prepare 
 
 
 def verify() -> Arguments:
-    """Verify checkpoints."""
+    """Verify checkpoints or prepared data."""
     parser = Arguments(
         "verify",
-        """Read every file of a run's checkpoints and print which of them are valid. Changes nothing.
+        """Read every file of a run's checkpoints, or of prepared data, and print which are valid. Changes nothing.
 
 One line per checkpoint, newest first:
 
@@ -266,11 +266,15 @@ One line per checkpoint, newest first:
   CORRUPT      committed, but a file is damaged or missing (or an earlier start found it so): it is never loaded
   unfinished   a save that was interrupted; the next start of the run removes it
 
-The exit code is 0 if the newest committed checkpoint is valid, else 1.""",
+The exit code is 0 if the newest committed checkpoint is valid, else 1. Of prepared data, one line per damaged file; the
+exit code is 0 if there is none.""",
         "torchxihe verify runs/xihe_debug",
+        "torchxihe verify configs/xihe_debug.toml",
     )
-    text = "a run directory, a checkpoints directory (both also as an fsspec URL) or a single step directory"
+    text = """a run directory, a checkpoints directory (both also as an fsspec URL) or a single step directory; a config
+    (a .toml file, with its overrides), whose prepared data are verified; or a cache of prepared data"""
     parser.add_argument("path", metavar="PATH", help=text)
+    parser.add_overrides()
     return parser
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import sys
 import tempfile
 from dataclasses import replace
@@ -26,7 +27,7 @@ from torchxihe.utils.device import default_device
 
 
 def main(args: list[str]) -> None:
-    """Print a line for all documents and one a source, or lm-eval's table. Raises UserError."""
+    """Print a line for all sources together, one per source and per set, or lm-eval's table. Raises UserError."""
     options = parse("eval", args)
     overrides = options.overrides
     saved = open_saved(options.run)
@@ -47,7 +48,7 @@ def main(args: list[str]) -> None:
     verification.wait()
     verification.check()
     result = evaluate(saved, config, prepared, max(options.max_tokens, 0))
-    print(json.dumps(result) if options.json else _table(result))
+    print(json.dumps(result) if options.json else _table(result, prepared))
 
 
 def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: int) -> dict[str, float]:
@@ -64,16 +65,19 @@ def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: in
 
 
 def _own_config(saved: SavedRun) -> Config:
-    """The config that the checkpoint was saved with. Raises UserError if it is no training run's."""
+    """The config that the checkpoint was saved with. Raises UserError if it has none that this version reads."""
     if not saved.train_state["stages"]:
         raise UserError(f"{saved.step_dir}: an imported model has no data of its own; name some with --on CONFIG")
-    return Config.model_validate(saved.train_state["config"])
+    if saved.config is None:
+        raise UserError(f"{saved.step_dir}: its config is another version's; name one with --on CONFIG")
+    return saved.config
 
 
 def _check(saved: SavedRun, config: Config, prepared: Prepared) -> None:
-    """Raise UserError unless this data can be put to this model."""
+    """Raise UserError unless this data fits this model."""
     if hash_file(Location(prepared.tokenizer_dir / "tokenizer.json"))[1] != saved.train_state["tokenizer"]:
-        remedy = f"prepare it with --tokenizer.path={saved.tokenizer_dir} and give that here too"
+        flag = shlex.quote(f"--tokenizer.path={saved.tokenizer_dir}")
+        remedy = f"prepare it with {flag} and give that here too"
         raise UserError(f"{config.run.name}: its data is of another tokenizer; {remedy}")
     if config.data.seq_len > saved.seq_len:
         raise UserError(f"data.seq_len: {config.data.seq_len} is more than the model's {saved.seq_len}; lower it")
@@ -81,14 +85,15 @@ def _check(saved: SavedRun, config: Config, prepared: Prepared) -> None:
         raise UserError("validation.fraction: no document is held out; raise it, or name other data with --on CONFIG")
 
 
-def _table(result: dict[str, float]) -> str:
-    """A line a set, all together first."""
+def _table(result: dict[str, float], prepared: Prepared) -> str:
+    """A line per set of documents; first the sources together, or the sets together where no source holds out any."""
+    together = "sources" if any(source.valid_rows for source in prepared.sources) else "all sets"
     names = [key.removesuffix("/loss") for key in result if key.endswith("/loss")]
-    width = max(len(name.removeprefix("validation/")) for name in names)
-    lines = [f"{'held out':{width}}  {'loss':>8}  {'perplexity':>11}  {'bits/byte':>9}"]
+    width = max(len("validation"), *(len(name.removeprefix("validation/")) for name in names))
+    lines = [f"{'validation':{width}}  {'loss':>8}  {'perplexity':>11}  {'bits/byte':>9}"]
     for name in names:
         loss, perplexity, bpb = (result[f"{name}/{measure}"] for measure in ("loss", "perplexity", "bpb"))
-        shown = "all" if name == "validation" else name.removeprefix("validation/")
+        shown = together if name == "validation" else name.removeprefix("validation/")
         lines.append(f"{shown:{width}}  {loss:8.4f}  {perplexity:11,.2f}  {bpb:9.4f}")
     return "\n".join(lines)
 
@@ -113,7 +118,7 @@ def run_tasks(saved: SavedRun, names: list[str], include: str, limit: int) -> tu
         raise UserError(f"--tasks: {', '.join(unknown)}: no such task; `lm_eval ls tasks` lists them")
     device = default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    # lm-eval prints how it goes; standard output is for the result.
+    # lm-eval prints its progress; standard output is for the result.
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
         export(saved, Path(scratch) / "model", dtype)
         model = HFLM(str(Path(scratch) / "model"), device=str(device), dtype=dtype, batch_size="auto")

@@ -1,6 +1,5 @@
 """Write a run's model as a Hugging Face folder."""
 
-
 import torch
 from tqdm import tqdm
 
@@ -11,7 +10,7 @@ from torchxihe.parsers import parse
 
 
 def main(args: list[str]) -> None:
-    """Export, and say what was exported. Raises UserError."""
+    """Export, and print what was exported. Raises UserError."""
     options = parse("export", args)
     if not 0 < options.shard_gb < 1e9:
         raise UserError(f"--shard-gb: must be greater than 0 and less than 1e9, got {options.shard_gb:g}")

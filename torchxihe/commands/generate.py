@@ -53,7 +53,7 @@ def main(args: list[str]) -> None:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines of standard input to its end, with a prompt where somebody types them."""
+    """Lines of standard input to its end, with a prompt on a terminal."""
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
@@ -69,7 +69,7 @@ def _print(prompt: str, tokens: Iterator[int], tokenizer: TextTokenizer, stream:
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids) if stream else ""
-        if not text.endswith("\ufffd"):  # the bytes of a character may come in several tokens
+        if not text.endswith("\ufffd"):  # a character's bytes may be spread over several tokens
             print(text[len(written) :], end="", flush=True)
             written = text
     text = tokenizer.decode(ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,15 +23,23 @@ from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.hf import hf_name, model_from_hf
 from torchxihe.parsers import parse
+from torchxihe.utils.records import DamagedError, read_record
 
 INDEX = "model.safetensors.index.json"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Index(BaseModel):
+    """What is read of `INDEX`."""
+
+    weight_map: dict[str, str]
 
 
 def main(args: list[str]) -> None:
-    """Import, and say how to go on. Raises UserError."""
+    """Import, and print how to use it. Raises UserError."""
     options = parse("import", args)
     if options.out.exists():
-        raise UserError(f"--out: {options.out} is there already; name a new folder")
+        raise UserError(f"--out: {options.out} exists; give a new folder")
     folder = Path(options.source)
     if not folder.is_dir():
         folder = _download(options.source, options.revision)
@@ -39,11 +47,13 @@ def main(args: list[str]) -> None:
         import_model(folder, options.out, options.source)
     except OSError as error:
         raise explained(error, options.out) from None
-    print(f'{options.out}: begin a config with extends = "{options.out}/model.toml" and add [data] and [training]')
+    # `extends` is relative to the config, wherever that will be.
+    extends = json.dumps(str(options.out.absolute() / "model.toml"), ensure_ascii=False)
+    print(f"{options.out}: begin a config with extends = {extends} and add [data] and [training]")
 
 
 def import_model(folder: Path, out: Path, origin: str) -> None:
-    """Make the directory `out` of the Hugging Face `folder`, whole or not at all. Raises UserError or OSError."""
+    """Make the directory `out` from the Hugging Face `folder`, completely or not at all. Raises UserError, OSError."""
     model, seq_len = _read_config(folder / "config.json")
     draft = draft_of(out)
     try:
@@ -89,30 +99,32 @@ def _write(draft: Path, out: Path, model: Model, seq_len: int, state: dict[str, 
 
 def _download(hub_id: str, revision: str) -> Path:
     """The files of a hub model that matter here, from its cache if they are there."""
-    import huggingface_hub  # slow, and only for models that are not here
+    import huggingface_hub  # slow, and only for models on the hub
 
     try:
         patterns = ["config.json", "*.safetensors", INDEX, "tokenizer*.json", CHAT_TEMPLATE_FILE]
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # not found, gated, no network: all manner of types, every one about what was asked for
+    except Exception as error:  # not found, gated, no network: many types
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{hub_id}: not a folder here, and not to be had from the hub: {why}") from None
+        raise UserError(f"{hub_id}: not a folder here, and not on the hub: {why}") from None
 
 
 def _read_config(path: Path) -> tuple[Model, int]:
     """The model and its sequence length. Raises UserError."""
     try:
-        return model_from_hf(json.loads(path.read_bytes()))
+        return model_from_hf(read_record(path, dict[str, Any]))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the folder of a Hugging Face model") from None
+    except DamagedError as error:
+        raise UserError(f"{path}: {error}; download it again") from None
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"{path}: {found}") from None
-    except ValueError as error:  # not JSON, or a model of another kind
+    except ValueError as error:  # a model of another kind
         raise UserError(f"{path}: {error}") from None
-    except (AttributeError, TypeError, ZeroDivisionError) as error:  # JSON, with something else in a value's place
+    except (AttributeError, TypeError, ArithmeticError) as error:  # a value of another type
         raise UserError(f"{path}: not the config of a model: {error}") from None
 
 
@@ -139,16 +151,18 @@ def _read_weights(folder: Path, model: Model) -> dict[str, Tensor]:
                         flaws.append(f"{name} has no place in the model")
                         continue
                     key, like = wanted.pop(name)
+                    shape = tensors.get_slice(name).get_shape()  # before the tensor is read
+                    if shape != list(like.shape):
+                        flaws.append(f"{name} is {shape}, config.json says {list(like.shape)}")
+                        continue
                     tensor: Any = tensors.get_tensor(name)
                     state[key] = tensor.float()
-                    if tensor.shape != like.shape:
-                        flaws.append(f"{name} is {list(tensor.shape)}, config.json says {list(like.shape)}")
-                    elif tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                    if tensor.dtype not in DTYPES:
                         flaws.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, as of quantised weights")
                     elif not state[key].isfinite().all():
-                        flaws.append(f"{name} has values that are not finite")
-        except SafetensorError as error:
-            raise UserError(f"{file}: not whole: {error}; download it again (git lfs pull)") from None
+                        flaws.append(f"{name} has values that are not finite as float32")
+        except (SafetensorError, RuntimeError, ValueError) as error:  # its header may say anything
+            raise UserError(f"{file}: incomplete or damaged: {error}; download it again (git lfs pull)") from None
     table = state.get("model.embed_tokens.weight")
     if head is not None and table is not None and not torch.equal(head, table):
         flaws.append("lm_head.weight is not the embedding, so config.json must say tie_word_embeddings = false")
@@ -164,9 +178,9 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted({Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: not the index of safetensors files; download it again") from None
+            names = sorted({Path(name).name for name in read_record(index, _Index).weight_map.values()})
+        except DamagedError as error:
+            raise UserError(f"{index}: not an index of safetensors files: {error}; download it again") from None
     else:
         names = ["model.safetensors"]
     files = [folder / name for name in names]

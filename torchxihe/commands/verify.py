@@ -1,43 +1,80 @@
-"""Read every file of a run's checkpoints and print which of them are valid."""
+"""Verify checkpoints, or prepared data, by reading every file."""
 
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 from tqdm import tqdm
 
+from torchxihe.components.checkpoint.history import read_train_state
 from torchxihe.components.checkpoint.manifest import (
     CORRUPT,
     MANIFEST,
-    CorruptError,
     homes_of,
     read_manifest,
     step_flaws,
     step_of,
     steps_in,
 )
-from torchxihe.components.checkpoint.storage import Location
+from torchxihe.components.checkpoint.storage import CorruptError, Location
+from torchxihe.components.checkpoint.tensor_files import TensorReader
+from torchxihe.config.load import load_config
+from torchxihe.data.store import ExpectedFile
+from torchxihe.data.verify import files_of_cache, files_of_config, flaws_in
 from torchxihe.errors import UserError, explained
 from torchxihe.parsers import parse
+from torchxihe.utils.words import counted
+
+CACHE_FOLDERS = ("recipes", "stores", "tokenizers")
 
 
 def main(args: list[str]) -> None:
-    """Print the table. Raises UserError if there is nothing to verify, or if the newest checkpoint is not valid."""
-    place = Location(parse("verify", args).path)
+    """Print what is valid and what is not. Raises UserError if there is nothing to verify, or if it is damaged."""
+    options = parse("verify", args)
+    place = Location(options.path)
+    if options.path.endswith(".toml"):
+        _verify_data(options.path, files_of_config(load_config(options.path, options.overrides)), [])
+    elif options.overrides:
+        raise UserError(f"verify: {options.overrides[0]}: overrides belong to a config")
+    elif place.local and any((place / name).is_dir() for name in CACHE_FOLDERS):
+        _verify_data(options.path, *files_of_cache(Path(place)))
+    else:
+        _verify_steps(place)
+
+
+def _verify_data(path: str, files: list[ExpectedFile], flaws: Iterable[str]) -> None:
+    """Hash prepared files, a line per damaged one."""
+    size, found = sum(file.size for file in files), list(flaws)
+    with tqdm(total=size, desc=path, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        found += flaws_in(files, bar.update)
+    print(
+        "\n".join([*found, f"{path}: {counted(len(files), 'data file')}, {size / 2**30:.3f} GiB, {len(found)} damaged"])
+    )
+    if found:
+        raise UserError(
+            f"{path}: {counted(len(found), 'damaged file')} among the prepared data; see above for the remedy"
+        )
+
+
+def _verify_steps(place: Location) -> None:
+    """Print the table of checkpoints."""
     try:
         steps = _steps_at(place)
         if not steps:
             what = "holds no checkpoint" if place.is_dir() else "no such directory"
-            raise UserError(f"{place}: {what}; give the directory of a run, of its checkpoints, or of one step")
+            known = "a run, of its checkpoints, of one step or of prepared data"
+            raise UserError(f"{place}: {what}; give the directory of {known}, or a config")
         print(f"{'step':>10}  {'state':10}  {'GiB':>7}  {'val. loss':>9}  {'s':>5}  what")
         states = [_print_line(step) for step in steps]
     except OSError as error:
         raise explained(error) from None
     newest = next((state for state in states if state != "unfinished"), "unfinished")
     if newest != "valid":
-        raise UserError(f"{place}: the newest checkpoint is {newest}; the run goes on from the next one that is valid")
+        raise UserError(f"{place}: the newest checkpoint is {newest}; the run resumes from the next valid one")
 
 
 def _steps_at(place: Location) -> list[Location]:
-    """Step directories, half-written ones too, newest first."""
+    """Step directories, drafts included, newest first."""
     if step_of(place.name) >= 0:
         return [place] if place.is_dir() else []
     for home in homes_of(place):
@@ -48,13 +85,26 @@ def _steps_at(place: Location) -> list[Location]:
 
 
 def _flaws(directory: Location) -> list[str]:
-    """What is wrong with a step, with a bar while it is read."""
+    """What is wrong with a step, with a progress bar."""
     try:
         size = sum(size for size, _ in read_manifest(directory).files.values())
+        with tqdm(total=size, desc=directory.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            flaws = step_flaws(directory, progress=bar.update)
+        if not flaws:  # of a right hash, too, the content may be what no run has written
+            TensorReader(directory)
+            read_train_state(directory)
+        return flaws
     except CorruptError as error:
         return [str(error)]
-    with tqdm(total=size, desc=directory.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        return step_flaws(directory, progress=bar.update)
+
+
+def _reason(directory: Location) -> str:
+    """The first line of a step's CORRUPT file."""
+    try:
+        text = (directory / CORRUPT).read(limit=10_000).decode(errors="replace")
+    except (CorruptError, OSError):
+        return ""
+    return next(iter(text.splitlines()), "")
 
 
 def _print_line(directory: Location) -> str:
@@ -64,7 +114,7 @@ def _print_line(directory: Location) -> str:
     if directory.name.endswith(".tmp"):
         state, what = "unfinished", ""
     elif CORRUPT in names:
-        state, what = "CORRUPT", "marked: " + (directory / CORRUPT).read().decode().strip()
+        state, what = "CORRUPT", f"marked: {_reason(directory)}"
     elif flaws := _flaws(directory):
         half = MANIFEST not in names
         state, what = ("unfinished" if half and not directory.local else "CORRUPT"), "; ".join(flaws)

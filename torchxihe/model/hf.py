@@ -1,4 +1,4 @@
-"""Hugging Face's names for what we have: `LlamaForCausalLM` and `Qwen3ForCausalLM`, out and in."""
+"""Names and configs of Hugging Face's `LlamaForCausalLM` and `Qwen3ForCausalLM`, for export and import."""
 
 from typing import Any
 
@@ -42,9 +42,9 @@ def hf_config(
 
 
 def model_from_hf(hf: dict[str, Any]) -> tuple[Model, int]:
-    """The model that a `config.json` describes, and the longest sequence that it was made for.
+    """The model that a `config.json` describes, and its maximum sequence length.
 
-    What is not said there is as `transformers` has it. Raises ValueError naming everything that the decoder lacks.
+    Missing keys have the defaults of `transformers`. Raises ValueError naming everything that the decoder lacks.
     """
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen3"):
@@ -54,7 +54,7 @@ def model_from_hf(hf: dict[str, Any]) -> tuple[Model, int]:
     named = rope.get("rope_type"), scaling.get("rope_type"), scaling.get("type")
     rope_types = sorted({str(name) for name in named if name not in (None, "default")})
     wanted = {
-        "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
+        "hidden_act": ("silu" if hf.get("hidden_act") == "swish" else hf.get("hidden_act", "silu"), "silu"),
         "rope_type": (", ".join(rope_types) or "default", "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)), 1.0),
         "attention_bias": (bool(hf.get("attention_bias")), False),
@@ -65,7 +65,7 @@ def model_from_hf(hf: dict[str, Any]) -> tuple[Model, int]:
     }
     refused = [f"{key} = {value!r} (must be {only!r})" for key, (value, only) in wanted.items() if value != only]
     if refused:
-        raise ValueError(f"the model cannot carry {', '.join(refused)}")
+        raise ValueError(f"not supported: {', '.join(refused)}")
     qwen3 = kind == "qwen3"
     heads = hf["num_attention_heads"]
     model = Model(
@@ -84,5 +84,5 @@ def model_from_hf(hf: dict[str, Any]) -> tuple[Model, int]:
     )
     longest = hf.get("max_position_embeddings") or (32768 if qwen3 else 2048)
     if not isinstance(longest, int):
-        raise ValueError(f"max_position_embeddings = {longest!r}; must be a whole number")
+        raise ValueError(f"max_position_embeddings = {longest!r}; must be an integer")
     return model, longest

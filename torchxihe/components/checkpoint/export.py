@@ -28,7 +28,7 @@ SHARD_BYTES = 4 * 10**9
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 Progress = Callable[[int, int], object]
-"""Told how many more bytes are done, and how many there are in all. What it raises ends the export."""
+"""Called with the bytes done since the last call, and their total. What it raises ends the export."""
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,12 @@ def export(
 ) -> None:
     """Write the model of `saved` to the new folder `out`, in one process and on the host; `dtype`: float32, bfloat16.
 
-    Of the weights one tensor at a time is in memory, whatever wrote the checkpoint. The rows of the vocabulary that
-    the tokenizer does not have are left out. `out` is there whole or not at all. Raises UserError if it exists, if the
-    checkpoint is corrupt, or if the disk fails.
+    One tensor at a time is in memory, whatever layout wrote the checkpoint. Vocabulary rows above the tokenizer's size
+    are left out. `out` appears when it is complete. Raises UserError if it exists, if the checkpoint is corrupt, or if
+    the disk fails.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(".")):
-        raise UserError(f"--out: {out} is there already, and not empty or in use; name a new folder")
+        raise UserError(f"--out: {out} exists, and is not an empty folder or is in use; give a new one")
     draft = draft_of(out)
     try:
         shutil.rmtree(draft, ignore_errors=True)
@@ -65,9 +65,9 @@ def export(
 
 
 def draft_of(out: Path) -> Path:
-    """Where a folder is made that shall be there whole or not at all: beside it, under a name that nobody else uses."""
-    whole = out.absolute()
-    return whole.with_name(f".{whole.name}.torchxihe")
+    """Where the folder `out` is written before it is renamed, complete, to its name."""
+    final = out.absolute()
+    return final.with_name(f".{final.name}.torchxihe")
 
 
 def _write_weights(
@@ -90,9 +90,9 @@ def _write_weights(
 
     def tensors(keys: list[str]) -> Iterator[Tensor]:
         for key in keys:
-            whole = torch.empty_like(state[key], device="cpu")
-            load_tensors({key: whole}, reader, None)
-            tensor = whole[: shapes[key][0]].to(dtype)
+            full = torch.empty_like(state[key], device="cpu")
+            load_tensors({key: full}, reader, None)
+            tensor = full[: shapes[key][0]].to(dtype)
             yield tensor
             progress(tensor.nbytes, total)
 
@@ -109,7 +109,7 @@ def _write_weights(
 
 
 def _plan(shapes: dict[str, torch.Size], item_bytes: int, shard_bytes: int) -> list[list[str]]:
-    """The keys of each shard: as many in a row as fit, at least one."""
+    """The keys of each shard: consecutive ones, as many as fit, at least one."""
     shards: list[list[str]] = []
     room = 0
     for key, shape in shapes.items():
@@ -123,10 +123,10 @@ def _plan(shapes: dict[str, torch.Size], item_bytes: int, shard_bytes: int) -> l
 
 
 def write_safetensors(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
-    """Write a safetensors file of tensors that come one after the other, in the order of `shapes`, on the host.
+    """Write a safetensors file of tensors that an iterator yields in the order of `shapes`, on the host.
 
-    The package safetensors wants all of them at once. The format: the header's length as a little-endian uint64, the
-    header as JSON, filled up with blanks so that the data begins at a multiple of 8 bytes, and the data.
+    The package safetensors needs all of them in memory. The format: the header's length as a little-endian uint64, the
+    header as JSON, padded with spaces so that the data begins at a multiple of 8 bytes, and the data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -193,13 +193,13 @@ def _vocabulary(tokenizer: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def is_chat(saved: SavedRun) -> bool:
-    """Whether the run has learned to answer in its chat format."""
+    """Whether the run was fine-tuned on conversations in a chat format."""
     return saved.train_state["config"]["data"].get("format") == "chat"
 
 
 def model_card(saved: SavedRun) -> str:
-    """README.md of the folder: what the model is, and the facts of its run as far as the checkpoint knows them."""
-    model, config = saved.model, saved.train_state["config"]
+    """README.md of the folder: the model's shape, and data and optimizer of its run where the config is known."""
+    model, config = saved.model, saved.config
     total, _ = parameter_counts(model)
     facts = {
         "Parameters": f"{total:,} (padding of the vocabulary included)",
@@ -209,26 +209,27 @@ def model_card(saved: SavedRun) -> str:
         "Steps": f"{saved.step:,}",
     }
     stages = saved.train_state["stages"]
-    if stages:
-        # Those of a batch ramp are all there from the start.
+    if stages and config is not None:
+        # The stages of a batch ramp are planned at the start.
         last = next(stage for stage in reversed(stages) if stage["step"] <= saved.step)
         samples = last["g"] + (saved.step - last["step"]) * last["global_batch"]
-        weights = sum(source["weight"] for source in config["data"]["sources"])
+        weights = sum(source.weight for source in config.data.sources)
         facts["Tokens"] = f"{samples * saved.seq_len:,}"
         facts["Data"] = ", ".join(
-            f"{source['name'] or source['path']} ({100 * source['weight'] / weights:.3g} %)"
-            for source in config["data"]["sources"]
+            f"{source.name or source.path} ({100 * source.weight / weights:.3g} %)" for source in config.data.sources
         )
-        optimizer, schedule = config["optimizer"], config["lr_scheduler"]
-        facts["Optimizer"] = f"{optimizer['name']}, peak learning rate {optimizer['lr']:g}, schedule {schedule['name']}"
-        facts["Precision"] = f"{config['training']['dtype']} on float32 weights"
+        optimizer, schedule = config.optimizer, config.lr_scheduler
+        facts["Optimizer"] = f"{optimizer.name}, peak learning rate {optimizer.lr:g}, schedule {schedule.name}"
+        facts["Precision"] = f"{config.training.dtype} on float32 weights"
     if saved.train_state.get("origin"):
         facts["Started from"] = saved.train_state["origin"]
     loss = read_manifest(saved.step_dir).validation_loss
     if loss is not None:
-        facts["Validation loss"] = f"{loss:.4f} nats a token, on held-out documents of the same sources"
+        best_by = config.checkpoint.best_by if config is not None else "sources"
+        what = "held-out documents of the same sources" if best_by == "sources" else f"the validation set {best_by}"
+        facts["Validation loss"] = f"{loss:.4f} nats/token, on {what}"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    name = config["run"]["name"]
+    name = saved.train_state["config"]["run"]["name"]
     kind = "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
     made = f"with torchxihe {torchxihe.__version__}"
     what = f"A base language model (`{kind}`), pre-trained {made}. It continues text; it has\nnot been tuned to follow"

@@ -1,6 +1,7 @@
-"""Exports of checkpoints in the background, while training goes on."""
+"""Exports of checkpoints in the background, during training."""
 
 import logging
+import shlex
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class Exporter:
-    """Exports the checkpoints that `checkpoint.export_every` asks for: rank 0, in a thread, while training goes on.
+    """Exports the checkpoints that `checkpoint.export_every` asks for, in a thread of rank 0, during training.
 
-    To `exports/` in the run directory. A checkpoint is not deleted before its export is done. An export that fails is
-    a warning. Each start makes those of its checkpoints that are missing, for whatever reason. Used in a `with`, on all
-    ranks, which waits for what is under way, unless it is left by an error or after `cancel`.
+    To `exports/` in the run directory. Retention does not delete a checkpoint before its export is done. A failed
+    export is a warning; each start makes the missing exports of its checkpoints. A context manager, on all ranks: its
+    end waits for running exports, except after an error or `cancel`.
     """
 
     def __init__(self, config: Config, checkpointer: Checkpointer) -> None:
@@ -51,16 +52,16 @@ class Exporter:
         self._checkpointer.committed = lambda directory: None
         if kind is None:
             for export_ in self._exports:
-                export_.result()  # raises what should not have happened
+                export_.result()  # raises bugs
             if self._exports:
                 self._checkpointer.retain()
 
     def cancel(self) -> None:
-        """End what is under way; the next start makes it again."""
+        """End running exports; the next start makes them again."""
         self._cancelled = True
 
     def _offer(self, step_dir: Location) -> None:
-        """Export a committed step if that is wanted; returns at once."""
+        """Start the export of a committed step if it is due; does not wait."""
         step, out = step_of(step_dir.name), self._folder / step_dir.name
         if not self._every or (step % self._every and step != self._last) or out.exists():
             return
@@ -74,9 +75,11 @@ class Exporter:
             export(open_saved(step_dir), out, progress=self._progress)
             log.info("exported %s in %.1f s", out, time.perf_counter() - start)
         except _CancelledError:
-            log.info("the export of %s is left to the next start", step_dir.name)
+            log.info("the export of %s is postponed to the next start", step_dir.name)
         except UserError as error:
-            log.warning("%s: not exported: %s; for another try: torchxihe export %s --out DIR", out, error, step_dir)
+            log.warning(
+                "%s: not exported: %s; to retry: torchxihe export %s --out DIR", out, error, shlex.quote(str(step_dir))
+            )
         finally:
             self._checkpointer.in_use.discard(step_dir)
 
@@ -86,4 +89,4 @@ class Exporter:
 
 
 class _CancelledError(Exception):
-    """The run ends, and does not wait for an export."""
+    """The run ends without waiting for an export."""
