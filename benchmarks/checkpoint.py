@@ -1,8 +1,8 @@
-"""What checkpoints cost: `python benchmarks/checkpoint.py --config configs/xihe_120m.toml`.
+"""Cost of checkpoints: `python benchmarks/checkpoint.py --config configs/xihe_120m.toml`.
 
-Saves the config's whole state (weights, moments) in both modes, then verifies and loads it, in a directory of its own
-that is deleted afterwards. "Blocked" is the time that training stands still. The first async save also allocates the
-host memory that later ones use again. Under torchrun all of its processes take part. Prints a table, then one line of
+Saves the complete state of the config (weights, optimizer state) in both modes, then verifies and loads it, in a new
+directory that is deleted afterwards. "Blocked" is the time for which training waits. The first async save also
+allocates host memory, which later saves reuse. Under torchrun all processes take part. Prints a table, then one line of
 JSON; `--json FILE` appends that line to a file.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="CONFIG")
     parser.add_argument("--saves", type=int, default=5, help="saves in each mode (default 5)")
-    parser.add_argument("--dir", default=tempfile.gettempdir(), help="where to make the directory (all nodes share it)")
+    parser.add_argument("--dir", default=tempfile.gettempdir(), help="parent of the new directory, shared by all nodes")
     parser.add_argument("--json", default="", metavar="FILE", help="append the result to FILE as a line of JSON")
     options, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stdout)
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def measure(config: Config, device: torch.device, root: Path, saves: int) -> dict[str, Any]:
-    """Seconds of everything that a checkpoint of `config` is put through, medians over `saves`."""
+    """Seconds to save, verify and load a checkpoint of `config`; medians over `saves`."""
     trainer = Trainer(config, device, np.ones(config.model.vocab_size, np.int32))
     state = trainer.state()
     for tensor in state.values():
         if tensor.is_floating_point():
-            tensor.normal_()  # zeros, which moments start as, might be written and hashed faster
+            tensor.normal_()  # moments start as zeros, which might be written and hashed faster
     train_state = {"stages": [], "config": config.model_dump(mode="json"), "changes": [], "tokenizer": "", "origin": ""}
     blocked: dict[str, list[float]] = {}
     total: dict[str, list[float]] = {}
@@ -107,7 +107,7 @@ def measure(config: Config, device: torch.device, root: Path, saves: int) -> dic
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that it takes, on the slowest rank, and what it returns."""
+    """Seconds that `action` takes on the slowest rank, and its return value."""
     barrier()
     start = time.perf_counter()
     value = action()

@@ -1,4 +1,4 @@
-"""How long steps take; shared by the benchmarks of our own trainer and of its peers."""
+"""Step times; shared by `throughput.py` and `compare.py`."""
 
 import itertools
 import time
@@ -9,7 +9,7 @@ import torch
 
 
 def timed(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
-    """Seconds of each of `steps` steps, on the device's own clock: the host waits for it at the end alone."""
+    """Seconds of each of `steps` steps, by CUDA events on a GPU: the host waits for the device only at the end."""
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
         events[0].record()

@@ -1,17 +1,18 @@
-"""Ours and the peers on one card, in turn: `python benchmarks/compare.py --config configs/xihe_120m_llama.toml`.
+"""torchxihe and other trainers on one GPU: `python benchmarks/compare.py --config configs/xihe_120m_llama.toml`.
 
-Every entry runs in a process of its own, A B A B: the same shape, tokens a step, precision (bfloat16 over float32
-master weights), AdamW and random tokens; documents off and head untied for all, because torchtitan has neither document
-masks for its fastest attention nor tied heads. Figures are medians of timed steps, the best round of each entry counts,
-and one FLOP formula serves all. Peers are installed by the user, as they are published; a missing one is reported.
+Every entry runs in its own process, in the order A B A B, with the same shape, tokens per step, precision (bfloat16,
+float32 master weights), AdamW and random tokens. Documents are not masked and the head is not tied, because torchtitan
+has neither document masks for its fastest attention nor tied heads. Figures are medians of timed steps of the best
+round, and one formula counts the FLOPs of all. The other trainers are installed by the user, unmodified; a missing one
+is reported.
 
-Entries are `name@rows`, rows being the micro-batch: torchxihe, torchxihe_plain (without the extra [kernels]),
-torchtitan, transformers; `_float8` behind torchxihe or torchtitan turns on tensorwise float8.
+Entries are `name@rows`; rows is the micro-batch size. Names: torchxihe, torchxihe_plain (without the extra [kernels]),
+torchtitan, transformers; torchxihe_float8 and torchtitan_float8 use tensorwise float8.
 """
 
 import time
 
-STARTED = time.perf_counter()  # before torch is imported: time to the first step counts that too
+STARTED = time.perf_counter()  # before torch is imported: the time to the first step includes the import
 
 import argparse
 import dataclasses
@@ -48,14 +49,14 @@ OURS = {
 
 
 def main() -> None:
-    """Parse the command line; run the entries in turn, or be one of them."""
+    """Parse the command line; run all entries, or (in a child process) one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="CONFIG")
     parser.add_argument("--entries", default="", help="comma-separated name@rows (default: all, at the config's rows)")
-    parser.add_argument("--rounds", type=int, default=2, help="times that each entry runs (default 2)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of a run (default 20)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default 5)")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds for one run (default 600)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each entry (default 2)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per run (default 20)")
+    parser.add_argument("--warmup", type=int, default=5, help="untimed steps before them (default 5)")
+    parser.add_argument("--timeout", type=int, default=600, help="time limit of one run in seconds (default 600)")
     parser.add_argument("--json", default="", metavar="FILE", help="append every run to FILE, a line of JSON each")
     parser.add_argument("--peer", default="", help=argparse.SUPPRESS)
     options, overrides = parser.parse_known_args()
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    """One run of `name@rows` in a fresh process."""
+    """One run of `name@rows` in a new process."""
     name, _, rows = entry.partition("@")
     here = Path(__file__).parent
     shared = [f"--config={options.config}", f"--steps={options.steps}", f"--warmup={options.warmup}", *overrides]
@@ -93,9 +94,9 @@ def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> 
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
     except subprocess.TimeoutExpired:
-        return {"entry": entry, "error": f"not done after {options.timeout} s"}
+        return {"entry": entry, "error": f"timeout after {options.timeout} s"}
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "failed without a word").splitlines()
+        said = (done.stderr.strip() or done.stdout.strip() or "failed without an error message").splitlines()
         return {"entry": entry, "error": said[-1][:300]}
     result = json.loads(done.stdout.splitlines()[-1])
     return {
@@ -110,13 +111,13 @@ def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> 
 
 
 def run_peer(name: str, config: Config, steps: int, warmup: int) -> dict[str, Any]:
-    """Train `config`'s shape with a peer, in this process; the keys are those of throughput.py."""
+    """Train the shape of `config` with another trainer, in this process; the keys are those of throughput.py."""
     package, _, precision = name.partition("_")
     builders = {"torchtitan": torchtitan_step, "transformers": transformers_step}
     if package not in builders or precision not in ("", "float8"):
-        raise UserError(f"--entries: there is no {name}; take one of {', '.join([*OURS, *builders])}")
+        raise UserError(f"--entries: no entry {name}; use one of {', '.join([*OURS, *builders])}")
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{package} is not installed")
+        raise UserError(f"{package} is not installed (pip install {package})")
     device = default_device()
     step = builders[package](config, device, precision == "float8")
     loss = float(step())
@@ -143,16 +144,16 @@ def random_rows(config: Config) -> torch.Tensor:
 
 
 def accumulation_of(config: Config) -> int:
-    """Micro-batches a step. Raises UserError unless they fill it exactly."""
+    """Micro-batches per step. Raises UserError if the global batch is not a multiple of the micro-batch."""
     if config.training.global_batch_size % config.training.micro_batch_size:
         raise UserError("training.global_batch_size: must be a multiple of the rows of every entry")
     return config.training.global_batch_size // config.training.micro_batch_size
 
 
 def transformers_step(config: Config, device: torch.device, float8: bool) -> Callable[[], torch.Tensor]:
-    """`AutoModelForCausalLM`: SDPA, compiled whole, autocast, fused AdamW, clipping."""
+    """`AutoModelForCausalLM`: SDPA, whole-model compile, autocast, fused AdamW, clipping."""
     if float8:
-        raise UserError("transformers: float8 training is not something that it does by itself")
+        raise UserError("--entries: transformers_float8: transformers has no float8 training; use transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = hf_config(
@@ -181,7 +182,7 @@ def transformers_step(config: Config, device: torch.device, float8: bool) -> Cal
 
 
 def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Callable[[], torch.Tensor]:
-    """torchtitan's own trainer and Llama 3: compiled, no activation checkpointing, its defaults otherwise."""
+    """torchtitan's trainer and Llama 3: compiled, no activation checkpointing, otherwise its defaults."""
     from torchtitan.config import JobConfig
     from torchtitan.models.llama3 import TransformerModelArgs, get_train_spec
     from torchtitan.protocols.train_spec import register_train_spec
@@ -189,7 +190,10 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
 
     model = config.model
     if model.qk_norm or model.head_dim * model.num_attention_heads != model.hidden_size:
-        raise UserError("torchtitan: its Llama has no QK-norm, and heads as wide as the model together")
+        raise UserError(
+            "torchtitan: its Llama has no QK-norm, and its heads times head_dim equal hidden_size; use a config such as "
+            "configs/xihe_120m_llama.toml"
+        )
     shape = TransformerModelArgs(
         dim=model.hidden_size,
         n_layers=model.num_hidden_layers,
@@ -206,7 +210,7 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
     batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def batches(**_: Any) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        return itertools.repeat(({"input": batch[0]}, batch[1]))  # on the host, as its own loader gives them
+        return itertools.repeat(({"input": batch[0]}, batch[1]))  # on the host, like the batches of its own loader
 
     spec = dataclasses.replace(
         get_train_spec(), model_args={"ours": shape}, build_dataloader_fn=batches, build_tokenizer_fn=None
@@ -229,7 +233,7 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
     losses: list[torch.Tensor] = []
     forward_backward = trainer.forward_backward_step
 
-    def kept(**inputs: Any) -> torch.Tensor:  # its step returns nothing
+    def kept(**inputs: Any) -> torch.Tensor:  # torchtitan's step returns nothing
         losses.append(forward_backward(**inputs).detach())
         return losses[-1]
 
@@ -247,7 +251,7 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
 
 
 def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> None:
-    """The comparison as a Markdown table; ratios are to torchtitan's best, or to the first entry without it."""
+    """Print a Markdown table of the comparison; ratios are to torchtitan's best run, or else to the first entry."""
     device = default_device()
     best = {
         entry: max(done, key=lambda run: run["tokens_per_second"])
@@ -258,7 +262,7 @@ def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> Non
     base = max(peers) if peers else next((run["tokens_per_second"] for run in best.values()), 0)
     model, seq_len, peak = config.model, config.data.seq_len, peak_flops(device)
     flops = training_flops(model, seq_len, causal_pairs(seq_len)) / seq_len, palm_flops_per_token(model, seq_len)
-    print(f"\n{device_name(device)}, torch {torch.__version__}, {config.tokens_per_step:,} tokens a step\n")
+    print(f"\n{device_name(device)}, torch {torch.__version__}, {config.tokens_per_step:,} tokens per step\n")
     print("| Entry | Version | tokens/s, best (all) | Ratio | MFU (PaLM's) | Peak GiB | First step s, cold (warm) |")
     print("|---|---|---|---|---|---|---|")
     for entry, runs in results.items():

@@ -1,12 +1,12 @@
-"""How fast variants of a config learn.
+"""Validation loss of variants of a config, by step.
 
     python benchmarks/convergence.py CONFIG --variant="adamw:" --variant="muon: --optimizer.name=muon"
 
 Trains each variant from the same seed on the same data and validates every `--every` steps. A variant is a name and
-overrides; overrides outside of variants apply to all. The loss to reach is `--target`, or what the first variant ends
-with; how many steps that took is interpolated between validations. The data must be prepared. Under torchrun it trains
-on all of its processes. `--reference NAME` computes that variant the slow way: by the references of every fast path,
-uncompiled. `--json FILE` appends a line for each variant, with the loss of every step.
+overrides; overrides outside of variants apply to all. The target loss is `--target`, or the final loss of the first
+variant; the number of steps to reach it is interpolated between validations. The data must be prepared. Under torchrun,
+all processes train. `--reference NAME` computes that variant with the reference implementations of all kernels, without
+compilation. `--json FILE` appends a line for each variant, with the loss of every step.
 """
 
 import argparse
@@ -42,9 +42,11 @@ def main() -> None:
     parser.add_argument("--variant", action="append", required=True, metavar='"NAME: --section.key=value ..."')
     parser.add_argument("--every", type=int, default=25, help="steps between validations (default 25)")
     parser.add_argument(
-        "--target", type=float, default=0.0, help="validation loss to reach (default: the first's last)"
+        "--target", type=float, default=0.0, help="validation loss to reach (default: the first variant's final one)"
     )
-    parser.add_argument("--reference", default="", metavar="NAME", help="the variant that the slow references compute")
+    parser.add_argument(
+        "--reference", default="", metavar="NAME", help="the variant to compute with the reference kernels"
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="append the results to FILE, a line of JSON each")
     options, overrides = parser.parse_known_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stdout)
@@ -52,7 +54,7 @@ def main() -> None:
     try:
         variants = [variant.partition(":")[::2] for variant in options.variant]
         if options.reference and options.reference not in dict(variants):
-            raise UserError(f"--reference: there is no variant {options.reference!r}")
+            raise UserError(f"--reference: no variant {options.reference!r}; use one of {', '.join(dict(variants))}")
         configs = {
             name: load_config(options.config, overrides + flags.split() + (SLOW if name == options.reference else []))
             for name, flags in variants
@@ -72,9 +74,9 @@ def main() -> None:
 
 
 def train(config: Config, device: torch.device, every: int, kernels: Kernels | None) -> dict[str, Any]:
-    """Train `config` to its horizon; its training loss of every step, and [step, validation loss] of some.
+    """Train `config` to its last step; training loss of every step, [step, validation loss] of every `every`-th.
 
-    kernels: those of the model; None: what the config asks for.
+    kernels: those of the model; None: chosen by `config`.
     """
     prepared = open_prepared(config)
     trainer = Trainer(config, device, prepared.bytes_per_token, kernels=kernels)
@@ -103,7 +105,7 @@ def train(config: Config, device: torch.device, every: int, kernels: Kernels | N
 
 
 def steps_to(validation: list[list[float]], target: float) -> float:
-    """The first step, interpolated between validations, at which the loss is `target`; infinity if it never is."""
+    """The first step, interpolated between validations, at which the loss is `target`; infinity if there is none."""
     if validation[0][1] <= target:
         return validation[0][0]
     for (step, loss), (next_step, next_loss) in itertools.pairwise(validation):
@@ -113,7 +115,7 @@ def steps_to(validation: list[list[float]], target: float) -> float:
 
 
 def print_row(result: dict[str, Any], target: float, *, header: bool) -> None:
-    """One variant for people."""
+    """Print one variant as a row of a table."""
     if header:
         reach = f"to {target:.4f}"
         print(f"{'variant':20} {'steps':>6} {'tokens':>12} {'train':>8} {'valid':>8} {reach:>11} {'s/step':>8}")

@@ -1,11 +1,11 @@
-"""Throughput of preparing and loading data, compared with `datasets.map` on the same corpus and tokenizer.
+"""Throughput of data preparation and loading, compared with `datasets.map` on the same corpus and tokenizer.
 
     python benchmarks/data.py                       # a corpus of 100 MB
-    python benchmarks/data.py --megabytes 1000      # for peak memory: the sum over all processes is polled
+    python benchmarks/data.py --megabytes 1000      # for peak memory, which is polled and summed over all processes
     python benchmarks/data.py --permute             # only the randomness of the order: 10^6 indices, 100 keys
 
-The corpus is JSON lines of Python sources ({stdlib} and {site-packages}), repeated with a number prepended until it has
-the size asked for. Training the tokenizer is not measured. Every part runs in its own process.
+The corpus is JSON lines of Python source files ({stdlib} and {site-packages}), repeated with a number prepended up to
+the requested size. Training the tokenizer is not measured. Every part runs in its own process.
 """
 
 import argparse
@@ -68,11 +68,11 @@ def make_config(folder: Path, seq_len: int, **tokenizer: Any) -> Config:
     return Config.model_validate({**CONFIG, "data": data, "tokenizer": tokenizer})
 
 
-# The parts, each run in its own process: they return what is printed as one JSON object.
+# The parts. Each runs in its own process and returns the figures that are printed as one JSON object.
 
 
 def run_prepare(folder: Path) -> dict[str, float]:
-    """`torchxihe prepare` without the tokenizer's training."""
+    """`torchxihe prepare` without training the tokenizer."""
     from torchxihe.data.prepare.pipeline import prepare
 
     started = time.perf_counter()
@@ -103,7 +103,7 @@ def run_map(folder: Path) -> dict[str, float]:
 
 
 def run_loader(folder: Path) -> dict[str, float]:
-    """The loader on one core, without the import of torch."""
+    """The loader on one core; importing torch is not measured."""
     import torch
 
     started = time.perf_counter()
@@ -120,7 +120,7 @@ def run_loader(folder: Path) -> dict[str, float]:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     rates = []
-    for _ in range(21):  # the median is reported: other programs use the core and its caches too
+    for _ in range(21):  # the median is reported, because other programs share the core and its caches
         cpu = time.process_time()
         for _ in range(50):
             next(loader)
@@ -133,7 +133,7 @@ PARTS: dict[str, Callable[[Path], dict[str, float]]] = {"prepare": run_prepare, 
 
 
 def measure(part: str, folder: Path) -> dict[str, float]:
-    """Run a part in its own process; its figures, and the peak memory of it and its children together."""
+    """Run a part in its own process; its figures, CPU seconds, and the peak memory of the process and its children."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_DATASETS_OFFLINE": "1"}
     command = [sys.executable, __file__, "--part", part, "--folder", str(folder)]
     before = os.times()
@@ -146,7 +146,7 @@ def measure(part: str, folder: Path) -> dict[str, float]:
     output = process.stdout.read().splitlines()
     if process.returncode:
         raise SystemExit(f"{part} failed")
-    after = os.times()  # of children that have ended, and theirs
+    after = os.times()  # of children that have exited, and of their children
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return {**json.loads(output[-1]), "cpu_seconds": cpu, "peak_gib": most / 2**30}
 
@@ -161,7 +161,7 @@ def _resident(pid: int) -> float:
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
                 total += _resident(int(child))
-    except (OSError, ProcessLookupError):  # it has just ended
+    except (OSError, ProcessLookupError):  # the process has just exited
         pass
     return total
 
@@ -171,7 +171,7 @@ def _cores() -> int:
 
 
 def resume_seconds() -> float:
-    """Time from a saved stage to the row of sample 10^9."""
+    """Time from a saved stage to the row of sample 10^9, in seconds."""
     keys = ("a", "b", "c")
     saved = Stage(0, 0, 512, 0, keys, make_quotas([0.7, 0.2, 0.1]), (0, 0, 0)).to_json()
     started = time.perf_counter()
@@ -195,7 +195,7 @@ def worst_correlation(keys: int, rows: int = 10**6) -> float:
 
 
 def report(results: dict[str, Any]) -> dict[str, str]:
-    """The figures as lines of a table."""
+    """The figures as rows of a table."""
     loader = results["loader"]
     lines = {}
     for part, name in (
@@ -211,7 +211,7 @@ def report(results: dict[str, Any]) -> dict[str, str]:
     return {
         **lines,
         "loader, one core": f"{loader['tokens_per_cpu_second'] / 1e6:.0f} M tokens/s, best {loader['best'] / 1e6:.0f}",
-        "first batch of a cold process, torch imported": f"{loader['first_batch_seconds']:.2f} s",
+        "first batch of a new process, torch imported": f"{loader['first_batch_seconds']:.2f} s",
         "resume at sample 10^9": f"{results['resume_seconds'] * 1e3:.2f} ms",
     }
 
@@ -224,7 +224,7 @@ def make_empty(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and not mark.is_file():
         sys.exit(f"--folder {folder}: has files that this benchmark did not make; name an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    mark.touch()  # before anything else, so that a run that was killed leaves a folder that can be emptied
+    mark.touch()  # first, so that the folder of a killed run can be emptied
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--folder", type=Path, default=Path(".cache/benchmark_data"), help="emptied first")
     parser.add_argument("--vocab-size", type=int, default=32_000)
-    parser.add_argument("--without-map", action="store_true", help="leave out datasets.map, which takes longest")
+    parser.add_argument("--without-map", action="store_true", help="skip datasets.map, the slowest part")
     parser.add_argument("--permute", action="store_true")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()

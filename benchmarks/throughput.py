@@ -1,14 +1,14 @@
-"""How fast the trainer's own step is: `python benchmarks/throughput.py --config configs/xihe_120m.toml`.
+"""Speed of a training step: `python benchmarks/throughput.py --config configs/xihe_120m.toml`.
 
-Drives `Trainer.train_step`, on synthetic rows (three documents a row where documents are masked) or, with
-`--data real`, on the prepared store. Under torchrun it measures all of its processes. Overrides are the trainer's
-(`--training.micro_batch_size=32`); without one, a step is the config's global batch, which accumulates like training
-does. Prints a table, then one line of JSON; `--json FILE` appends that line to a file.
+Calls `Trainer.train_step` on synthetic rows (three documents per row if documents are masked) or, with `--data real`,
+on prepared data. Under torchrun it measures all processes. Config options can be overridden
+(`--training.micro_batch_size=32`). A step is the config's global batch, with gradient accumulation as in training.
+Prints a table, then one line of JSON; `--json FILE` appends that line to a file.
 """
 
 import time
 
-STARTED = time.perf_counter()  # before torch is imported: time to the first step counts that too
+STARTED = time.perf_counter()  # before torch is imported: the time to the first step includes the import
 
 import argparse
 import itertools
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="CONFIG")
     parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps (default 20)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default 5)")
+    parser.add_argument("--warmup", type=int, default=5, help="untimed steps before them (default 5)")
     parser.add_argument("--data", choices=["synthetic", "real"], default="synthetic")
     parser.add_argument("--json", default="", metavar="FILE", help="append the result to FILE as a line of JSON")
     options, overrides = parser.parse_known_args()
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(config: Config, device: torch.device, *, steps: int, warmup: int, data: str) -> dict[str, Any]:
-    """Train `warmup + steps` steps of `config` and describe the last `steps`."""
+    """Train `warmup + steps` steps of `config`; the figures of the last `steps`."""
     if data == "real":
         prepared = open_prepared(config)
         trainer = Trainer(config, device, prepared.bytes_per_token)
@@ -76,7 +76,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
     else:
         trainer = Trainer(config, device, np.full(config.model.vocab_size, 4, np.int32))
         batch = random_batch(trainer.batch_spec, config.model.vocab_size, DOCUMENTS_A_ROW)
-        loader = itertools.repeat(batch)  # on the device already
+        loader = itertools.repeat(batch)  # already on the device
     step = partial(trainer.train_step, loader)
     first_step = timed(step, 1, device)[0]
     to_first_step = time.perf_counter() - STARTED
@@ -123,7 +123,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The result for people."""
+    """Print the result as a table."""
 
     def percent(value: float | None) -> str:
         return "unknown device" if value is None else f"{100 * value:.1f} %"
@@ -133,11 +133,11 @@ def print_table(result: dict[str, Any]) -> None:
         ("device", f"{result['device']}, {result['layout']}, torch {result['versions']['torch']}"),
         (
             "step",
-            f"{result['accumulation']} × {result['micro_batch_size']} rows of {result['seq_len']} a GPU, "
+            f"{result['accumulation']} × {result['micro_batch_size']} rows of {result['seq_len']} per GPU, "
             f"documents {'masked' if result['documents'] else 'off'}, {result['data']} data",
         ),
         ("tokens/s/GPU", f"{result['tokens_per_second_per_gpu']:,}"),
-        ("MFU", f"{percent(result['mfu'])} (by PaLM's convention, attention unmasked: {percent(result['mfu_palm'])})"),
+        ("MFU", f"{percent(result['mfu'])} (PaLM's convention, attention unmasked: {percent(result['mfu_palm'])})"),
         ("step time", f"{result['step_ms']} ms median, {result['step_ms_p10']} p10, {result['step_ms_p90']} p90"),
         (
             "memory",
