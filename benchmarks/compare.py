@@ -191,7 +191,7 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
     model = config.model
     if model.qk_norm or model.head_dim * model.num_attention_heads != model.hidden_size:
         raise UserError(
-            "torchtitan: its Llama has no QK-norm, and its heads times head_dim equal hidden_size; use a config such as "
+            "torchtitan: its Llama has no QK-norm, and needs heads * head_dim = hidden_size; use a config such as "
             "configs/xihe_120m_llama.toml"
         )
     shape = TransformerModelArgs(
