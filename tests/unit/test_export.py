@@ -16,7 +16,8 @@ from tests.unit.saved_runs import LLAMA, QWEN3, TEXT, TOKENS, make_config, make_
 from tests.unit.test_model import Shape, model_config
 from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
-from torchxihe.components.checkpoint.export import _write_tokenizer, draft_of, export
+from torchxihe.components.checkpoint.export import draft_of, export
+from torchxihe.components.checkpoint.export_tokenizer import write_tokenizer
 from torchxihe.components.checkpoint.saved_run import load_decoder, open_saved
 from torchxihe.config.load import load_config
 from torchxihe.config.options import Model, Tokenizer
@@ -90,7 +91,7 @@ def test_a_disk_that_fills_under_the_tokenizer(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            _write_tokenizer(folder, tmp_path, {"eos_id": 0, "bos_id": 5})
+            write_tokenizer(folder, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

@@ -159,9 +159,10 @@ def test_the_smallest_temperature_takes_the_most_likely() -> None:
 @pytest.mark.parametrize(
     ("file", "why"),
     [
-        ("checkpoints/step-00000007/train_state.json", "corrupt: train_state.json is not what was written"),
-        ("tokenizer/tokenizer.json", "tokenizer: tokenizer.json is damaged, or another than"),
-        ("tokenizer/torchxihe.json", "tokenizer: (damaged|torchxihe.json is damaged)"),
+        ("checkpoints/step-00000007/train_state.json", "corrupt: train_state.json has another content than was written"),
+        ("tokenizer/tokenizer.json", "tokenizer/tokenizer.json: damaged: its content differs"),
+        ("tokenizer/tokenizer_config.json", "tokenizer/tokenizer_config.json: damaged: its content differs"),
+        ("tokenizer/torchxihe.json", "tokenizer/torchxihe.json: damaged: eos_id: Field required"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "export"])

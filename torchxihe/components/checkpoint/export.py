@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 import torchxihe
+from torchxihe.components.checkpoint.export_tokenizer import write_tokenizer
 from torchxihe.components.checkpoint.manifest import read_manifest, step_flaws
 from torchxihe.components.checkpoint.saved_run import SavedRun
 from torchxihe.components.checkpoint.staging import describe_state
 from torchxihe.components.checkpoint.state import corruption_explained, flat_state, load_tensors, open_fitting
 from torchxihe.components.checkpoint.storage import CorruptError
 from torchxihe.data.prepare.chat import Chat
-from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, read_meta
+from torchxihe.data.tokenizer import read_meta
 from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.flops import parameter_counts
@@ -55,7 +56,7 @@ def export(
         tokenizer = read_meta(saved.tokenizer_dir).model_dump(include={"vocab_size", "eos_id", "bos_id"})
         _write_weights(saved, draft, tokenizer["vocab_size"], dtype, shard_bytes, progress)
         _write_configs(saved, draft, tokenizer, str(dtype).removeprefix("torch."))
-        _write_tokenizer(saved.tokenizer_dir, draft, tokenizer)
+        write_tokenizer(saved.tokenizer_dir, draft)
         (draft / "README.md").write_text(model_card(saved), encoding="utf-8")
         draft.replace(out)
     except OSError as error:
@@ -151,45 +152,6 @@ def _write_configs(saved: SavedRun, folder: Path, tokenizer: dict[str, int], dty
     if is_chat(saved) and (end := Chat(saved.tokenizer_dir).end_of_turn) != tokenizer["eos_id"]:
         ids["eos_token_id"] = [end, tokenizer["eos_id"]]
     _write_json(folder / "generation_config.json", ids)
-
-
-def _write_tokenizer(source: Path, folder: Path, tokenizer: dict[str, int]) -> None:
-    """The tokenizer's files; its settings name the end of a document, and a class that reads `tokenizer.json`.
-
-    Around a text it puts what training had there: the BOS token, if documents begin with one, and nothing else. The
-    chat template has a file of its own, where newer versions of `transformers` keep it.
-    """
-    import tokenizers  # slow, and never needed in training
-    from tokenizers.processors import TemplateProcessing
-
-    settings = json.loads((source / "tokenizer_config.json").read_bytes())
-    content = json.loads((source / "tokenizer.json").read_bytes())
-    names = {index: token for token, index in _vocabulary(content)}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings | {"eos_token": names[tokenizer["eos_id"]]}
-    bos = [names[tokenizer["bos_id"]]] if tokenizer["bos_id"] >= 0 else []
-    if bos:
-        settings["bos_token"] = bos[0]
-    flags = {"add_bos_token": bool(bos), "add_eos_token": False}  # overrule tokenizer.json where they are
-    settings |= {flag: value for flag, value in flags.items() if flag in settings}
-    whole = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
-    if whole.encode("").tokens == bos:
-        shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
-    else:
-        special = [(token, tokenizer["bos_id"]) for token in bos]
-        around = TemplateProcessing(single=[*bos, "$A"], pair=[*bos, "$A", *bos, "$B"], special_tokens=special)
-        whole.post_processor = around  # type: ignore[assignment]
-        (folder / "tokenizer.json").write_text(whole.to_str(pretty=True), encoding="utf-8")  # `save` raises no OSError
-    if (source / CHAT_TEMPLATE_FILE).exists():
-        shutil.copyfile(source / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_FILE)
-        settings.pop("chat_template", None)
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _vocabulary(tokenizer: dict[str, Any]) -> list[tuple[str, int]]:
-    """Tokens and ids of a parsed `tokenizer.json` of any kind."""
-    vocab = tokenizer["model"]["vocab"]
-    pairs = list(vocab.items()) if isinstance(vocab, dict) else [(token, i) for i, (token, _) in enumerate(vocab)]
-    return pairs + [(token["content"], token["id"]) for token in tokenizer.get("added_tokens", [])]
 
 
 def is_chat(saved: SavedRun) -> bool:
