@@ -1,4 +1,4 @@
-"""The suite passes in one process: each test compiles from nothing, and none meets another's recompile limit."""
+"""Resets the compiler before each test, so that the suite passes in one process."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,6 @@ import torch
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """Seen to be needed: with `fullgraph=True` the ninth shape of a function is an error (a limit of 8)."""
+    """Without it, the ninth shape of a function with `fullgraph=True` is an error: the recompile limit is 8 (seen)."""
     torch._dynamo.reset()
     yield

@@ -1,4 +1,4 @@
-"""Attention kernels on a GPU against the masked softmax in float32, forward and backward."""
+"""Attention kernels on a GPU against masked softmax in float32, forward and backward."""
 
 import itertools
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Softmax over an explicit mask, a document at a time."""
+    """Softmax with an explicit mask, one document at a time."""
     batch, seq_len, heads, head_dim = q.shape
     edges = cu_seqlens.tolist() if cu_seqlens is not None else [b * seq_len for b in range(batch + 1)]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -30,13 +30,13 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tenso
 
 
 def check(attention: Attention, heads: int, kv_heads: int, head_dim: int, documents: bool, compiled: bool) -> None:
-    """`attention` and its gradients are those of the masked softmax."""
+    """`attention` and its gradients equal those of masked softmax."""
     batch, seq_len = 3, 200
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(batch, seq_len, n, head_dim) for n in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
     total = batch * seq_len
-    edges = [0, 1, 70, 200, 333, 400, total, total, total]  # a document of one token, one of a whole row, padding
+    edges = [0, 1, 70, 200, 333, 400, total, total, total]  # a document of one token, one of a full row, padding
     cu_seqlens = torch.tensor(edges, dtype=torch.int32, device="cuda") if documents else None
     function = torch.compile(attention, fullgraph=True, dynamic=False) if compiled else attention
     out = function(*inputs, cu_seqlens)
@@ -63,7 +63,7 @@ def test_equals_masked_softmax(
 
 @pytest.mark.parametrize("head_dim", [8, 16, 20, 32, 40, 72, 80, 88, 96, 112, 128, 160, 192, 256, 264])
 def test_what_auto_takes_equals_masked_softmax(head_dim: int) -> None:
-    """Kernels say that they take head widths at which they are wrong, or do not compile."""
+    """Some kernels accept head widths for which they are wrong or do not compile."""
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 300}
     model = Model(num_attention_heads=4, num_key_value_heads=1, head_dim=head_dim, **shape)
     for documents in (False, True):
@@ -75,7 +75,7 @@ def test_what_auto_takes_equals_masked_softmax(head_dim: int) -> None:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("attention", [sdpa, varlen, fa4])
 def test_deterministic_gradients_are_bitwise_equal(attention: Attention, documents: bool) -> None:
-    """Rows long enough that many blocks add to one query's gradient, and several query heads to one key's."""
+    """Rows so long that many blocks add to the gradient of a query, and several query heads to that of a key head."""
     if attention is fa4 and not has_flash_attention_4(torch.device("cuda")):
         pytest.skip("needs the extra [kernels] and a Hopper GPU")
     generator = torch.Generator("cuda").manual_seed(0)

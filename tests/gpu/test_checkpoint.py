@@ -49,12 +49,12 @@ def step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
 
 
 def test_async_save_of_sharded_tensors(group: None, tmp_path: Path) -> None:
-    """Training goes on at once in the same memory; the file has what was there at the call."""
+    """Training continues at once and changes the same memory; the files have the values at the time of the call."""
     model, optimizer = sharded(0)
     step(model, optimizer)
     checkpointer = Checkpointer(tmp_path, Checkpoint(mode="async"))
     expected = {}
-    for number in (1, 2):  # the second save uses the first one's memory again
+    for number in (1, 2):  # the second save reuses the memory of the first
         state = flat_state(model, optimizer)
         assert isinstance(state["model.0.weight"], DTensor) and state["model.0.weight"].is_cuda
         expected[number] = {key: tensor.clone() for key, tensor in state.items()}
@@ -65,9 +65,9 @@ def test_async_save_of_sharded_tensors(group: None, tmp_path: Path) -> None:
     for number in (1, 2):
         checkpointer.load(tmp_path / f"step-{number:08d}", other)
         for key, tensor in other.items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             was = expected[number][key]
-            assert torch.equal(whole, was.full_tensor() if isinstance(was, DTensor) else was), key
+            assert torch.equal(full, was.full_tensor() if isinstance(was, DTensor) else was), key
     plain = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))
     load_model_only(tmp_path / "step-00000002", plain)
     weight = expected[2]["model.0.weight"]
@@ -85,6 +85,6 @@ def test_staging_memory_is_page_locked_and_kept(group: None) -> None:
         assert again[key] is tensor
 
 
-def test_the_flight_recorder_is_there(group: None) -> None:
+def test_the_flight_recorder_is_on(group: None) -> None:
     dist.all_reduce(torch.ones(1, device="cuda"))
     assert len(_flight_recording()) > 0

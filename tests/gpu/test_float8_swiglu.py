@@ -1,4 +1,4 @@
-"""The float8 feed-forward: its kernels against PyTorch's casts, and its errors against those of torchao's products."""
+"""The float8 feed-forward: its kernels against PyTorch's casts, its errors against those of torchao."""
 
 import pytest
 import torch
@@ -18,17 +18,17 @@ def test_kernels_round_as_pytorch_does(tokens: int, width: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     gate, up, grad = (torch.randn(tokens, width, device="cuda", generator=generator).bfloat16() for _ in range(3))
     grad *= torch.logspace(-12, 0, tokens, device="cuda").bfloat16()[:, None]
-    up[1] = grad[1] = 0  # nothing to scale by
+    up[1] = grad[1] = 0  # a token of zeros, which has no scale
     results = *rounded_swiglu(gate, up), *_rounded_swiglu_backward(gate, up, grad)
     references = *reference(gate, up), *reference_backward(gate, up, grad)
     for ours, theirs in zip(results, references, strict=True):
         assert ours.dtype == theirs.dtype
-        # An activation beside the middle of two float8 numbers may go to either, a largest one have either scale.
+        # Near the midpoint of two float8 numbers rounding may go either way, for activations and for scales.
         assert (ours.float() - theirs.float()).norm() <= 5e-3 * theirs.float().norm()
 
 
 @pytest.mark.parametrize("what", [float("inf"), float("nan")])
-def test_what_is_not_finite_shows(what: float) -> None:
+def test_what_is_not_finite_stays_not_finite(what: float) -> None:
     gate, up = (torch.ones(4, 32, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     up[2, 3] = what
     after, scale = rounded_swiglu(gate, up)

@@ -1,4 +1,4 @@
-"""Batches that travel to a GPU without anybody waiting for them arrive as they were read."""
+"""Batches that are copied to a GPU asynchronously arrive unchanged."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(tmp_path: Path) -> None:
     on_gpu, on_cpu = (Loader(prepared, order, BatchSpec(64, 4, torch.device(device))) for device in ("cuda:0", "cpu"))
     kept = []
     for i in range(300):
-        if i % 20 == 0:  # the GPU falls behind: copies wait while the thread reads on into more pinned memory
+        if i % 20 == 0:  # delay the GPU: copies queue up while the thread reads more batches into pinned memory
             torch.cuda._sleep(50_000_000)
         batch = next(on_gpu)
         assert batch.tokens.device.type == "cuda" and batch.cu_seqlens is not None

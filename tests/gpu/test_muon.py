@@ -1,4 +1,4 @@
-"""Muon on a GPU: against PyTorch's own, one matrix at a time, and a step for which the host never waits."""
+"""Muon on a GPU: against PyTorch's Muon, which updates one matrix at a time; no host sync, no recompilation."""
 
 import itertools
 from typing import Any
@@ -37,7 +37,7 @@ def gradients(parameters: list[nn.Parameter], number: int) -> None:
 
 
 def test_orthogonalize_in_bfloat16() -> None:
-    """Within bfloat16's rounding of what the singular values say."""
+    """Equal to the quintic applied to the singular values, within bfloat16 rounding."""
     a, b, c = COEFFICIENTS
     for shape in {*SHAPES}:
         x = torch.randn(3, *shape, device="cuda")
@@ -52,8 +52,8 @@ def test_orthogonalize_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_batched_steps_are_pytorchs(compile: bool) -> None:
-    """One step's updates differ by bfloat16's rounding alone, and the momenta not at all."""
+def test_batched_steps_equal_pytorchs(compile: bool) -> None:
+    """The updates of a step differ only by bfloat16 rounding; the momenta are equal."""
     parameters, optimizer = made(compile)
     others, _ = made(False)
     theirs = torch.optim.Muon(others[:-1], LR, DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
@@ -102,7 +102,7 @@ def test_a_skipped_step_changes_nothing(compile: bool, state_dtype: torch.dtype)
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_the_host_never_waits_and_nothing_recompiles(name: str, state_dtype: str) -> None:
-    """Ten steps, the learning rate another in each."""
+    """Ten steps, each with a different learning rate."""
     options = {"name": name, "state_dtype": state_dtype}
     trainer = Trainer(
         config(optimizer=options, lr_scheduler={"warmup_steps": 100}), torch.device("cuda"), np.ones(VOCAB, np.int32)
@@ -122,7 +122,7 @@ def test_the_host_never_waits_and_nothing_recompiles(name: str, state_dtype: str
 
 
 def test_fast_path_learns_what_the_reference_learns() -> None:
-    """bfloat16, compiled, against float32 step by step in eager mode."""
+    """bfloat16, compiled, against float32 in eager mode."""
     fast = np.array(losses(optimizer={"name": "muon"}))
     slow = np.array(
         losses(optimizer={"name": "muon"}, training={"dtype": "float32", "compile": False}, model={"attention": "sdpa"})

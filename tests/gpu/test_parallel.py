@@ -1,4 +1,4 @@
-"""Several GPUs over NCCL learn what one learns, under every layout that there are GPUs for."""
+"""Several GPUs over NCCL give the losses of one GPU, under every layout for which there are enough GPUs."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ PLAIN = {"training": {"dtype": "float32", "compile": False}, "model": {"attentio
 
 
 def shares(part: int, parts: int) -> list[Batch]:
-    """So many rows of every global batch; the first parts' rows have fewer targets than the last ones'."""
+    """One part of each global batch; rows of earlier parts have fewer targets than rows of later ones."""
     mine = slice(part * ROWS // parts, (part + 1) * ROWS // parts)
     made = []
     for batch in batches(ROWS):
@@ -37,7 +37,7 @@ def shares(part: int, parts: int) -> list[Batch]:
 
 
 def history(options: dict[str, Any], rank: int = 0, world_size: int = 1) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every step; several ranks take two micro-batches a step."""
+    """Loss and gradient norm of every step; with several ranks, each takes two micro-batches per step."""
     device = torch.device("cuda", rank)
     parts = 1 if world_size == 1 else 2 * world_size
     training = options.get("training", {}) | {"micro_batch_size": ROWS // parts}
@@ -52,13 +52,13 @@ def history(options: dict[str, Any], rank: int = 0, world_size: int = 1) -> list
 
 
 def rank_history(options: dict[str, Any], world_size: int) -> list[tuple[float, float]]:
-    data_parallel.UNIT_PARAMETERS = 1  # every block a unit of its own: small ones would all share one
+    data_parallel.UNIT_PARAMETERS = 1  # one FSDP unit per block: small blocks would share one
     return history(options, torch.distributed.get_rank(), world_size)
 
 
 @functools.cache
 def alone(optimizer: str, plain: bool) -> np.ndarray:
-    """The same on one GPU."""
+    """`history` on one GPU."""
     options: dict[str, Any] = {"optimizer": {"name": optimizer}} | (PLAIN if plain else {})
     values = np.array(history(options))
     assert values[-1, 0] < values[0, 0] - 1
@@ -78,9 +78,9 @@ LAYOUTS = [
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("plain", [True, False])
 def test_losses_agree(world_size: int, parallelism: dict[str, Any], optimizer: str, plain: bool) -> None:
-    """Eager in float32, and compiled in bfloat16 with the fastest kernels that are there.
+    """Eager in float32, and compiled in bfloat16 with the fastest kernels available.
 
-    Seen on two H100s: losses 5.7e-6 apart in float32, 6.4e-3 in bfloat16.
+    Measured on two H100s: losses differ by 5.7e-6 in float32, 6.4e-3 in bfloat16.
     """
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
@@ -91,5 +91,5 @@ def test_losses_agree(world_size: int, parallelism: dict[str, Any], optimizer: s
         losses, norms = np.abs(np.array(values) - expected).T
         print(f"{parallelism} {optimizer} {'float32' if plain else 'bfloat16'}: {losses.max()} {norms.max()}")
         assert losses.max() < (1e-5 if plain else 1e-2)
-        # In 16-bit the norms part with the weights; the first one is of the same weights, and shows a wrong scale.
+        # In 16-bit the norms diverge with the weights. The first norm is of equal weights and would show a wrong scale.
         assert norms.max() < 1e-4 if plain else norms[0] < 1e-2 * expected[0, 1]

@@ -1,4 +1,4 @@
-"""Projected, normed and turned in one kernel against the plain way in float32, forward and backward."""
+"""Projection, QK-norm and RoPE in Triton against the reference in float32, forward and backward."""
 
 import copy
 
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "seq_len"), [(6, 6, 128, 200), (12, 12, 64, 77), (8, 2, 64, 33), (3, 1, 16, 5)]
 )
-def test_equals_plain(heads: int, kv_heads: int, head_dim: int, seq_len: int, normed: bool, compiled: bool) -> None:
+def test_equals_the_reference(
+    heads: int, kv_heads: int, head_dim: int, seq_len: int, normed: bool, compiled: bool
+) -> None:
     batch, hidden = 3, 96
     generator = torch.Generator("cuda").manual_seed(0)
     layers = [Linear(hidden, n * head_dim).cuda() for n in (heads, kv_heads)]
@@ -30,7 +32,7 @@ def test_equals_plain(heads: int, kv_heads: int, head_dim: int, seq_len: int, no
         if norm is not None:
             torch.nn.init.normal_(norm.weight, mean=1.0, std=0.2, generator=generator)
     weights = [module.weight for module in (*layers, *norms) if module is not None]
-    for weight in weights:  # exactly representable in 16 bits, so that the reference has the same numbers
+    for weight in weights:  # exactly representable in 16 bits, so that the reference gets the same numbers
         weight.data = weight.data.bfloat16().float()
     x = torch.randn(batch, seq_len, hidden, device="cuda", generator=generator).bfloat16().requires_grad_()
     exact = x.detach().float().requires_grad_()
@@ -74,4 +76,4 @@ def test_one_float8_product_is_as_exact_as_two(recipe: str) -> None:
         run(qk_norm_rope_triton, rounded, x), run(qk_norm_rope_reference, rounded, x), exact, strict=True
     ):
         errors = [float((result.float() - true).norm() / true.norm()) for result in (ours, theirs)]
-        assert 1e-2 < errors[0] < 1.1 * errors[1]  # and float8 it is
+        assert 1e-2 < errors[0] < 1.1 * errors[1]  # the lower bound shows that it was float8

@@ -1,4 +1,4 @@
-"""The fused feed-forward against the plain one in float32, forward and backward."""
+"""The fused feed-forward against the reference in float32, forward and backward."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("batch", "seq_len", "hidden", "width"), [(5, 200, 256, 704), (3, 1, 768, 2048), (8, 64, 8, 24)]
 )
-def test_equals_plain(batch: int, seq_len: int, hidden: int, width: int, compiled: bool) -> None:
+def test_equals_the_reference(batch: int, seq_len: int, hidden: int, width: int, compiled: bool) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(batch, seq_len, hidden, device="cuda", generator=generator).bfloat16().requires_grad_()
     exact = x.detach().float().requires_grad_()
