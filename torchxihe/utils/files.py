@@ -65,19 +65,6 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-NOT_THERE = FileNotFoundError, IsADirectoryError, ValueError
-"""What reading a file raises that is gone or damaged, rather than out of reach."""
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file that `prepare` has written and can write again; None if it is not there or damaged."""
-    try:
-        value = json.loads(path.read_bytes())
-    except NOT_THERE:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def draft(path: Path) -> Path:
     """A temporary name for `path`, unique to this process."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
