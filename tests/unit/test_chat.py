@@ -510,6 +510,11 @@ BAD = [
         ROLE,
         "message 3: " + repr("x\n" * 20),
     ),
+    (
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+        "a message calls tools, which is not supported",
+        "message 1",
+    ),
     ({"messages": [{"content": "x"}]}, ROLE, "message 1 has content"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, CONTENT, "message 1: a list"),
     ({"messages": [{"role": "user"}]}, CONTENT, "message 1 has role"),

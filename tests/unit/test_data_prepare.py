@@ -20,7 +20,7 @@ from torchxihe.config.load import dump_config
 from torchxihe.data.loader import IGNORE, BatchSpec, Loader
 from torchxihe.data.manifests import Manifest, Shard
 from torchxihe.data.order import Order, plan_stages
-from torchxihe.data.prepare import encode, sources
+from torchxihe.data.prepare import encode, rows, sources
 from torchxihe.data.prepare import pipeline as module
 from torchxihe.data.prepare.pipeline import prepare, prepare_part
 from torchxihe.data.store import Prepared, open_prepared
@@ -170,6 +170,15 @@ def test_too_many_bad_rows_are_an_error_at_once(tmp_path: Path) -> None:
     many = write_lines(tmp_path / "many.jsonl", [{"text": 1}] * 100_000)
     with pytest.raises(UserError, match=r"100 of 100 rows: column 'text' is not a string"):
         prepare(make_config(tmp_path / "cache", many, tokenizer=BYTES))
+
+
+def test_a_store_of_another_reader_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are read differently make another store. Seen to fail: what was cut before stayed."""
+    (tmp_path / "a.csv").write_text("text\na\nb\n")
+    config = make_config(tmp_path / "cache", {"path": str(tmp_path / "a.csv")}, tokenizer=BYTES)
+    after = prepare(config).sources[0].key
+    monkeypatch.setattr(rows, "READER_REVISIONS", {})
+    assert prepare(config).sources[0].key != after
 
 
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:

@@ -291,7 +291,8 @@ def test_a_missing_column_names_the_file_and_what_there_is(tmp_path: Path, write
     with pytest.raises(UserError) as error:
         rows_of(Source(path=str(file), template="{title}"))
     have = "n, text" if write is write_csv else "text"
-    assert str(error.value) == f"key.template: {file}: there is no column 'title'; there are {have}"
+    why = f"there is no column 'title'; there are {have}; name one of them in template (chat: messages)"
+    assert str(error.value) == f"key.path: {file}: {why}"
 
 
 def truncate(file: Path) -> None:
@@ -322,7 +323,12 @@ def test_a_megatron_index_is_no_token_file(tmp_path: Path) -> None:
     """Seen to fail for the pattern."""
     for name in ("a.bin", "a.idx"):
         (tmp_path / name).write_bytes(b"\1\0")
-    for where in ({"path": str(tmp_path)}, {"path": f"{tmp_path}/*"}, {"path": str(tmp_path), "glob": "*"}):
+    places: list[dict[str, Any]] = [
+        {"path": str(tmp_path)},
+        {"path": f"{tmp_path}/*"},
+        {"path": str(tmp_path), "glob": "*"},
+    ]
+    for where in places:
         pieces = find_pieces(Source(**where, format="tokens"), "key")
         assert [piece.path for piece in pieces] == [str(tmp_path / "a.bin")]
 
@@ -364,7 +370,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_hub_dataset(repository: Path, stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+    import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     source = Source(path=str(repository), subset="de", template="{body}", stream=stream, max_tokens=10**6)
@@ -627,6 +633,9 @@ def test_what_is_no_regular_file_is_named(tmp_path: Path, place: str, kind: str)
 def test_a_device_and_a_file_that_becomes_a_fifo(tmp_path: Path) -> None:
     """Opening waits for no writer, whatever was there when the files were listed."""
     assert "not a regular file" in error_of(Path("/dev/zero"))
+    (tmp_path / "a.bin").write_bytes(bytes(8))
+    os.mkfifo(tmp_path / "a.idx")
+    assert f"{tmp_path}/a.idx: not a regular file" in error_of(tmp_path / "a.bin", format="tokens")
     for name in ("a.jsonl", "a.csv", "a.txt"):
         (tmp_path / name).write_text("text\n")
         source = Source(path=str(tmp_path / name))

@@ -134,7 +134,7 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
             shards = cut_shards(pieces)
         known = _hash_files([path for piece in pieces for path in _files_of(piece)], key, cache)
         content = [
-            [p.format, *([known[path].xxh3_128 for path in _files_of(p)] or [[p.path, p.revision]])] for p in pieces
+            [p.reader, *([known[path].xxh3_128 for path in _files_of(p)] or [[p.path, p.revision]])] for p in pieces
         ]
         files = tuple(
             InPlaceFile(path=os.path.abspath(p.path), **known[p.path].model_dump())

@@ -275,7 +275,8 @@ def _check_columns(columns: list[str], have: list[str], path: str) -> None:
     """Raise UserError unless a table with the columns `have` has `columns`, each of its names once."""
     for name in columns:
         if name not in have:
-            raise UserError(f"template: {path}: there is no column {name!r}; there are {listed(have)}")
+            why = f"there is no column {name!r}; there are {listed(have)}"
+            raise UserError(f"path: {path}: {why}; name one of them in template (chat: messages)")
     for name, count in Counter(have).items():
         if name and count > 1:
             raise UserError(f"path: {path}: two columns are named {name!r}; rename one of them")

@@ -5,6 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+READER_REVISIONS = {"csv": 2}
+"""Of the formats whose reader has changed in what it reads. 2: rows of another width than the header are bad, and TSV
+has no quotes."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -20,6 +24,11 @@ class Piece:
     """Approximate bytes on disk; 0 if unknown."""
     revision: str = ""
     """Identifies the content of a stream, which cannot be hashed."""
+
+    @property
+    def reader(self) -> str:
+        """The format and the revision of its reader: part of a store's key, as both decide which documents are read."""
+        return f"{self.format}{READER_REVISIONS.get(self.format, '')}"
 
 
 @dataclass(frozen=True)

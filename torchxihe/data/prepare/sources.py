@@ -98,6 +98,8 @@ def _piece(path: Path, form: str, key: str) -> Piece:
     if not stat.S_ISREG(info.st_mode):
         why = "not a regular file (a FIFO, socket or device); copy its content to a file"
         raise UserError(f"{key}.path: {path}: {why}")
+    if form == "tokens" and path.with_suffix(".idx").exists():
+        _piece(path.with_suffix(".idx"), "index", key)
     return Piece(str(path), form, size=info.st_size)
 
 
