@@ -11,6 +11,10 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NGPU", "NNODES", "NODE_RANK", 
     os.environ.pop(name, None)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="50 random kills instead of 10, 1,000 mutations instead of 60")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if "gpu" in item.path.parts or item.get_closest_marker("gpu")]
     if not gpu:

@@ -13,10 +13,6 @@ from torchxihe.config.load import load_config
 from torchxihe.data.prepare.pipeline import prepare
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="50 random kills instead of 10")
-
-
 def write_texts(folder: Path, seed: int, files: int = 12) -> None:
     """Documents of random words, some of them in both of two seeds."""
     folder.mkdir()

@@ -104,8 +104,9 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root / "work"
-        self.root.mkdir()
-        (self.root / "config.toml").write_text(CONFIG)
+        if not self.root.exists():
+            self.root.mkdir()
+            (self.root / "config.toml").write_text(CONFIG)
         self.run_dir = self.root / "runs" / "config"
 
     @property
@@ -177,7 +178,8 @@ class Job:
         for rank, log in enumerate(self._logs):
             log.touch()
             env = rank_environment(rank, self.world_size, self._store.port) | self.env
-            process = context.Process(target=_rank, args=(self.root, self.argv, env, self.fault, log), daemon=True)
+            daemon = self.argv[0] == "train"  # `prepare` has workers of its own
+            process = context.Process(target=_rank, args=(self.root, self.argv, env, self.fault, log), daemon=daemon)
             process.start()
             self.processes.append(process)
 
