@@ -121,11 +121,13 @@ class Documents(Section):
     format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset", "tokens", "docstrings"] = (
         "auto"
     )
-    """How files are read. "auto": by their endings (.jsonl and .json, .parquet, .arrow, .csv and .tsv, all else one
-    text document a file; a directory written by `save_to_disk` is a "dataset"). "lines": a text document a line;
-    "json" covers JSON lines; "tokens": token files of nanoGPT, llm.c or Megatron, used where they lie; "docstrings":
-    the functions of Python files, each a conversation in which somebody asks for its docstring and gets it. Files
-    ending in .gz or .zst besides are decompressed."""
+    """How files are read. "auto": by their suffixes (.jsonl, .ndjson and .json, .parquet, .arrow, .csv and .tsv; any
+    other file is one text document; a directory written by `save_to_disk` is a "dataset"). "lines": each line is a
+    document; carriage returns at its end are dropped. "json" covers JSON lines. "csv" has a header; a row of another
+    width is bad, and TSV has no quotes. "tokens": token files of nanoGPT, llm.c or Megatron, read in place.
+    "docstrings": the functions of Python files, each a conversation that asks for its docstring. A byte-order mark at
+    the beginning of a text file is dropped. Files with a further suffix .gz or .zst are decompressed. A document has at
+    most 1 GiB."""
     subset: str = ""
     """Hub only: the configuration's name, such as "20231101.en". "": the default one."""
     split: str = "train"

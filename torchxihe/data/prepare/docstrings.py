@@ -1,4 +1,4 @@
-"""Python functions as conversations that ask for a docstring: a demo of chat data, from what every machine has."""
+"""Python functions as conversations that ask for a docstring: demo chat data that every machine has."""
 
 import ast
 import textwrap
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from torchxihe.data.prepare.rows import Row
 
 LONGEST_DOCSTRING = 1000
-"""Characters of a function, and of its docstring, that are made an instruction and its answer."""
+"""Characters of a function, and of its docstring, at most; longer ones are skipped."""
 
 
 def docstring_rows(file: Row) -> Iterator[Row]:
     """A conversation for each documented function of a Python file: its code without the docstring, and the docstring.
 
-    file: a row with the column "text".
+    file: a row with the column "text". Yields rows with the column "messages".
     """
     if file.bad:
         yield file
@@ -22,7 +22,7 @@ def docstring_rows(file: Row) -> Iterator[Row]:
     text = file.columns["text"].replace("\r\n", "\n")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old spellings in others' code
+            warnings.simplefilter("ignore")  # deprecated syntax in the file
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         yield Row(file.where, {}, "not Python")
@@ -36,6 +36,6 @@ def docstring_rows(file: Row) -> Iterator[Row]:
         place = node.body[0]
         code = "\n".join(lines[node.lineno - 1 : place.lineno - 1] + lines[place.end_lineno : node.end_lineno])
         if place.lineno > node.lineno and max(len(code), len(docstring)) <= LONGEST_DOCSTRING:
-            asked = f"Write a docstring for this function.\n\n{textwrap.dedent(code)}"
-            answer = [{"role": "user", "content": asked}, {"role": "assistant", "content": docstring}]
+            request = f"Write a docstring for this function.\n\n{textwrap.dedent(code)}"
+            answer = [{"role": "user", "content": request}, {"role": "assistant", "content": docstring}]
             yield Row(f"{file.where}, line {node.lineno}", {"messages": answer})
