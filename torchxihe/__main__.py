@@ -4,14 +4,26 @@ The commands are the files of `torchxihe/commands`, each with `main(args)`; only
 that no command loads another's libraries. Their parsers are in `torchxihe/parsers.py`.
 """
 
-import difflib
-import importlib
+# ruff: noqa: E402
 import os
 import signal
+from types import FrameType
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Handles SIGINT while a command is imported, and in `train` until `Stop` does: there is nothing to clean up."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":  # before all other imports: KeyboardInterrupt inside one is a traceback
+    signal.signal(signal.SIGINT, _interrupted)
+
+import difflib
+import importlib
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 import torchxihe
 from torchxihe.errors import UserError
@@ -25,7 +37,7 @@ TRAINING = ("launch", "prepare", "train")
 
 def main() -> None:
     """Run the command that `sys.argv` names. A user's mistake is one line on stderr and exit code 1."""
-    signal.signal(signal.SIGINT, _interrupted)  # KeyboardInterrupt in the middle of an import is a traceback
+    signal.signal(signal.SIGINT, _interrupted)  # also for the installed script, which imports this file
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `launch` blocks them while this process starts
     guard_streams(lasting=sys.argv[1:2] != [] and sys.argv[1] in TRAINING)
     end_with_launcher()
@@ -64,12 +76,6 @@ def run(args: list[str]) -> None:
 def summary(command: str) -> str:
     """The first line of a command's help."""
     return (PARSERS[command]().description or "").splitlines()[0]
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    """Handles SIGINT while a command is imported, and in `train` until `Stop` does: there is nothing to clean up."""
-    os.write(2, b"interrupted\n")
-    os._exit(128 + number)
 
 
 def _read_dotenv() -> None:

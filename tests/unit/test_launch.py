@@ -1,5 +1,6 @@
 """run_train.sh and `torchxihe launch`, with stand-ins for the interpreter, `prepare` and `train`."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,7 +58,9 @@ def echo(tmp_path: Path) -> str:
         (["--training.steps=3"], [CONFIG, "--training.steps=3"]),
         (["my.toml"], ["my.toml"]),
         (["my.toml", "--metrics.sample_prompt=a b"], ["my.toml", "--metrics.sample_prompt=a b"]),
-        (["--help"], ["--help"]),
+        (["--training.steps", "3", "my.toml"], ["--training.steps", "3", "my.toml"]),
+        (["--training.steps", "3"], [CONFIG, "--training.steps", "3"]),
+        (["my.toml", "--help"], ["--help"]),
     ],
 )
 def test_arguments(args: list[str], told: list[str], echo: str, tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def clone(tmp_path: Path) -> Path:
     clone.mkdir()
     for name in ("run_train.sh", "environment.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, clone)
-    for tool in ("bash", "sh", "dirname", "basename", "cat", "cksum", "flock", "tee", "mkdir", "cp"):
+    for tool in ("bash", "sh", "dirname", "basename", "cat", "cksum", "flock", "tee", "mkdir", "cp", "rm"):
         executable(tmp_path / "bin" / tool, f'#!/bin/sh\nexec {shutil.which(tool)} "$@"\n')
     return clone
 
@@ -110,11 +113,11 @@ esac
 """
 
 
-def in_clone(clone: Path, python: str = "", **env: str) -> tuple[int, str, str]:
+def in_clone(clone: Path, python: str = "", args: tuple[str, ...] = (), **env: str) -> tuple[int, str, str]:
     folder = clone.parent / "bin"
     if python:
         executable(folder / "python3", python)
-    return finish(start(cwd=clone, script=clone / "run_train.sh", PATH=str(folder), **env))
+    return finish(start(*args, cwd=clone, script=clone / "run_train.sh", PATH=str(folder), **env))
 
 
 def test_no_python_an_old_one_and_one_without_venv(clone: Path) -> None:
@@ -151,6 +154,26 @@ def test_a_failed_installation_is_tried_again(clone: Path) -> None:
     assert "pip: " in in_clone(clone, NO_VENV="0")[1]
 
 
+def test_help_installs_nothing(clone: Path) -> None:
+    """Seen to fail: it made .venv and installed PyTorch."""
+    code, out, err = in_clone(clone, PYTHON_WITHOUT_TORCH, args=("--help",), NO_VENV="0")
+    assert (code, out, err) == (0, f"run by {clone.parent}/bin/python3\n", "")
+    assert not (clone / ".venv").exists()
+
+
+def test_uv_serves_where_it_is_installed(clone: Path) -> None:
+    uv = """#!/bin/sh
+echo "uv: $*"
+[ "$1" != venv ] || for last; do :; done
+[ "$1" != venv ] || { mkdir -p "$last/bin" && cp "$(command -v python3)" "$last/bin/python"; }
+"""
+    executable(clone.parent / "bin" / "uv", uv)
+    code, out, err = in_clone(clone, PYTHON_WITHOUT_TORCH, NO_VENV="1")
+    assert (code, err) == (0, "") and "pip: " not in out
+    assert f"uv: pip install --python {clone}/.venv/bin/python -c {clone}/constraints.txt -e {clone}\n" in out
+    assert out.endswith(f"run by {clone}/.venv/bin/python\n")
+
+
 # Launching
 
 
@@ -162,7 +185,7 @@ def fake(tmp_path: Path) -> Path:
     for path in (ROOT / "torchxihe").iterdir():
         if path.name not in ("commands", "__pycache__"):
             (package / path.name).symlink_to(path)
-    for name in ("__init__.py", "launch.py"):
+    for name in ("__init__.py", "launch.py", "config.py"):
         (package / "commands" / name).symlink_to(ROOT / "torchxihe" / "commands" / name)
     command(tmp_path, "prepare", "say('prepared', *args)")
     return tmp_path
@@ -231,7 +254,7 @@ def test_a_mistake_in_prepare_is_its_line_and_no_training(fake: Path) -> None:
         (
             ["--parallelism.dp_shard=3"],
             {"NGPU": "2"},
-            "--parallelism.dp_shard: dp_replicate * dp_shard = 1 * 3 does not",
+            "--parallelism.dp_shard: parallelism.dp_replicate × parallelism.dp_shard = 1 × 3 does not match",
         ),
         ([], {"NGPU": "two"}, "NGPU=two: must be a whole number"),
         ([], {"NNODES": "2"}, "NNODES=2: needs RDZV_ENDPOINT=host:port"),
@@ -251,7 +274,9 @@ def test_another_runs_config_is_refused_before_the_data_is_prepared(fake: Path) 
     step = Location(fake / "runs" / "xihe_debug" / "checkpoints" / "step-00000005")
     step.make()
     with (step / TRAIN_STATE).create() as file:
-        file.write(json.dumps({"config": load_config(CONFIG).model_dump(mode="json")}).encode())
+        config = load_config(CONFIG).model_dump(mode="json")
+        state = {"step": 5, "stages": [], "config": config, "changes": [], "tokenizer": "", "origin": ""}
+        file.write(json.dumps(state).encode())
     write_manifest(step, Manifest(5, {TRAIN_STATE: file.digest()}, ("model",)))
     command(fake, "train", "say('train')")
     code, out, err = finish(launched(fake, "--training.seed=5", PYTHONPROFILEIMPORTTIME="1"))
@@ -260,8 +285,8 @@ def test_another_runs_config_is_refused_before_the_data_is_prepared(fake: Path) 
     assert lines[0].startswith("training.seed: was 0 when this run was saved, is 5; a run keeps it: ")
     assert " torchxihe.config\n" in err and " torch\n" not in err
     assert finish(launched(fake, "--optimizer.lr=1e-5"))[0] == 0
-    state = Path(step) / TRAIN_STATE
-    state.write_text(state.read_text().replace('"seed": 0', '"seed": 4'))
+    saved = Path(step) / TRAIN_STATE
+    saved.write_text(saved.read_text().replace('"seed": 0', '"seed": 4'))
     assert finish(launched(fake))[1].splitlines() == [f"prepared {CONFIG}", "train"]
 
 
@@ -390,3 +415,70 @@ def test_environment_mistakes(environment: pytest.MonkeyPatch, variables: dict[s
     environment.setattr(launch, "_gpu_count", lambda: 8)
     with pytest.raises(UserError, match=why):
         read_environment()
+
+
+# Signals, and processes that are killed
+
+
+def wait_for_end(pid: int, seconds: float = 10) -> bool:
+    """Whether a process that is not our child ends in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+@pytest.mark.parametrize(("phase", "count"), [("prepare", 1), ("train", 2)])
+def test_a_killed_launcher_leaves_no_process(fake: Path, phase: str, count: int) -> None:
+    """SIGKILL cannot be forwarded. Seen to fail: the workers trained on."""
+    command(fake, phase, "say('pid', os.getpid())\ntime.sleep(60)")
+    process = launched(fake, NGPU="2")
+    assert process.stdout
+    pids: list[int] = []
+    while len(pids) < count:
+        line = process.stdout.readline()
+        assert line
+        pids += [int(line.split()[1])] if line.startswith("pid ") else []
+    process.kill()
+    process.wait()
+    ended = [wait_for_end(pid) for pid in pids]
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert all(ended)
+
+
+def test_a_signal_after_the_workers_have_ended_changes_nothing(fake: Path) -> None:
+    """Seen to fail: the exit code was 143."""
+    command(fake, "train", "pass")
+    late = """
+import os, sys
+import torch.distributed.run as torchrun
+from torchxihe.commands import launch
+run = torchrun.run
+def run_and_be_stopped(args):
+    run(args)
+    os.kill(os.getpid(), 15)
+torchrun.run = run_and_be_stopped
+launch.main(sys.argv[1:])
+"""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(fake), "PYTHONPATH": str(fake), "NGPU": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", late, CONFIG], cwd=fake, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_in_the_first_second_is_one_line(fake: Path) -> None:
+    """Wherever it comes after Python itself has started. Seen to fail with tracebacks from the middle of imports."""
+    command(fake, "train", "import torch\nsay('train')")
+    for delay in (0.1, 0.2, 0.4, 0.8):
+        process = launched(fake, NGPU="2")
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        code, _, err = finish(process)
+        assert code != 0 and len(err.splitlines()) <= 1, (delay, err)

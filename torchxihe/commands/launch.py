@@ -6,19 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from torchxihe.components.checkpoint.history import check_changes
 from torchxihe.config.load import load_config
 from torchxihe.errors import UserError
 from torchxihe.parsers import parse
+from torchxihe.utils.processes import LAUNCHER, SIGNALS
 from torchxihe.utils.words import counted
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-PATIENCE_SECONDS = 86_400
-"""How long machines wait for one another: `prepare` may take hours longer on one of them."""
+JOIN_SECONDS = 86_400
+"""How long machines wait for each other at the start: `prepare` may take hours longer on one of them."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class Launch:
                 *args,
                 "--rdzv-backend=static",
                 f"--node-rank={self.node_rank}",
-                f"--rdzv-conf=timeout={PATIENCE_SECONDS}",
+                f"--rdzv-conf=timeout={JOIN_SECONDS}",
             ]
-        waits = f"join_timeout={PATIENCE_SECONDS},read_timeout={PATIENCE_SECONDS}"
+        waits = f"join_timeout={JOIN_SECONDS},read_timeout={JOIN_SECONDS}"
         return [*args, "--rdzv-backend=c10d", f"--rdzv-conf={waits}"]
 
 
@@ -61,16 +64,67 @@ def main(args: list[str]) -> None:
     launch = read_environment()
     check_changes(load_config(options.config, options.overrides, launch.world_size))
     args = [options.config, *options.overrides]
-    for number in FORWARDED:
-        signal.signal(number, _forward)
+    forwarding = Forwarding()
     _prepare(args)
+    forwarding.end_if_stopped()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     if launch.world_size == 1:
-        # Without torchrun: several seconds sooner, and the signals and the exit code are the trainer's own.
+        # Without torchrun: several seconds less, and the trainer gets the signals and gives the exit code itself.
         os.execv(sys.executable, [*_command("train"), *args])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.processes)))
+    os.environ[LAUNCHER] = str(os.getpid())
+    signal.signal(signal.SIGCHLD, forwarding.child_ended)
     sys.exit(torchrun([*launch.torchrun_args(), "-m", "torchxihe", "train", *args]))
+
+
+class Forwarding:
+    """Passes signals on to this process's children, from a thread that waits for them.
+
+    The main thread blocks them, and so do the children until they handle them (`torchxihe.__main__.main`): no signal is
+    lost, and none interrupts Python while it starts.
+    """
+
+    def __init__(self) -> None:
+        self._stopped, self._over = 0, False
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)  # gets the number, whichever thread the signal is delivered to
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def child_ended(self, number: int, frame: FrameType | None) -> None:
+        """Handles SIGCHLD: once a training process has ended, signals no longer change the exit code."""
+        self._over = True
+
+    def end_if_stopped(self) -> None:
+        """End this process if a signal came while `prepare` ran, which may have been too late to stop that."""
+        if self._stopped:
+            _interrupt(self._stopped)
+
+    def _listen(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        while True:
+            number = os.read(self._read, 1)[0]
+            if number not in SIGNALS:
+                continue
+            self._stopped = number
+            tasks = Path("/proc/self/task").glob("*/children")
+            children = [int(pid) for task in tasks for pid in task.read_text().split()]
+            for pid in children:
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, number)
+            if not children:
+                time.sleep(0.2)  # the main thread may be about to learn that its children have ended
+                if not self._over:
+                    _interrupt(number)
+
+
+def _interrupt(number: int) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
 
 
 def read_environment() -> Launch:
@@ -96,11 +150,11 @@ def read_environment() -> Launch:
 def torchrun(args: list[str]) -> int:
     """Run torchrun in this process; its exit code.
 
-    Here, and not as a program of its own, for two reasons. It ends every worker 30 s after a signal and then exits
-    with 1 however they ended: here the workers get the signal alone, and it sees them finish. And it buries a worker's
-    last words under a page of its own: here it is silent, and only a death without words is reported.
+    In this process and not as a program of its own for two reasons. As a program it ends every worker 30 s after a
+    signal and then exits with 1 however they ended; here only the workers get the signal, and it waits for them. And it
+    prints a page after a worker's error message; here it is silent, and only a worker that was killed is reported.
     """
-    # Imported here because it imports torch, which a mistake in the config should not wait for.
+    # Imported here because it imports torch: a mistake in the config is reported without that delay.
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -120,12 +174,13 @@ def torchrun(args: list[str]) -> int:
 
 
 def _prepare(args: list[str]) -> None:
-    """Run `prepare` to its end; ends this process if it fails, which it has explained itself then.
+    """Run `prepare` to its end; ends this process if it fails, after it has printed why.
 
-    On every machine: where they share the cache, its lock makes all but one wait and find the work done.
+    On every machine: where they share the cache, its lock makes all but one wait, and these find the data prepared.
     """
-    # In a session of its own, so that Ctrl-C reaches it once: from here.
-    prepare = subprocess.Popen([*_command("prepare"), *args], start_new_session=True)
+    # In a session of its own, so that it gets Ctrl-C once: from here.
+    environment = os.environ | {LAUNCHER: str(os.getpid())}
+    prepare = subprocess.Popen([*_command("prepare"), *args], start_new_session=True, env=environment)
     code = prepare.wait()
     if code < 0:
         print(f"prepare {_end(code)}", file=sys.stderr)
@@ -136,16 +191,6 @@ def _prepare(args: list[str]) -> None:
 
 def _command(name: str) -> list[str]:
     return [sys.executable, "-u", "-m", "torchxihe", name]
-
-
-def _forward(number: int, _frame: FrameType | None) -> None:
-    """Pass a signal on to this process's children, or end if there are none."""
-    children = [int(pid) for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
-    if not children:
-        sys.exit(128 + number)
-    for pid in children:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.kill(pid, number)
 
 
 def _end(exitcode: int) -> str:

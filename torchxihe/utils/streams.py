@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import sys
-from typing import TextIO
 
 
 class Stream(io.TextIOWrapper):
@@ -15,10 +14,11 @@ class Stream(io.TextIOWrapper):
     pipe, with one line on stderr otherwise, and with exit code 1.
     """
 
-    def __init__(self, stream: TextIO, lasting: bool) -> None:
-        """`stream`: of the interpreter, whose buffer this one takes over."""
-        encoding, buffering = stream.encoding, stream.line_buffering
-        super().__init__(stream.detach(), encoding, "backslashreplace", line_buffering=buffering)
+    def __init__(self, stream: io.TextIOWrapper, lasting: bool) -> None:
+        """`stream`: the interpreter's, whose buffer this one takes over."""
+        encoding, by_line, unbuffered = stream.encoding, stream.line_buffering, stream.write_through
+        errors = "backslashreplace"
+        super().__init__(stream.detach(), encoding, errors, line_buffering=by_line, write_through=unbuffered)
         self._lasting = lasting
 
     def write(self, text: str, /) -> int:
@@ -54,6 +54,6 @@ def guard_streams(lasting: bool) -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-    streams: list[TextIO | None] = [sys.stdout, sys.stderr]  # None: was closed when Python started
-    out, err = (stream or open(number, "w", encoding="utf-8") for number, stream in enumerate(streams, 1))  # noqa: SIM115
-    sys.stdout, sys.stderr = Stream(out, lasting), Stream(err, lasting=True)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or os.fdopen(descriptor, "w", encoding="utf-8")  # None: was closed at the start
+        setattr(sys, name, Stream(stream, lasting or name == "stderr"))

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torchxihe.components.runtime.watchdog import Watchdog
 from torchxihe.errors import UserError
 from torchxihe.utils.distributed import use_default_timeout
+from torchxihe.utils.processes import SIGNALS
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 END = b"\0"  # no signal's number
 AGREEMENT_TIMEOUT = 20.0  # torchrun, and most schedulers, kill 30 s after their signal
 
@@ -21,9 +21,9 @@ AGREEMENT_TIMEOUT = 20.0  # torchrun, and most schedulers, kill 30 s after their
 class Stop:
     """Collects reasons to stop and has the ranks agree on the step to stop after. Used in a `with`, on all ranks.
 
-    From a signal until the ranks agree the watchdog has a deadline: a peer that has crashed will never agree, and its
-    survivors must not wait for it in a collective for ever. It listens in a thread of its own, because Python handles
-    no signal while its main thread waits inside one.
+    From a signal until the ranks agree the watchdog has a deadline: a peer that has crashed never agrees, and the other
+    ranks must not wait for it in a collective forever. Signals are read in a thread, because Python runs no signal
+    handler while its main thread waits in a collective.
     """
 
     def __init__(self, watchdog: Watchdog, time_limit: float = 0.0) -> None:
@@ -43,7 +43,7 @@ class Stop:
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _noted_elsewhere) for number in SIGNALS}
+        self._before = {number: signal.signal(number, _handled_by_listener) for number in SIGNALS}
         self._listener = threading.Thread(target=self._listen, name="stop", daemon=True)
         self._listener.start()
         return self
@@ -53,9 +53,10 @@ class Stop:
         if kind is None and self._work is not None:
             self._work.wait()  # every rank has started it
         signal.set_wakeup_fd(self._wakeup_before)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-        # Waited for: were it the last to hold this object, it might free a tensor while Python ends, which aborts.
+        if kind is not None:  # a run that has succeeded is over: signals, now ignored, no longer change its exit code
+            for number, handler in self._before.items():
+                signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        # Waited for: if it held the last reference to this object, it would free a tensor while Python exits: an abort.
         os.write(self._write_fd, END)
         self._listener.join()
         os.close(self._write_fd)
@@ -77,12 +78,12 @@ class Stop:
                 try:
                     self._work.wait()
                 except RuntimeError:
-                    raise UserError("another rank is gone; what it said last tells why") from None
+                    raise UserError("another rank has ended; its last message is the reason") from None
                 answer = bool(self._flag.item())
             self._flag = torch.tensor([float(bool(self.reason))])
             self._work = dist.all_reduce(self._flag, group=self._group, async_op=True)
         if answer:
-            self.reason = self.reason or "another rank was asked to"
+            self.reason = self.reason or "another rank was asked to stop"
             self._watchdog.set_deadline(0)
         return answer
 
@@ -97,5 +98,5 @@ class Stop:
         os.close(self._read_fd)
 
 
-def _noted_elsewhere(number: int, frame: FrameType | None) -> None:
-    """The handler that Python calls when it gets round to it; the thread has known since the signal came."""
+def _handled_by_listener(number: int, frame: FrameType | None) -> None:
+    """The handler of Python's main thread; the listener has read the signal's number from the wakeup descriptor."""
