@@ -1,5 +1,6 @@
-"""config.py and the commands around it: what is read, what is refused, and in which words."""
+"""config/ and the commands around it: what is read, what is refused, and with which message."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 import torchxihe
 from torchxihe.__main__ import run as run_here
 from torchxihe.commands.config import DOCS, reference
-from torchxihe.config.load import config_from_args, dump_config, load_config
+from torchxihe.config.checks import find_warnings
+from torchxihe.config.load import dump_config, join_values, load_config
 from torchxihe.config.options import Config, Parallelism
 from torchxihe.errors import UserError
+from torchxihe.parsers import parse
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "configs" / "xihe_debug.toml"
@@ -31,7 +34,7 @@ MODEL = {
     "vocab_size": 4096,
 }
 COLUMNS_ONLY = "only column names may stand in braces; write {{ and }} for braces that are text"
-NO_TOML = "is not valid TOML; texts in it stand in \"quotes\", and for a shell the whole in 'quotes'"
+NO_TOML = "is not valid TOML; put strings in \"quotes\", and the value in 'quotes' for the shell"
 SMALL: dict[str, Any] = {
     "model": MODEL,
     "data": {"sources": [{"path": "{stdlib}", "glob": "**/*.py"}], "seq_len": 64},
@@ -194,7 +197,13 @@ def test_any_values_survive_the_round_trip(
         ("--training.steps=2.5", "must be an integer, got 2.5"),
         ("--training.steps=true", "must be an integer, got True"),
         ("--training.steps=-1", "must be at least 0, got -1"),
-        ("--training.compile=False", "must be true or false, got 'False'"),
+        ("--training.compile=no", "must be true or false, got 'no'"),
+        ("--training.steps=1e40", "must be an integer, got 1e+40"),
+        (f"--training.steps=1{'0' * 40}", f"must be at most 9.0072e+15, got 1{'0' * 40}"),
+        (f"--training.steps=1{'0' * 5000}", "must be an integer, got '1" + "0" * 74 + " ..."),
+        ("--model.hidden_size=9223372036854775807", "must be at most 9.0072e+15, got 9223372036854775807"),
+        ("--optimizer.betas=" + "[" * 5000, "[" * 76 + f" ... {NO_TOML}"),
+        ("--data.sources=[{" + "a." * 5000 + "a=1}]", "[{" + "a." * 37 + f" ... {NO_TOML}"),
         ("--training.compile=1", "must be true or false, got 1"),
         ("--training.dtype=bf16", "must be 'bfloat16' or 'float32', got 'bf16'"),
         ("--optimizer.lr=0", "must be greater than 0, got 0"),
@@ -208,8 +217,8 @@ def test_any_values_survive_the_round_trip(
         ("--optimizer.weight_decay=inf", "must be a finite number, got inf"),
         (
             "--model.hidden_size=250",
-            "250 is no multiple of model.num_attention_heads = 4, which transformers demands of a Llama; change one of "
-            "them, or take model.qk_norm = true (Qwen3)",
+            "250 is not a multiple of model.num_attention_heads = 4, which transformers requires of a Llama; "
+            "change one of them, or set model.qk_norm = true (Qwen3)",
         ),
         ("--model=3", "must be a table, got 3"),
         ("--model.head_dim=5", "must be a multiple of 2, got 5"),
@@ -218,14 +227,14 @@ def test_any_values_survive_the_round_trip(
         ("--parallelism.dp_shard=0", "must be -1 or at least 1, got 0"),
         (
             "--run.name=a/b",
-            "must begin with a letter or digit and go on with letters, digits, '.', '_' and '-'; "
-            "without --run.name=NAME it is the file's stem, got 'a/b'",
+            "must consist of letters, digits, '.', '_' and '-', and begin with a letter or digit; "
+            "it is the file's stem unless --run.name=NAME is given, got 'a/b'",
         ),
         ("--data.sources=[]", "needs at least one entry"),
         ("--data.sources=[{path='x', pth='y'}]", "data.sources.0.pth: unknown key; did you mean data.sources.0.path?"),
         ("--data.sources.0.pth=x", "unknown key; did you mean data.sources.0.path?"),
         ("--data.sources.1.path=x", "data.sources has 1 entry, counted from 0; there is no 1"),
-        ("--data.sources.0=x", "an entry of a list cannot be replaced whole; name a key of it"),
+        ("--data.sources.0=x", "an entry of a list cannot be replaced as such; name a key of it"),
         ("--data.seq_len.x=1", "data.seq_len is a single value; nothing stands below it"),
         ("--data.sources.0.path=", "must not be empty"),
         ("--data.sources.0.template=plain", "names no column; write one in braces, such as {text}, got 'plain'"),
@@ -237,8 +246,8 @@ def test_any_values_survive_the_round_trip(
             "expected '}' before end of string; write {{ and }} for braces that are text, got '{a'",
         ),
         ("--training.batch_ramp=[[8, 5], [9, 5]]", "its pairs are [sequences, until step]; the steps must rise"),
-        ("--data.sources.0.stream=true", "a streamed source needs max_tokens, or it never ends"),
-        ("--training.steps", "not understood; overrides look like --section.key=value"),
+        ("--data.sources.0.stream=true", "a streamed source has no end of its own; give max_tokens"),
+        ("--training.steps", "has no value; write --training.steps=VALUE"),
     ],
 )
 def test_a_wrong_override_is_one_line(small: str, flag: str, why: str) -> None:
@@ -284,8 +293,44 @@ def test_files_that_cannot_be_read(small: str) -> None:
     assert mistakes("a.toml") == [
         "b.toml: extends: a.toml: the files extend each other in a circle; remove one `extends`"
     ]
+    Path("pipeline.yaml").write_text("model:\n  hidden_size: 64\n")
+    Path("yaml.toml").write_text("# a comment\nmodel:\n  hidden_size: 64\n")
+    for file in ("pipeline.yaml", "yaml.toml"):
+        assert mistakes(file)[0].startswith(f"{file}: not TOML but YAML or JSON; write it as TOML")
+    Path("twice.toml").write_text("[training]\nsteps = 3\n\nsteps = 4\n")
+    assert mistakes("twice.toml") == ["twice.toml: line 4: steps = 4 gives a key a second time; keep one of the two"]
+    Path("twice.toml").write_text("[training]\nsteps = 3\n[model]\n[training]\n")
+    assert mistakes("twice.toml") == ["twice.toml: line 4: [training] gives a table a second time; keep one of the two"]
     Path("list.toml").write_text('extends = ["small.toml"]')
     assert mistakes("list.toml") == ["list.toml: extends: must be the path of one TOML file, relative to this one"]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a = " + "[" * 100_000, "not valid TOML: nested too deeply"),
+        ("a = " + "[" * 30 + "]" * 30, "not valid TOML: nested too deeply"),
+        (".".join(["a"] * 100_000) + " = 1", "not valid TOML: nested too deeply"),  # took tens of gigabytes
+        ("a = {" + ".".join(["a"] * 30) + " = 1}", "not valid TOML: nested too deeply"),
+        ("a = 1" + "0" * 5000, "not valid TOML: Exceeds the limit (4300"),
+        ("# " + "x" * 2**20, "has more than 1,048,576 bytes; a config is a small TOML file"),
+    ],
+)
+def test_absurd_files(tmp_path: Path, text: str, why: str) -> None:
+    """Seen to fail with RecursionError, ValueError, and for want of memory."""
+    file = tmp_path / "absurd.toml"
+    file.write_text(text)
+    assert mistakes(file)[0].startswith(f"{file}: {why}")
+
+
+@pytest.mark.timeout(20)
+def test_files_that_are_none(tmp_path: Path) -> None:
+    """Seen to fail: a FIFO was waited for, a device was read without end."""
+    fifo = tmp_path / "fifo.toml"
+    os.mkfifo(fifo)
+    for file in (str(fifo), "/dev/zero"):
+        assert mistakes(file) == [f"{file}: is not a regular file; a config is a small TOML file"]
 
 
 def test_two_sources_of_one_name(small: str) -> None:
@@ -295,16 +340,103 @@ def test_two_sources_of_one_name(small: str) -> None:
     ]
 
 
+def test_more_tokens_than_can_be_counted(small: str) -> None:
+    assert mistakes(small, ["--training.global_batch_size=9007199254740992"]) == [
+        "small.toml: training.steps: the run would have more than 2^62 tokens"
+    ]
+
+
 def test_validation_needs_documents(small: str) -> None:
     flags = ["--validation.every=5", "--validation.fraction=0"]
     assert mistakes(small, flags)[0].startswith("--validation.fraction: 0 holds no documents out")
 
 
+def command_line(*args: str) -> Config:
+    options = parse("train", list(args))
+    return load_config(options.config, options.overrides)
+
+
 def test_command_lines(small: str) -> None:
-    assert config_from_args(["--training.steps=3", small]).training.steps == 3
-    for args in ([], [small, small]):
-        with pytest.raises(UserError, match="config file"):
-            config_from_args(args)
+    assert command_line("--training.steps=3", small).training.steps == 3
+    with pytest.raises(UserError, match="^train: more than one config file: small.toml small.toml; "):
+        command_line(small, small)
+    with pytest.raises(UserError, match="^train: the following arguments are required: CONFIG; "):
+        command_line()
+
+
+def test_values_after_a_blank_and_without_one(small: str) -> None:
+    """Seen to fail: "more than one config file", "not understood", "must be an integer, got 1000.0"."""
+    for args in (["--training.steps", "3", small], [small, "--training.steps", "3"]):
+        assert command_line(*args).training.steps == 3
+    for args in (["--training.deterministic", small], [small, "--training.deterministic", "True"]):
+        assert command_line(*args).training.deterministic
+    assert not command_line(
+        small, "--training.compile", "--training.steps=1", "--training.compile=False"
+    ).training.compile
+    assert command_line(small, "--training.steps=1e3").training.steps == 1000
+    assert command_line(small, "--parallelism.dp_shard", "-1").parallelism.dp_shard == -1
+    assert command_line(small, "--metrics.sample_prompt", "a b").metrics.sample_prompt == "a b"
+    for args, why in (
+        (["--training.steps", small], "--training.steps: has no value; write --training.steps=VALUE"),
+        (["--training.steps", "2.5", small], "--training.steps: must be an integer, got 2.5"),
+        (["--training.stepz", "2", small], "--training.stepz: unknown key; did you mean training.steps?"),
+        (["--steps", "2", small], "train: unknown argument --steps; see torchxihe train --help"),
+    ):
+        with pytest.raises(UserError) as caught:
+            command_line(*args)
+        assert str(caught.value).startswith(why) or "required: CONFIG" in str(caught.value)
+    assert join_values(["--rows", "2", "--x.y", "1"]) == ["--rows", "2", "--x.y=1"]
+
+
+# Options that a run is too short for
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        (
+            "lr_scheduler.warmup_steps=10",
+            "lr_scheduler.warmup_steps: 10 is beyond the run's 10 steps: there is no decay",
+        ),
+        (
+            "lr_scheduler.warmup_steps=5 lr_scheduler.decay_fraction=0.6",
+            "lr_scheduler.decay_fraction: 0.6 of 10 steps is more than the 5 after the warmup: "
+            "the decay is shortened to these",
+        ),
+        ("validation.every=11", "validation.every: 11 is beyond the run's 10 steps: nothing is validated"),
+        ("checkpoint.every=11", "checkpoint.every: 11 is beyond the run's 10 steps: only the last step is saved"),
+        (
+            "checkpoint.every=4 checkpoint.export_every=12",
+            "checkpoint.export_every: 12 is beyond the run's 10 steps: only the last step is exported",
+        ),
+        ("checkpoint.keep_every=11", "checkpoint.keep_every: 11 is beyond the run's 10 steps: keep_last decides which"),
+        ("checkpoint.keep_best=1", "checkpoint.keep_best: nothing is validated, so no checkpoint is the best"),
+        (
+            "metrics.log_every=11",
+            "metrics.log_every: 11 is beyond the run's 10 steps: only the first and the last step",
+        ),
+        ("metrics.sample_every=11", "metrics.sample_every: 11 is beyond the run's 10 steps: only the last step has"),
+        ("profiler.first_step=11", "profiler.first_step: 11 is beyond the run's 10 steps: nothing is traced"),
+        ("profiler.first_step=9", "profiler.steps: steps 9 to 11 reach beyond the run's 10 steps: the trace ends with"),
+        (
+            "training.batch_ramp=[[2,5],[3,10]]",
+            "training.batch_ramp: step 10 is beyond the run's 10 steps: no step has",
+        ),
+    ],
+)
+def test_what_a_run_is_too_short_for(small: str, flags: str, warning: str) -> None:
+    """Seen to fail: all of it was accepted silently."""
+    [found] = find_warnings(load_config(small, [f"--{flag}" for flag in flags.split()]))
+    assert found.startswith(warning)
+
+
+def test_a_run_that_is_long_enough_has_no_warning(small: str) -> None:
+    flags = "lr_scheduler.warmup_steps=2 lr_scheduler.decay_fraction=0.8 validation.every=10 checkpoint.every=10"
+    flags += " checkpoint.export_every=10 checkpoint.keep_every=10 checkpoint.keep_best=1 metrics.log_every=10"
+    flags += " metrics.sample_every=10 profiler.first_step=8 training.batch_ramp=[[2,9]]"
+    assert find_warnings(load_config(small, [f"--{flag}" for flag in flags.split()])) == []
+    for preset in PRESETS:
+        assert find_warnings(load_config(preset)) == []
 
 
 # Parallelism
@@ -322,15 +454,17 @@ def test_degrees(replicate: int, shard: int, world_size: int, degrees: tuple[int
     ("replicate", "shard", "world_size"), [(3, -1, 8), (16, -1, 8), (1, 1, 8), (2, 8, 8), (1, 2, 1)]
 )
 def test_degrees_that_do_not_fit(replicate: int, shard: int, world_size: int) -> None:
-    with pytest.raises(UserError, match=f"does not make {world_size} processes; legal are 1 \\* {world_size}"):
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    valid = rf"valid combinations \(dp_replicate × dp_shard\): 1 × {world_size}"
+    with pytest.raises(UserError, match=f"does not match {processes}; {valid}"):
         Parallelism(dp_replicate=replicate, dp_shard=shard).degrees(world_size)
 
 
 def test_degrees_are_checked_with_the_file(small: str) -> None:
     load_config(small, ["--parallelism.dp_replicate=2"], world_size=4)
     assert mistakes(small, ["--parallelism.dp_replicate=3"], world_size=4) == [
-        "--parallelism.dp_replicate: dp_replicate * dp_shard = 3 * -1 does not make 4 processes; "
-        "legal are 1 * 4, 2 * 2, 4 * 1"
+        "--parallelism.dp_replicate: parallelism.dp_replicate × parallelism.dp_shard = 3 × -1 does not match "
+        "4 processes; valid combinations (dp_replicate × dp_shard): 1 × 4, 2 × 2, 4 × 1"
     ]
 
 
@@ -369,25 +503,26 @@ def test_unknown_commands_and_help() -> None:
     for path in (ROOT / "torchxihe" / "commands").glob("[a-z]*.py"):
         line = next(line for line in done.stdout.splitlines() if line.split()[:1] == [path.stem])
         assert len(line.split()) > 2 and len(line) < 120, f"{path.stem} has no help, or a long one"
-    assert "usage: torchxihe config CONFIG" in run("config", "--help").stdout
+    assert "usage: torchxihe config [-h] [--docs] [CONFIG]" in run("config", "--help").stdout
 
 
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        ("verify", "verify: the following arguments are required: PATH; torchxihe verify --help says more"),
-        ("verify a b", "verify: unrecognized arguments: b; torchxihe verify --help says more"),
+        ("verify", "verify: the following arguments are required: PATH; see torchxihe verify --help"),
+        ("verify a b", "verify: unknown argument b; see torchxihe verify --help"),
         ("generate", "generate: the following arguments are required: RUN_OR_STEP; "),
         ("generate a --seed x", "generate: argument --seed: invalid int value: 'x'; "),
-        ("plot a --b step", "plot: unrecognized arguments: --b step; "),
+        ("plot a --b step", "plot: unknown argument --b; did you mean --by?"),
+        ("data --row 2 a.toml", "data: unknown argument --row; did you mean --rows?"),
+        ("eval a --max_tokens=2", "eval: unknown argument --max_tokens; did you mean --max-tokens?"),
         ("completion fish", "completion: argument shell: invalid choice: 'fish' (choose from "),
         ("export a --out b --dtype fp16", "export: argument --dtype: invalid choice: 'fp16' (choose from "),
         ("import a", "import: the following arguments are required: --out; "),
-        ("launch", "no config file; expected CONFIG"),
+        ("launch", "launch: the following arguments are required: CONFIG; "),
         ("config", "no config file; expected CONFIG"),
-        ("train", "no config file; expected CONFIG"),
-        ("prepare --shard 0/2", "no config file; expected CONFIG"),
-        ("data --rows 2 a.toml b.toml", "more than one config file: a.toml b.toml; expected CONFIG"),
+        ("prepare --shard 0/2", "prepare: the following arguments are required: CONFIG; "),
+        ("data --rows 2 a.toml b.toml", "data: more than one config file: a.toml b.toml; "),
         ("data --rows x a.toml", "data: argument --rows: invalid int value: 'x'; "),
     ],
 )

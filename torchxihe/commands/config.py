@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from torchxihe.config.load import dump_config, load_config
-from torchxihe.config.options import Config, Section
+from torchxihe.config.options import LARGEST, Config, Section
 from torchxihe.parsers import parse
 
 DOCS = Path(__file__).parents[2] / "docs" / "config.md"
@@ -16,12 +16,12 @@ DOCS = Path(__file__).parents[2] / "docs" / "config.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by `torchxihe config --docs` from torchxihe/config.py: change the docstrings there. -->
+<!-- Written by `torchxihe config --docs` from torchxihe/config/options.py: change the docstrings there. -->
 
-A run is one TOML file: `./run_train.sh configs/xihe_debug.toml`. It may start from another one with
-`extends = "other.toml"`, a path relative to itself: tables are merged, lists are replaced whole.
-`--section.key=value` on the command line goes on top of both. The value is read as TOML, a bare word as a string, and
-an entry of a list is named by its number:
+A run is one TOML file: `./run_train.sh configs/xihe_debug.toml`. It may extend another one with
+`extends = "other.toml"`, a path relative to itself: tables are merged, lists are replaced.
+`--section.key=value` (or `--section.key value`) on the command line takes precedence over both. The value is read as
+TOML, a bare word as a string; a boolean option without a value is true; an entry of a list is named by its number:
 
     --training.steps=100 --run.name=short --data.sources.0.weight=2 --optimizer.betas=[0.9,0.99]
 
@@ -74,7 +74,7 @@ def _heading(title: str, section: type[Section]) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    """The type in a reader's words, with its bounds."""
+    """The type's name, with its bounds."""
     signs = {
         Ge: ("≥", "ge"),
         Gt: (">", "gt"),
@@ -83,7 +83,7 @@ def _type(field: FieldInfo) -> str:
         MultipleOf: ("multiple of", "multiple_of"),
     }
     known = [(signs[type(bound)], bound) for bound in field.metadata if type(bound) in signs]
-    bounds = [f"{sign} {getattr(bound, attribute)}" for (sign, attribute), bound in known]
+    bounds = [f"{sign} {limit}" for (sign, name), bound in known if (limit := getattr(bound, name)) != LARGEST]
     return _cell(" ".join([_name(field.annotation), ", ".join(bounds)]).strip())
 
 

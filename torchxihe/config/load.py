@@ -80,6 +80,7 @@ def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, s
     where = f"{extended_by[-1]}: extends: {file}" if extended_by else file
     if os.path.realpath(file) in map(os.path.realpath, extended_by):
         raise UserError(f"{where}: the files extend each other in a circle; remove one `extends`")
+    text = ""
     try:
         text = read_bounded(file, LARGEST_FILE).decode("utf-8-sig")  # some editors write a byte-order mark
         values = _parse_toml(text)

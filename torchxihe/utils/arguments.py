@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torchxihe.errors import UserError
 
@@ -25,7 +25,7 @@ class Arguments(argparse.ArgumentParser):
 
     def add_config(self, required: bool = True) -> None:
         """Add CONFIG and `--section.key=value ...`: the namespace's `config` and `overrides`."""
-        needed = {} if required else {"nargs": "?", "default": ""}
+        needed: dict[str, Any] = {} if required else {"nargs": "?", "default": ""}
         self.add_argument("config", metavar="CONFIG", help="a TOML file, such as configs/xihe_debug.toml", **needed)
         self.add_overrides()
 
@@ -37,18 +37,22 @@ class Arguments(argparse.ArgumentParser):
 
     def parse(self, args: list[str]) -> argparse.Namespace:
         """The namespace. Raises UserError."""
-        options, extra = self.parse_known_args(args)
         known = [flag for action in self._actions for flag in action.option_strings]
-        for arg in extra:
+        overrides, others = [], []
+        for arg in args:
             flag, equals, _ = arg.partition("=")
-            override = self.takes_overrides and flag.startswith("--") and ("." in flag or equals)
+            unknown = arg.startswith("--") and flag not in known
             close = difflib.get_close_matches(flag, known, n=1, cutoff=0.7)
-            if close and "." not in flag:
+            if unknown and "." not in flag and close:
                 self.error(f"unknown argument {flag}; did you mean {close[0]}?")
-            if flag.startswith("-") and not override:
-                self.error(f"unknown argument {flag}")
+            # Sorted out first, because argparse takes what has a blank in it for a positional argument.
+            override = self.takes_overrides and unknown and ("." in flag or equals != "")
+            (overrides if override else others).append(arg)
+        options, extra = self.parse_known_args(others)
+        if flags := [arg for arg in extra if arg.startswith("-")]:
+            self.error(f"unknown argument {flags[0].partition('=')[0]}")
         if self.takes_overrides:
-            extra, options.overrides = [*options.overrides, *(arg for arg in extra if not arg.startswith("-"))], extra
+            extra, options.overrides = [*options.overrides, *extra], overrides
         if extra and hasattr(options, "config"):
             self.error(f"more than one config file: {' '.join([options.config, *extra])}")
         if extra:
