@@ -33,7 +33,7 @@ MODEL = {
     "intermediate_size": 128,
     "vocab_size": 4096,
 }
-COLUMNS_ONLY = "only column names may stand in braces; write {{ and }} for braces that are text"
+COLUMNS_ONLY = "only column names may be in braces; write {{ and }} for literal braces"
 NO_TOML = "is not valid TOML; put strings in \"quotes\", and the value in 'quotes' for the shell"
 SMALL: dict[str, Any] = {
     "model": MODEL,
@@ -235,7 +235,7 @@ def test_any_values_survive_the_round_trip(
         ("--data.sources.0.pth=x", "unknown key; did you mean data.sources.0.path?"),
         ("--data.sources.1.path=x", "data.sources has 1 entry, counted from 0; there is no 1"),
         ("--data.sources.0=x", "an entry of a list cannot be replaced as such; name a key of it"),
-        ("--data.seq_len.x=1", "data.seq_len is a single value; nothing stands below it"),
+        ("--data.seq_len.x=1", "data.seq_len is a single value and has no keys"),
         ("--data.sources.0.path=", "must not be empty"),
         ("--data.sources.0.template=plain", "names no column; write one in braces, such as {text}, got 'plain'"),
         ("--data.sources.0.template={}", f"{COLUMNS_ONLY}, got '{{}}'"),
@@ -243,7 +243,7 @@ def test_any_values_survive_the_round_trip(
         ("--data.sources.0.template={a:>5}", f"{COLUMNS_ONLY}, got '{{a:>5}}'"),
         (
             "--data.sources.0.template={a",
-            "expected '}' before end of string; write {{ and }} for braces that are text, got '{a'",
+            "expected '}' before end of string; write {{ and }} for literal braces, got '{a'",
         ),
         ("--training.batch_ramp=[[8, 5], [9, 5]]", "its pairs are [sequences, until step]; the steps must rise"),
         ("--data.sources.0.stream=true", "a streamed source has no end of its own; give max_tokens"),

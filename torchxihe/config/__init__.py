@@ -1,1 +1,1 @@
-"""Every option, how a TOML file becomes a config, and what is checked."""
+"""The options, their parsing from TOML and the command line, and their checks."""

@@ -8,7 +8,7 @@ from torchxihe.errors import UserError
 
 Key = tuple[str, ...]
 Finding = tuple[bool, str, str]
-"""Whether it is the case, the dotted key, and what is wrong."""
+"""Whether the mistake is there, the dotted key, and the message."""
 
 
 def find_conflicts(config: Config, world_size: int) -> list[tuple[Key, str]]:
@@ -175,7 +175,7 @@ def _documents(config: Config) -> Iterator[Finding]:
         yield (
             source.name == "sources",
             f"{at}.name",
-            '"sources" stands for all documents held out of data.sources; choose another name',
+            '"sources" means all documents held out of data.sources; choose another name',
         )
         yield (
             bool(source.name) and source.name in names,

@@ -106,7 +106,7 @@ def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, s
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
-    """The values in a TOML text. Raises TOMLDecodeError, also for what is nested too deeply or has a huge number."""
+    """The values in a TOML text. Raises TOMLDecodeError, also for deep nesting and integers of thousands of digits."""
     try:
         # tomllib takes memory quadratic in the parts of a dotted key.
         values = tomllib.loads(text) if max(line.count(".") for line in text.split("\n")) < 500 else None
@@ -159,7 +159,7 @@ def _other_files(missing: str) -> str:
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any], origins: dict[Key, str], origin: str, at: Key) -> None:
-    """Lay `values` over `into`: tables merge, everything else replaces."""
+    """Merge `values` into `into`: tables are merged, everything else is replaced."""
     for name, value in values.items():
         key = (*at, name)
         if isinstance(value, dict):
@@ -175,7 +175,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) -> list[str]:
-    """Lay one `--section.key=value` over `values`; what is wrong with it, if anything."""
+    """Set one `--section.key=value` in `values`. Returns the mistakes in it."""
     match = re.fullmatch(r"--([\w-]+(?:\.[\w-]+)*)=(.*)", flag, re.DOTALL)
     if not match and "." in flag and "=" not in flag:
         return [f"{flag}: has no value; write {flag}=VALUE"]
@@ -197,7 +197,7 @@ def _apply_override(values: dict[str, Any], origins: dict[Key, str], flag: str) 
                 origins[key[: i + 1]] = name
             place = place.setdefault(part, {})
         if not isinstance(place, (dict, list)):
-            return [f"{name}: {'.'.join(key[: i + 1])} is a single value; nothing stands below it"]
+            return [f"{name}: {'.'.join(key[: i + 1])} is a single value and has no keys"]
     if isinstance(place, list):
         return [f"{name}: an entry of a list cannot be replaced as such; name a key of it"]
     try:
@@ -254,13 +254,13 @@ def _field_at(key: Key) -> FieldInfo | None:
 
 
 def _line(key: Key, why: str, origins: dict[Key, str], file: str) -> str:
-    """One mistake as a line that names the file or flag that `key`, or the nearest table above it, was written in."""
+    """One mistake as a line that names the file or flag in which `key`, or the nearest table above it, was set."""
     dotted = ".".join(key)
     origin = next((origins[key[:end]] for end in range(len(key), 0, -1) if key[:end] in origins), file)
     return f"{origin}: {why}" if origin == "--" + dotted else f"{origin}: {dotted}: {why}"
 
 
-# pydantic's findings in the words of a TOML file; those not named here keep pydantic's own.
+# pydantic's error types and our messages; other types keep pydantic's message.
 MEANINGS = {
     "missing": "required, but missing",
     "int_type": "must be an integer",
@@ -285,7 +285,7 @@ MEANINGS = {
 
 
 def _explain(finding: dict[str, Any]) -> tuple[Key, str]:
-    """The key of one of pydantic's findings, and what is wrong there."""
+    """The key and the message of one of pydantic's errors."""
     key = tuple(str(part) for part in finding["loc"])
     kind: str = finding["type"]
     if kind == "extra_forbidden":

@@ -1,11 +1,11 @@
-"""Every option of torchxihe, once: its type, its default and what it means.
+"""Every option of torchxihe: its type, its default and its meaning.
 
-One frozen pydantic model per TOML section. A TOML file is read in four steps: the file it `extends` is merged under it
-(tables merge, lists replace), `--section.key=value` overrides are put on top, the result is checked whole, and every
-mistake is reported at once with the file or flag it stands in. Nothing here imports torch, so that a bad file fails in
-milliseconds.
+One frozen pydantic model per TOML section. A config is read in four steps: the file that it `extends` is merged under
+it (tables merge, lists replace), `--section.key=value` overrides are applied, everything is validated, and all mistakes
+are reported at once, each with the file or flag it comes from. Nothing here imports torch, so that a mistake is
+reported in milliseconds.
 
-TOML has no null: no option is ever `None`. 0, -1 or "" means "off", and the docstring says so.
+TOML has no null: no option is ever `None`. 0, -1 or "" means "off", as documented for each option.
 """
 
 import os
@@ -30,26 +30,26 @@ Place = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 def _template(text: str) -> str:
-    """Let through what names a column of a row in braces. Raises ValueError."""
+    """Check that a template names a column in braces. Raises ValueError."""
     try:
         fields = [field for _, *field in string.Formatter().parse(text) if field[0] is not None]
     except ValueError as error:
-        raise ValueError(f"{error}; write {{{{ and }}}} for braces that are text") from None
+        raise ValueError(f"{error}; write {{{{ and }}}} for literal braces") from None
     if not fields:
         raise ValueError("names no column; write one in braces, such as {text}")
     if any(not name or spec or conversion for name, spec, conversion in fields):
-        raise ValueError("only column names may stand in braces; write {{ and }} for braces that are text")
+        raise ValueError("only column names may be in braces; write {{ and }} for literal braces")
     return text
 
 
 class Section(BaseModel):
-    """Base of the sections: unknown keys and silent conversions are errors, values never change."""
+    """Base of the sections: unknown keys and implicit conversions are errors, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Run(Section):
-    """The run and where it lives: `<dir>/<name>/` holds its config, metrics, checkpoints and tokenizer."""
+    """The run directory `<dir>/<name>/`, which holds config, metrics, checkpoints and tokenizer."""
 
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     """Name of the run directory. "": the stem of the config file."""
@@ -69,7 +69,7 @@ class Model(Section):
     num_key_value_heads: PositiveInt
     """Key and value heads; fewer than the query heads is grouped-query attention. Must divide them."""
     head_dim: Annotated[int, Field(ge=2, le=LARGEST, multiple_of=2)]
-    """Width of one head; even, because rotary embeddings turn pairs."""
+    """Width of one head; even, because rotary embeddings rotate pairs."""
     intermediate_size: PositiveInt
     """Width of the SwiGLU feed-forward."""
     vocab_size: PositiveInt
@@ -83,8 +83,8 @@ class Model(Section):
     rms_norm_eps: PositiveFloat = 1e-6
     """Added to the mean square inside every RMSNorm."""
     initializer_range: PositiveFloat = 0.02
-    """Standard deviation of the truncated normal (cut at 3 sigma) that weights start from. Projections back into
-    the residual stream get it divided by sqrt(2 * num_hidden_layers)."""
+    """Standard deviation of the truncated normal (cut at 3 sigma) of the initial weights; for projections into
+    the residual stream divided by sqrt(2 * num_hidden_layers)."""
     attention: Literal["auto", "fa4", "varlen", "sdpa"] = "auto"
     """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer, heads of 32, 64, 96 or 128),
     PyTorch's variable-length one (a GPU) or PyTorch's own choice. "auto": the fastest that works here."""
@@ -137,7 +137,7 @@ class Documents(Section):
     stream: bool = False
     """Hub only: read over the network without downloading the whole dataset first; give `max_tokens` with it."""
     max_tokens: NonNegativeInt = 0
-    """Stop after the document that reaches this many tokens. 0: no limit."""
+    """Stop after the document with which this many tokens are reached. 0: no limit."""
     template: Annotated[str, AfterValidator(_template)] = "{text}"
     """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
     messages: str = "messages"
@@ -153,17 +153,17 @@ class Source(Documents):
 
 
 class Data(Section):
-    """Documents, how they are packed into rows, and in which mixture."""
+    """Documents, their mixture, and how they are packed into rows."""
 
     sources: Annotated[tuple[Source, ...], Field(strict=False)]
     """Where documents come from: one `[[data.sources]]` table each."""
     format: Literal["text", "chat"] = "text"
-    """What a row is. "text": a document, which is learned whole. "chat": a conversation, put into words by the
-    tokenizer's chat template, of which only what the assistant says is learned."""
+    """What a row of the data is. "text": a document, with loss on every token. "chat": a conversation, rendered by the
+    tokenizer's chat template, with loss on the assistant's messages only."""
     seq_len: Annotated[int, Field(ge=2, le=LARGEST)]
     """Tokens of one training sequence. A stored row has one more, the last target."""
     packing: Literal["concat", "best_fit"] = "best_fit"
-    """How documents become rows. "best_fit": best-fit-decreasing over whole documents, long ones split;
+    """How documents become rows. "best_fit": best-fit-decreasing over documents, long ones split;
     "concat": consecutive windows of the token stream."""
     document_mask: bool = True
     """Documents in a row do not attend to each other. false: plain causal attention over the row."""
@@ -196,7 +196,7 @@ class Training(Section):
     steps: NonNegativeInt = 0
     """Optimizer steps to train for. Give this or `tokens`, not both."""
     tokens: NonNegativeInt = 0
-    """Tokens to train for; rounded up to whole steps. Give this or `steps`, not both."""
+    """Tokens to train for; rounded up to full steps. Give this or `steps`, not both."""
     global_batch_size: PositiveInt
     """Sequences per optimizer step, over all GPUs and micro-batches."""
     batch_ramp: Annotated[
@@ -205,32 +205,33 @@ class Training(Section):
     """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which they hold.
     [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
     micro_batch_size: NonNegativeInt = 1
-    """Sequences per forward pass on one GPU at most. What is left of the global batch is accumulated. With a
-    `batch_ramp` it is fitted to `global_batch_size` and stays: a batch that does not fill it is padded. 0: as many as
-    fit, found by up to three trials at the start, each of which compiles; the loss is the same whatever it is."""
+    """Sequences per forward pass on one GPU at most; the global batch is divided into as many as needed, whose
+    gradients are accumulated. With a `batch_ramp` it is chosen for `global_batch_size` and constant: smaller batches
+    are padded. 0: as many as fit, found by up to three trial steps at the start, each of which compiles. The loss does
+    not depend on it."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the data order."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of activations and matrix multiplications. Master weights, gradients' sums and optimizer stay float32."""
+    """Dtype of activations and matrix multiplications. Master weights, gradient sums and optimizer are float32."""
     compile: bool = True
-    """torch.compile: the whole model in one process, each block under DDP and FSDP2."""
+    """torch.compile: the entire model in one process, each block under DDP and FSDP2."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the global gradient norm to this. 0: measure it, never clip."""
     deterministic: bool = False
-    """Bitwise reproducible on a GPU too, at some cost in speed. The CPU is so anyway."""
+    """Bitwise reproducible on a GPU too, at some cost in speed. A CPU always is."""
     max_skipped: NonNegativeInt = 20
-    """Stop, at the next log step, when this many steps in a row were skipped because of what came out of them: loss or
-    gradient was not finite, or beyond `skip_spikes_beyond`. 0: never."""
+    """Stop, at the next log step, when this many consecutive steps were skipped because loss or gradient norm was not
+    finite or beyond `skip_spikes_beyond`. 0: never."""
     skip_spikes_beyond: Annotated[float, Field(ge=0)] = 0.0
     """Skip steps whose loss or gradient norm exceeds the mean of the last 128 accepted ones by more than this many
     standard deviations. 0: only those that are not finite."""
     time_limit: Annotated[float, Field(ge=0)] = 0.0
     """Seconds after its start at which the run saves a checkpoint and ends, as on SIGTERM. 0: none."""
     init_timeout: Annotated[float, Field(ge=0)] = 1800.0
-    """Seconds that starting, compiling with the first step, a validation or a checkpoint may take before the run is
-    taken to hang: every rank then says where it stands, and ends. 0: for ever."""
+    """Seconds that the start, the first step (which compiles), a validation or a checkpoint may take. After that the
+    run is considered hung: every rank prints its stacks and exits. 0: no limit."""
     step_timeout: Annotated[float, Field(ge=0)] = 600.0
-    """The same for any other step."""
+    """The same for every other step."""
 
 
 class Optimizer(Section):
@@ -251,7 +252,7 @@ class Optimizer(Section):
     """Decoupled weight decay, multiplied by the learning rate."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which moments and momentum are kept between steps. "bfloat16" saves 4 bytes a parameter (of AdamW; 2 of
-    Muon) of 16 (12); with betas[1] far above 0.95 AdamW's second moment would stand still in it."""
+    Muon) of 16 (12); with betas[1] far above 0.95 AdamW's second moment is not updated in that precision."""
 
 
 class LRScheduler(Section):
@@ -266,11 +267,11 @@ class LRScheduler(Section):
     decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
     """wsd: shape of the decay: linear, 1 - sqrt(progress), or half a cosine."""
     min_lr_fraction: Fraction = 0.0
-    """The decay leads to this fraction of the peak rate, which it would reach with the step after the last."""
+    """The decay ends at this fraction of the peak rate, one step after the last."""
 
 
 class Parallelism(Section):
-    """How many GPUs do what. `dp_replicate * dp_shard` must equal the number of processes."""
+    """How the model is distributed. `dp_replicate × dp_shard` must equal the number of processes."""
 
     dp_replicate: PositiveInt = 1
     """Full copies of the parameters, whose gradients are summed over the copies (DDP, HSDP)."""
@@ -281,10 +282,10 @@ class Parallelism(Section):
     once. false: less traffic, for which every process holds all parameters and, with several micro-batches a step, all
     gradients."""
     activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
-    """Recompute in the backward pass: nothing, all but matrix products and attention, whole blocks, or what the
+    """Recompute in the backward pass: nothing, all but matrix products and attention, entire blocks, or what the
     compiler finds cheapest within `activation_budget`."""
     activation_budget: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """With "budget": share of the activations kept, between whole blocks recomputed (0) and nothing (1)."""
+    """With "budget": share of the activations kept, from 0 (entire blocks recomputed) to 1 (nothing)."""
 
     def degrees(self, world_size: int) -> tuple[int, int]:
         """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the valid ones."""
@@ -303,7 +304,7 @@ class Float8(Section):
     recipe: Literal["", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = ""
     """torchao's scaling recipe: a scale for each tensor (fastest; on a GPU the feed-forward's activation has one for
     each token), or for each row (closest; `_with_gw_hp` leaves the weights' gradients in 16-bit). The head stays in
-    16-bit. "" is off: below about a billion parameters it does not pay (docs/performance.md)."""
+    16-bit. "" is off: below about a billion parameters it is slower (docs/performance.md)."""
 
 
 class Checkpoint(Section):
@@ -312,7 +313,8 @@ class Checkpoint(Section):
     every: NonNegativeInt = 0
     """Steps between two checkpoints; the last step is always saved. 0: only the last."""
     mode: Literal["async", "sync"] = "async"
-    """"async": training waits only for a copy in host memory, which is written meanwhile. "sync": until it is saved."""
+    """"async": training waits only for a copy to host memory, which is written in the background. "sync": it waits
+    until the checkpoint is on disk."""
     dir: Place = ""
     """Where checkpoints go instead of the run directory: a directory or an fsspec URL ("s3://bucket/runs", "gs://..."),
     in which the run gets one of its name. "": `checkpoints/` in the run directory."""
@@ -322,12 +324,12 @@ class Checkpoint(Section):
     load_only: Annotated[tuple[Literal["model"], ...], Field(strict=False)] = ()
     """What of `load` is used. ["model"]: the weights alone, with a fresh optimizer, from step 0. []: everything."""
     export_every: NonNegativeInt = 0
-    """Steps between two exports: the checkpoints of such steps, and the last one, become Hugging Face folders too, in
-    `exports/` in the run directory, while training goes on. A multiple of `every`. 0: none."""
+    """Steps between two exports: the checkpoints of such steps, and the last one, are also written as Hugging Face
+    folders, to `exports/` in the run directory, while training continues. A multiple of `every`. 0: none."""
     keep_last: NonNegativeInt = 3
-    """Newest checkpoints to keep, and always the newest that a run can go on from. 0: all."""
+    """Newest checkpoints to keep, and always the newest that a run can resume from. 0: all."""
     keep_every: NonNegativeInt = 0
-    """Keep for ever the checkpoints of steps divisible by this. 0: none beyond `keep_last`."""
+    """Never delete the checkpoints of steps divisible by this. 0: none beyond `keep_last`."""
     keep_best: NonNegativeInt = 0
     """Keep this many checkpoints of the lowest validation loss, of those whose step was validated. 0: none."""
     best_by: str = "sources"
@@ -335,22 +337,22 @@ class Checkpoint(Section):
     "sources" (all documents held out of `data.sources`; where none are, all validation sets together), or the name of
     one of `validation.sets`."""
     final: Literal["full", "model"] = "full"
-    """What the last step saves. "model": the weights alone, a third of the size; to go on afterwards with more steps,
-    the run then starts from the checkpoint before."""
+    """What the last step saves. "model": only the weights, a third of the size; if the run is extended later, it
+    resumes from the checkpoint before."""
 
 
 class Metrics(Section):
     """What is written while training."""
 
     log_every: PositiveInt = 10
-    """Steps between two lines on the console and in `metrics.jsonl`; the host waits for the GPU only there. The first
-    step has a line too."""
+    """Steps between two lines on the console and in `metrics.jsonl`, where the host waits for the GPU. The first step
+    has a line too."""
     sample_every: NonNegativeInt = 0
-    """Steps between two samples of the model's writing; a finished run prints one in any case. 0: only then."""
+    """Steps between two samples of generated text; a finished run always prints one. 0: only then."""
     sample_prompt: str = ""
-    """Prompt that samples continue, or with `data.format = "chat"` answer; "" begins a document."""
+    """Prompt of the samples, with `data.format = "chat"` a user's message; "" begins a document."""
     sample_tokens: NonNegativeInt = 100
-    """Tokens of a sample. 0: none, ever."""
+    """Tokens of a sample. 0: no samples."""
     tensorboard: bool = False
     """Also write TensorBoard event files, to `tensorboard/` in the run directory. Needs the package tensorboard."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
@@ -364,15 +366,16 @@ class Profiler(Section):
     """Traces of a few steps, for chrome://tracing or ui.perfetto.dev; see docs/watch.md."""
 
     first_step: NonNegativeInt = 0
-    """First step to trace, on rank 0; the first steps of a start also compile and warm up. 0: none."""
+    """First step to trace, on rank 0; the first steps after a start include compilation. 0: none."""
     steps: PositiveInt = 3
     """Steps to trace."""
     memory: bool = False
-    """Remember who allocated what on the GPU, and write a snapshot after the traced steps and when memory runs out."""
+    """Record the stack of every GPU allocation, and write a snapshot after the traced steps and when memory is
+    exhausted."""
 
 
 class Config(Section):
-    """A whole run. `torchxihe config CONFIG` prints it resolved; the run directory keeps that as `config.toml`."""
+    """All options of a run. `torchxihe config CONFIG` prints them; the run directory has them as `config.toml`."""
 
     run: Run = Run()
     model: Model
@@ -391,7 +394,7 @@ class Config(Section):
     _behind: tuple[int, int] = PrivateAttr((0, 0))
 
     def resumed_at(self, step: int, samples: int) -> "Config":
-        """The same for a run that has taken `samples` in `step` steps, with whatever batches: `total_steps` knows."""
+        """The same for a run that has read `samples` rows in `step` steps; `total_steps` depends on it."""
         config = self.model_copy()
         config._behind = step, samples
         return config
@@ -403,7 +406,7 @@ class Config(Section):
 
     @property
     def horizon(self) -> str:
-        """The option of `training` that says how long the run is."""
+        """The option of `training` that sets the length of the run."""
         return "steps" if self.training.steps else "tokens"
 
     @property
