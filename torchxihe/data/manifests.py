@@ -72,6 +72,8 @@ def load_sealed(path: Path, schema: type[S]) -> S:
         return read_sealed(path, schema)
     except DamagedError as error:
         raise damaged(path, str(error)) from None
+    except IsADirectoryError:
+        raise damaged(path, "is a directory") from None
     except (FileNotFoundError, NotADirectoryError):
         raise missing(path) from None
 
@@ -255,9 +257,25 @@ class InputFile(Record):
 
 
 class Hashes(Sealed):
-    """hashes.json (input files) and verified-<host>.json (files of the cache): hashes by absolute path."""
+    """hashes.json: the input files, by absolute path."""
 
     files: dict[str, InputFile]
+
+
+class Mark(Record):
+    """A file of the cache as it was when its content was verified."""
+
+    size: NonNegativeInt
+    mtime_ns: int
+    ctime_ns: int
+    """Changes with every write, even if the modification time is set back."""
+    xxh3_128: Hash
+
+
+class Marks(Sealed):
+    """verified-<host>.json: the files that a machine has verified, by absolute path."""
+
+    files: dict[str, Mark]
 
 
 class TokenizerMeta(Sealed):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -58,17 +59,21 @@ class ExpectedFile:
     def damaged(self, what: str) -> UserError:
         """The error that this file is not what was prepared."""
         if self.in_place:
-            return UserError(f"{self.path}: {what} since it was prepared; run `torchxihe prepare CONFIG` again")
+            return UserError(
+                f"{self.path}: {what}: not the file that was prepared; run `torchxihe prepare CONFIG` again"
+            )
         return damaged(self.path, what)
 
     def check_size(self) -> None:
-        """Raise UserError if the file is missing or has another size."""
+        """Raise UserError if the file is missing, has another size or is not a regular file."""
         try:
-            size = os.stat(self.path).st_size
+            info = os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
             raise missing(self.path) from None
-        if size != self.size:
-            raise self.damaged(f"{size:,} bytes instead of {self.size:,}")
+        if not stat.S_ISREG(info.st_mode):
+            raise self.damaged("not a regular file")
+        if info.st_size != self.size:
+            raise self.damaged(f"{info.st_size:,} bytes instead of {self.size:,}")
 
 
 @dataclass(frozen=True)
@@ -339,11 +344,10 @@ def open_source(store: Path, config: Config, name: str, weight: float, files: tu
     `files`: the token files that are used in place.
     """
     for file in files:
-        stat = os.stat(file.path) if os.path.exists(file.path) else None
-        if stat is None:
-            raise missing(file.path)
-        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise ExpectedFile(Path(file.path), file.size, file.xxh3_128, in_place=True).damaged("changed")
+        expected = ExpectedFile(Path(file.path), file.size, file.xxh3_128, in_place=True)
+        expected.check_size()
+        if os.stat(file.path).st_mtime_ns != file.mtime_ns:
+            raise expected.damaged("changed")
     manifest = load_sealed(store / "manifest.json", Manifest)
     if manifest.key != store.name:
         raise damaged(store / "manifest.json", f"it is that of the store {manifest.key}")

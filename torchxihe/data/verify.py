@@ -1,7 +1,7 @@
 """Verification: the content of prepared files against the hashes that were taken when they were written.
 
 Opening checks small files and sizes. The large files (tokens, masks, row indexes) are hashed once per machine: a mark
-of path, size, modification time and hash in `verified-<host>.json` of the cache lets later runs skip a file. Training
+of path, size, times of change and hash in `verified-<host>.json` of the cache lets later runs skip a file. Training
 verifies in a thread while it starts; `torchxihe verify` hashes everything again.
 """
 
@@ -18,8 +18,9 @@ import xxhash
 from torchxihe.config.options import Config
 from torchxihe.data.manifests import (
     Hashes,
-    InputFile,
     Manifest,
+    Mark,
+    Marks,
     Recipe,
     RowIndex,
     find_sealed,
@@ -59,7 +60,7 @@ def check_content(file: ExpectedFile, progress: Progress = lambda count: None) -
     except OSError as error:
         raise explained(error, file.path) from None
     if digest.hexdigest() != file.xxh3_128:
-        raise file.damaged("content changed" if file.in_place else "its content differs from what was written")
+        raise file.damaged("changed" if file.in_place else "its content differs from what was written")
 
 
 def flaws_in(files: Iterable[ExpectedFile], progress: Progress = lambda count: None) -> Iterator[str]:
@@ -148,7 +149,7 @@ class Verification:
             self._error = error
 
     def _verify(self) -> None:
-        marks = find_sealed(self._marks, Hashes)
+        marks = find_sealed(self._marks, Marks)
         known = dict(marks.files) if marks else {}
         new = [(file, mark) for file in self._files if known.get(str(file.path.absolute())) != (mark := _mark(file))]
         size = sum(file.size for file, _ in new)
@@ -162,17 +163,18 @@ class Verification:
             if new:
                 known = {path: mark for path, mark in known.items() if os.path.exists(path)}
                 with suppress(OSError):  # of a cache that can only be read: it is verified again next time
-                    write_sealed(self._marks, Hashes(files=known))
+                    write_sealed(self._marks, Marks(files=known))
 
     def _progress(self, count: int) -> None:
         if self._stop.is_set():
             raise _StoppedError
 
 
-def _mark(file: ExpectedFile) -> InputFile:
+def _mark(file: ExpectedFile) -> Mark:
     """What identifies the verified content of a file. Raises UserError if it is missing."""
     try:
         stat = os.stat(file.path)
     except OSError as error:
         raise explained(error, file.path) from None
-    return InputFile(size=stat.st_size, mtime_ns=stat.st_mtime_ns, xxh3_128=file.xxh3_128)
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    return Mark(size=stat.st_size, **times, xxh3_128=file.xxh3_128)

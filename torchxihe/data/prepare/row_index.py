@@ -23,6 +23,7 @@ from torchxihe.data.prepare.packing import AT_ONCE, best_fit, concat
 from torchxihe.data.store import expected_of_index, index_path
 from torchxihe.errors import UserError
 from torchxihe.utils.files import draft
+from torchxihe.utils.records import DamagedError, open_regular
 
 
 def read_documents(store: Path, manifest: Manifest, split: Split) -> Iterator[np.ndarray]:
@@ -34,9 +35,12 @@ def read_documents(store: Path, manifest: Manifest, split: Split) -> Iterator[np
     for shard in manifest.shards:
         path = store / shard.file_name(split, "idx")
         try:
-            data = path.read_bytes()
+            with open_regular(path) as file:
+                data = file.read()
         except FileNotFoundError:
             raise missing(path) from None
+        except DamagedError as error:
+            raise damaged(path, str(error)) from None
         if xxhash.xxh3_128_hexdigest(data) != shard.xxh3_128[path.name]:
             raise damaged(path, "its content differs from what was written")
         yield np.frombuffer(data, "<i8").reshape(-1, 2) + np.array([base, 0])
