@@ -1,6 +1,6 @@
 """Compare two checkouts bitwise: `python tests/compare_checkouts.py record CHECKOUT FILE`, then `diff FILE FILE`.
 
-`record` trains every case below with the code of CHECKOUT, through its command line alone, in a temporary directory,
+`record` trains every case below with the code of CHECKOUT, through its command line only, in a temporary directory,
 and writes to FILE (JSON): loss, gradient norm and every other reproducible metric of each step, the samples in training
 order, keys, shapes, dtypes and hashes of the checkpoint's tensors, and the hash of each exported tensor. `diff` prints
 what differs between two such files, and exits with 1 if anything does. A refactor is proven by an empty diff.
@@ -19,7 +19,7 @@ from typing import Any
 STEPS = "--training.steps=30"
 SHARED = [STEPS, "--metrics.log_every=1", "--validation.every=15", "--checkpoint.every=15"]
 
-# Name, preset, processes, overrides. Later cases may load what earlier ones have saved.
+# Name, preset, processes, overrides. Later cases may load checkpoints of earlier ones.
 CASES: list[tuple[str, str, int, list[str]]] = [
     ("xihe_debug", "xihe_debug", 1, []),
     ("xihe_debug_sft", "xihe_debug_sft", 1, []),
@@ -56,7 +56,7 @@ print(json.dumps({"checkpoint": tensors, "export": export}))
 
 
 def record(checkout: Path) -> dict[str, Any]:
-    """What every case comes to with the code of `checkout`."""
+    """The results of every case with the code of `checkout`."""
     result = {}
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -87,14 +87,14 @@ def record(checkout: Path) -> dict[str, Any]:
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
-    """What a run has logged and would log again: no times, no memory."""
+    """The reproducible metrics of a run: without times and memory."""
     kept = ("step", "tokens", "loss", "bpb", "grad_norm", "lr", "skipped")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k in kept or k.startswith(("validation/", "loss/"))} for line in lines]
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[str]:
-    """Where two recordings differ, a line each."""
+    """The differences of two recordings, one line each."""
     if isinstance(a, dict) and isinstance(b, dict):
         return [d for key in sorted({*a, *b}) for d in differences(a.get(key), b.get(key), f"{at}/{key}")]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):

@@ -22,7 +22,7 @@ from torch.distributed import TCPStore
 
 from torchxihe.utils.distributed import process_group
 
-# DTensor imports dynamo, 1.5 s a process, when it is first made.
+# Creating the first DTensor imports dynamo, which takes 1.5 s per process.
 PRELOAD = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torchxihe.components.checkpoint.checkpointer"]
 
 
@@ -36,13 +36,13 @@ def run_distributed(
 ) -> list[Any]:
     """Call `fn(*args)` in `world_size` processes and return what each returned, by rank.
 
-    `fn` must be a module's function, arguments and results must pickle. The ranks have torchrun's environment and one
-    thread each; with `init` they are inside `process_group()`, without it `fn` opens its own. Fails with the traceback
-    of the first rank that raised or died, or after `timeout` seconds with every rank's stack.
+    `fn` must be a module-level function; arguments and results must be picklable. The ranks have torchrun's environment
+    and one thread each; with `init` they are inside `process_group()`, without it `fn` opens its own. Fails with the
+    traceback of the first rank that raised or exited, or after `timeout` seconds with every rank's stack.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    # The store lives here and not on rank 0: no port is chosen before it is bound, so that none can be taken meanwhile.
+    # The store is in this process and binds its port itself, so no other process can take the port in between.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as scratch:
         ranks = []
@@ -71,14 +71,14 @@ def run_distributed(
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
+    """A TCP port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """torchrun's variables, and a store that somebody else keeps."""
+    """torchrun's environment variables, with an external store."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -101,16 +101,16 @@ def _rank(
     stack: Path,
     writer: Connection,
 ) -> None:
-    """One process: run, and send (succeeded, result or traceback)."""
+    """Runs in each process: call the function and send (succeeded, result or traceback)."""
     os.environ.update(settings)
     torch.set_num_threads(1)
     with stack.open("w") as file:
         faulthandler.dump_traceback_later(timeout, file=file)
         try:
-            # The collectives' own timeout comes later than ours, which shows where everybody stands.
+            # Longer than `timeout`, which prints every rank's stack.
             with process_group(2 * timeout) if init else nullcontext():
                 result = fn(*args)
-            # Plain pickle: multiprocessing's own would share a tensor's memory, which dies with this process.
+            # Plain pickle: multiprocessing's pickler shares a tensor's memory, which is freed when this process exits.
             writer.send_bytes(pickle.dumps((True, result)))
         except BaseException:
             writer.send_bytes(pickle.dumps((False, traceback.format_exc())))
@@ -119,7 +119,7 @@ def _rank(
 
 
 def _collect(readers: list[Connection], deadline: float, scratch: Path) -> list[Any]:
-    """Results by rank; an AssertionError tells who failed first, or where everybody stands."""
+    """Results by rank. Raises AssertionError with the first rank's traceback, or with all stacks after the timeout."""
     results: dict[int, Any] = {}
     while len(results) < len(readers):
         waiting = [reader for rank, reader in enumerate(readers) if rank not in results]

@@ -1,4 +1,4 @@
-"""The layout of the processes: who is where on which axis, and what is summed over whom."""
+"""ParallelDims: the rank along each axis, and sums over axes."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def test_one_process_is_all_ones() -> None:
 
 
 def _sums(grid: dict[str, int]) -> dict[str, float]:
-    """Over each axis, the sum of 2 to the rank: which ranks took part."""
+    """For each axis, the sum of 2^rank over it, which identifies the ranks that took part."""
     dims = ParallelDims(**grid)
     axes = ["pp", "dp_replicate", "dp_shard", "cp", "tp", "data", "loss", "stage", "world", "data"]
     return {axis: dims.sum(torch.tensor(2.0 ** torch.distributed.get_rank()), axis).item() for axis in axes}
@@ -68,7 +68,7 @@ def test_sums_run_over_the_ranks_of_the_axis(grid: dict[str, int]) -> None:
 
 
 def _same_rows(grid: dict[str, int]) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every step where all ranks read the same rows."""
+    """Loss and gradient norm of every step if all ranks read the same rows."""
     trainer = Trainer(
         config(training={"micro_batch_size": BATCH}),
         torch.device("cpu"),
@@ -93,7 +93,7 @@ def test_ranks_that_read_the_same_rows_count_them_once() -> None:
 
 
 def _norm(case: str) -> tuple[float, float]:
-    """Our gradient norm of parameters laid out by `case` on 4 ranks, and the norm of the whole tensors."""
+    """gradient_norm of parameters placed by `case` on 4 ranks, and the norm of the full tensors."""
     generator = torch.Generator().manual_seed(0)
     wholes = [torch.randn(shape, generator=generator) for shape in [(8, 6), (7, 3), (16,), (4, 4), (5, 8)]]
     grids = {
@@ -106,7 +106,7 @@ def _norm(case: str) -> tuple[float, float]:
     if case == "two meshes":
         grid, shards = dims.mesh("dp_replicate", "dp_shard"), dims.mesh("dp_shard")
         grads[:2] = [distribute_tensor(whole, grid, [Replicate(), Shard(0)]) for whole in wholes[:2]]
-        # On the shards' own mesh no placement tells of the replicas: such parameters do not exist in this layout.
+        # On a mesh of only the shards, no placement describes the replicas; this layout has no such parameters.
         grads[3] = distribute_tensor(wholes[3], grid, [Shard(0), Shard(1)])
         assert shards.ndim == 1
     if case == "tensor parallel":
@@ -130,6 +130,6 @@ def _norm(case: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("case", ["two meshes", "tensor parallel", "stages"])
 def test_the_norm_spans_meshes_and_stages(case: str) -> None:
-    """`get_total_norm` raises on the first two and sees one stage of the third. Seen to fail with every copy counted."""
+    """`get_total_norm` raises on the first two and sees one stage of the third. Seen to fail if all copies count."""
     for ours, whole in run_distributed(_norm, 4, case):
         assert ours == pytest.approx(whole, rel=1e-6)

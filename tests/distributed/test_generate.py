@@ -1,4 +1,4 @@
-"""A sample during training: the same tokens whatever holds the parameters."""
+"""A sample during training has the same tokens under every parallelism."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def _sample(root: Path, dp_shard: int) -> list[int]:
     shake_norms(model)
     sampled = list(generate(module, [5, 6, 7], **OPTIONS))  # type: ignore[arg-type]
     tokens = torch.arange(20)[None]
-    loss, _ = module(tokens, tokens)  # and the model trains on
+    loss, _ = module(tokens, tokens)  # training continues
     loss.backward()
     return sampled
 

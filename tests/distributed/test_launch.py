@@ -1,4 +1,4 @@
-"""The helper that every multi-process test leans on must itself be able to fail."""
+"""Tests of the helper that all multi-process tests use: it must report failures."""
 
 import os
 import time
@@ -46,7 +46,7 @@ def test_the_failing_rank_is_shown() -> None:
         run_distributed(_rank_one_raises, 2)
 
 
-def test_a_dead_rank_is_noticed() -> None:
+def test_a_rank_that_exits_is_reported() -> None:
     with pytest.raises(AssertionError, match="rank . "):
         run_distributed(_rank_one_dies, 2)
 
@@ -65,6 +65,6 @@ def _timeouts(degrees: tuple[int, int]) -> set[float]:
 
 @pytest.mark.parametrize("degrees", [(2, 1), (1, 2), (2, 2)])
 def test_every_group_waits_as_long_as_all(degrees: tuple[int, int]) -> None:
-    """Seen to fail with the groups as they are made: HSDP's and the stop's end after the backend's 30 minutes."""
+    """Seen to fail without a timeout for each group: those of HSDP and of stopping had the backend's 30 minutes."""
     for timeouts in run_distributed(_timeouts, degrees[0] * degrees[1], degrees, timeout=45):
         assert timeouts == {90.0}

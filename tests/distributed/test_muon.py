@@ -1,4 +1,4 @@
-"""Muon divided over processes: the steps of one process, whatever the rows and however many matrices there are."""
+"""Muon divided over processes equals Muon in one process, for any number of rows and matrices."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from tests.distributed.launch import run_distributed
 from tests.distributed.test_parity import NAMES, VOCAB, batch_of, config
+from tests.unit.saved_runs import state_of
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.optimizer.muon import Muon, shard_rectangles
 from torchxihe.config.options import Checkpoint, Parallelism
@@ -20,13 +21,13 @@ from torchxihe.parallelisms.dims import ParallelDims, build_dims
 from torchxihe.trainer import Trainer
 from torchxihe.utils.distributed import rank, world_size
 
-# On 4 ranks: 16 rows are even, 10 are 3, 3, 3, 1, and 3 leave a rank without; 5 matrices are 2, 2, 1, 0.
+# On 4 ranks: 16 rows divide evenly, 10 into 3, 3, 3, 1, and 3 leave one rank without rows; 5 matrices: 2, 2, 1, 0.
 SHAPES = [(16, 8)] * 5 + [(10, 12)] * 3 + [(3, 8)] * 2 + [(8, 16)]
 STEPS = 4
 
 
 def steps(dims: ParallelDims, dtype: torch.dtype) -> list[Tensor]:
-    """Whole parameters and momenta after some steps, one of them skipped, on the same gradients everywhere."""
+    """Full parameters and momenta after some steps, one of them skipped, with the same gradients on all ranks."""
     generator = torch.Generator().manual_seed(0)
 
     def laid_out(whole: Tensor) -> Tensor:
@@ -56,21 +57,21 @@ def rank_steps(dtype: torch.dtype, replicate: int, shard: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(("replicate", "shard"), [(1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (4, 1), (2, 2)])
 def test_steps_are_those_of_one_process(replicate: int, shard: int) -> None:
-    """Seen to fail with rows or matrices divided otherwise, and with the replicas' parts in another order."""
+    """Seen to fail with other divisions of rows or matrices, and with the replicas' parts in another order."""
     expected = steps(ParallelDims(), torch.float32)
     for found in run_distributed(rank_steps, replicate * shard, torch.float32, replicate, shard):
         for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
             assert (ours - theirs).abs().max() < 1e-6, f"tensor {i}"
 
 
-def test_bfloat16_travels() -> None:
+def test_communication_is_in_bfloat16() -> None:
     expected = steps(ParallelDims(), torch.bfloat16)
     for found in run_distributed(rank_steps, 4, torch.bfloat16, 2, 2):
         assert max((ours - theirs).abs().max() for ours, theirs in zip(found, expected, strict=True)) < 1e-6
 
 
 def train(parallelism: dict[str, Any], root: Path, load: int, steps: int, optimizer: str = "muon") -> list[float]:
-    """The losses of `steps` steps from checkpoint `load` (0: from the beginning) on, saved at their end."""
+    """The losses of `steps` steps after checkpoint `load` (0: from the start); saves a checkpoint at the end."""
     options = {"parallelism": parallelism, "optimizer": {"name": optimizer}}
     trainer = Trainer(config(**options), torch.device("cpu"), np.ones(VOCAB, np.int32))
     checkpointer = Checkpointer(root, Checkpoint(mode="sync"))
@@ -86,12 +87,12 @@ def train(parallelism: dict[str, Any], root: Path, load: int, steps: int, optimi
     for _ in range(steps):
         trainer.train_step(loader)
         losses.append(trainer.sums.read(NAMES)["loss"])
-    checkpointer.save(trainer.step, trainer.state(), {"step": trainer.step})
+    checkpointer.save(trainer.step, trainer.state(), state_of(trainer.step))
     return losses
 
 
-def test_a_checkpoint_goes_on_under_any_parallelism(tmp_path: Path) -> None:
-    """2 x 2, then one process, three, two copies. Seen to fail when the momentum that is loaded is a copy."""
+def test_a_checkpoint_resumes_under_any_parallelism(tmp_path: Path) -> None:
+    """2 x 2, then one process, three, two replicas. Seen to fail if the momentum is loaded into a copy."""
     unbroken = train({}, tmp_path / "unbroken", 0, 10)
     losses = run_distributed(train, 4, {"dp_replicate": 2, "dp_shard": 2}, tmp_path, 0, 3)[0]
     losses += train({}, tmp_path, 3, 2)
@@ -100,7 +101,7 @@ def test_a_checkpoint_goes_on_under_any_parallelism(tmp_path: Path) -> None:
     assert np.abs(np.array(losses) - unbroken).max() < 1e-5
 
 
-def test_a_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path) -> None:
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path: Path) -> None:
     unbroken = train({}, tmp_path / "unbroken", 0, 6)
     assert train({}, tmp_path, 0, 3) + train({}, tmp_path, 3, 3) == unbroken
     files = [path / "step-00000006" / "MANIFEST.json" for path in (tmp_path, tmp_path / "unbroken")]
@@ -156,7 +157,7 @@ def tensor_parallel_steps() -> list[Tensor]:
 
 
 def distribute_like(whole: Tensor, like: DTensor) -> DTensor:
-    """`whole` cut as `like` is, by the rectangles that its ranks hold."""
+    """`full` distributed like `like`, by the rectangles that its ranks hold."""
     mesh, placements = like.device_mesh, like.placements
     rectangles = shard_rectangles(whole.shape, list(mesh.shape), list(placements))
     rows, columns = rectangles[rank()]
@@ -165,7 +166,7 @@ def distribute_like(whole: Tensor, like: DTensor) -> DTensor:
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=whole.shape, stride=tuple(whole.stride()))
 
 
-def test_matrices_of_two_placements_are_orthogonalised_whole() -> None:
+def test_matrices_of_two_placements_are_orthogonalised_as_full_matrices() -> None:
     """Seen to fail as before: `torch.stack` of shards of two shapes, and orthogonalised shards."""
     for parameters, momenta in run_distributed(tensor_parallel_steps, 4):
         assert parameters.max() < 1e-5 and momenta.max() < 1e-6

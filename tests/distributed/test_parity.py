@@ -1,4 +1,4 @@
-"""The same twenty steps whatever the parallelism, micro-batch, checkpointing or compilation."""
+"""Twenty steps are the same under every parallelism, micro-batch, activation checkpointing and compilation."""
 
 import functools
 from collections import Counter
@@ -59,9 +59,9 @@ def config(**sections: dict[str, Any]) -> Config:
 
 
 def rows_of(step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and targets of a global batch, with uneven masks: what one rank's row contributes is not another's."""
+    """Tokens and targets of a global batch, with uneven masks: ranks contribute different numbers of targets."""
     generator = np.random.default_rng(step)
-    rows = (generator.integers(0, VOCAB, (BATCH, 1)) * 3 ** np.arange(SEQ_LEN + 1)) % VOCAB  # something to learn
+    rows = (generator.integers(0, VOCAB, (BATCH, 1)) * 3 ** np.arange(SEQ_LEN + 1)) % VOCAB  # learnable
     targets = rows[:, 1:].copy()
     for j in range(BATCH):
         targets[j, : generator.integers(0, SEQ_LEN - 1)] = -100
@@ -69,7 +69,7 @@ def rows_of(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batch_of(step: int, i: int, rank: int, world_size: int, micro_batch: int) -> Batch:
-    """Micro-batch `i` of one rank, laid out as the loader does; two documents a row."""
+    """Micro-batch `i` of one rank, like the loader's; two documents per row."""
     tokens, targets = rows_of(step)
     chosen = [(i * world_size + rank) * micro_batch + b for b in range(micro_batch)]
     tokens = np.stack([tokens[j] if j < BATCH else np.zeros(SEQ_LEN, np.int64) for j in chosen])
@@ -103,7 +103,7 @@ def losses(options: dict[str, dict[str, Any]], rank: int = 0, world_size: int = 
 
 
 def rank_losses(options: dict[str, dict[str, Any]], world_size: int) -> tuple[History, str]:
-    data_parallel.UNIT_PARAMETERS = 1  # every block a unit of its own: tiny ones would all share one
+    data_parallel.UNIT_PARAMETERS = 1  # one FSDP unit per block: small blocks would share one
     return losses(options, torch.distributed.get_rank(), world_size)
 
 
@@ -143,8 +143,8 @@ def test_losses_agree_under_every_parallelism(
 ) -> None:
     """Seen to fail: FSDP2 and HSDP without force-sum (gloo has no PREMUL_SUM), and without the divide factor (they
     average); DDP without the hook that sums, and, where there is accumulation, without `no_sync`; FSDP2 and HSDP when
-    the last micro-batch does not synchronise; all of them with the tokens of this rank, or of the micro-batch, for the
-    global number, and without the reduction of the sums.
+    the last micro-batch does not synchronise; all of them with the tokens of this rank, or of the micro-batch, instead
+    of the global number, and without the reduction of the sums.
     """
     training = {"micro_batch_size": micro_batch}
     options = {"parallelism": parallelism, "training": training, "optimizer": {"name": optimizer}}
@@ -164,9 +164,9 @@ def reductions(parallelism: dict[str, Any], micro_batch: int) -> tuple[int, Coun
     trainer.train_step(iter(batches))
 
     def between(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Before each micro-batch: FSDP2 keeps whole gradients in places of its own."""
+        """Called before each micro-batch. FSDP2 keeps unsharded gradients in its own attributes."""
         nonlocal kept
-        kept = sum(whole_gradients(m) for m in module.modules() if isinstance(m, FSDPModule))
+        kept = sum(unsharded_gradients(m) for m in module.modules() if isinstance(m, FSDPModule))
 
     trainer.module.register_forward_pre_hook(between)
 
@@ -181,8 +181,8 @@ def reductions(parallelism: dict[str, Any], micro_batch: int) -> tuple[int, Coun
     return trainer.accumulation, calls, kept
 
 
-def whole_gradients(module: FSDPModule) -> int:
-    """Elements of the gradients that one of FSDP2's units keeps unsharded."""
+def unsharded_gradients(module: FSDPModule) -> int:
+    """Elements of the unsharded gradients that one FSDP2 unit keeps."""
     group = module._get_fsdp_state()._fsdp_param_group
     return sum(
         gradient.numel()
@@ -202,10 +202,10 @@ def whole_gradients(module: FSDPModule) -> int:
     ],
     ids=["DDP", "FSDP2", "FSDP2 with shards", "HSDP with shards"],
 )
-def test_gradients_travel_once_a_step(
+def test_gradients_are_reduced_once_per_step(
     world_size: int, parallelism: dict[str, Any], scattered: int, shards: bool
 ) -> None:
-    """Whatever the accumulation; with FSDP2 a reduction for each block and one for the root. Where only shards are kept
+    """For any accumulation; with FSDP2 one reduction for each block and one for the root. Where only shards are kept
     they are scattered after each micro-batch, but HSDP's replicas still sum once.
 
     Seen to fail with `set_requires_gradient_sync(True)` and without `set_requires_all_reduce`, whose losses are the
@@ -221,7 +221,7 @@ def test_gradients_travel_once_a_step(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_losses_agree_with_moments_in_bfloat16(optimizer: str) -> None:
-    """Less closely: what differs in the last bit may be rounded to either neighbour, 0.4 % apart."""
+    """With a larger tolerance: a difference in the last bit may be rounded to either neighbour, 0.4 % apart."""
     options = {"optimizer": {"name": optimizer, "state_dtype": "bfloat16"}, "training": {"micro_batch_size": 4}}
     expected, _ = losses(options)
     assert 1e-4 < np.abs(np.array(expected) - reference(optimizer)).max() < 2e-3
@@ -249,7 +249,7 @@ def test_losses_agree_under_activation_checkpointing(mode: str, world_size: int)
     ("world_size", "parallelism"), [(1, {}), (2, {"dp_shard": 2}), (2, {"dp_shard": 1, "dp_replicate": 2})]
 )
 def test_float8_learns_nearly_the_same(recipe: str, world_size: int, parallelism: dict[str, Any]) -> None:
-    """Nearly: what shares a scale is one micro-batch of one process."""
+    """With a larger tolerance: a scale is shared by one micro-batch of one process."""
     pytest.importorskip("torchao")
     options = {"float8": {"recipe": recipe}, "parallelism": parallelism}
     ranks = run_distributed(rank_losses, 2, options, 2) if world_size == 2 else [losses(options)]
@@ -297,7 +297,7 @@ def test_losses_agree_when_compiled(world_size: int, parallelism: dict[str, Any]
 
 
 def graphs_of_some_steps(parallelism: dict[str, Any]) -> list[int]:
-    """Graphs that are compiled after each of ten steps, whose micro-batches have two to nine documents."""
+    """Number of compiled graphs after each of ten steps, whose micro-batches have two to nine documents."""
     data_parallel.UNIT_PARAMETERS = 1
     torch._dynamo.reset()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -319,7 +319,10 @@ def graphs_of_some_steps(parallelism: dict[str, Any]) -> list[int]:
 @pytest.mark.skipif(bool(compile_obstacle()), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(("world_size", "graphs"), [(1, 1), (2, 2)])
 def test_another_number_of_documents_compiles_nothing(world_size: int, graphs: int) -> None:
-    """One graph whole; by blocks one for all of them and one for the head. Seen to fail without `dynamic_sources`."""
+    """One graph for the model; by blocks, one for all blocks and one for the head.
+
+    Seen to fail without `dynamic_sources`.
+    """
     run = functools.partial(run_distributed, graphs_of_some_steps, 2, {"dp_shard": 2}, timeout=240)
     for counts in run() if world_size == 2 else [graphs_of_some_steps({})]:
         assert counts == [graphs] * 10
@@ -348,4 +351,4 @@ def test_checkpointing_keeps_less() -> None:
     full = kept_bytes(activation_checkpointing="full")
     half, tenth = (kept_bytes(activation_checkpointing="budget", activation_budget=share) for share in (0.5, 0.1))
     assert full < selective < everything and tenth < half < everything
-    assert kept_bytes() == everything  # a budget is not left behind
+    assert kept_bytes() == everything  # the memory budget is reset

@@ -1,4 +1,4 @@
-"""Four processes: rank 0 alone speaks to wandb and TensorBoard, and every rank is heard of."""
+"""Four processes: only rank 0 writes to wandb and TensorBoard; every rank has a log."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def _train(path: str) -> set[str]:
 
 @pytest.mark.timeout(180)
 def test_rank_0_alone_tracks_and_every_rank_logs(tmp_path: Path) -> None:
-    """Rank 0 alone opens a tracker, and the key is in no file."""
+    """Only rank 0 opens a tracker, and the API key is in no file."""
     pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")
     path = write_training(tmp_path, steps=2, metrics='wandb = "offline"\ntensorboard = true')

@@ -18,7 +18,7 @@ MODEL = {
 
 
 def make_config(cache: Path, *sources: dict[str, Any], seq_len: int = 16, **sections: dict[str, Any]) -> Config:
-    """A config of these sources with a cache of its own."""
+    """A config with these sources and its own cache."""
     data = {"sources": sources, "seq_len": seq_len, "cache_dir": str(cache), **sections.pop("data", {})}
     defaults = {"validation": {"fraction": 0.0}, "tokenizer": {"vocab_size": 300}, "training": {}}
     values = {name: {**default, **sections.pop(name, {})} for name, default in defaults.items()}

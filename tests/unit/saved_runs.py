@@ -1,4 +1,4 @@
-"""Runs as training leaves them, made in a second and without training, for tests of what comes after."""
+"""Run directories like those of training, made in a second without training, for tests of the other commands."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def make_tokenizer(config: Config) -> Path:
 
 
 def make_decoder(config: Config) -> Decoder:
-    """Weights with norms away from one, or a norm that is missing would not show."""
+    """Random weights; norm weights differ from one, so that a missing norm is detected."""
     with torch.device("meta"):
         model = Decoder(config.model, seq_len=config.data.seq_len, dtype=torch.float32)
     model.to_empty(device="cpu")
@@ -72,13 +72,13 @@ def make_run(root: Path, shape: Shape, vocab_size: int = 320, **sections: dict[s
 
 
 def state_of(step: int, origin: str = "") -> dict[str, Any]:
-    """The least that a checkpoint of `step` must have beside its tensors."""
+    """The minimal train_state of a checkpoint of `step`."""
     config = {"run": {"dir": "runs", "name": "toy"}, "model": {}, "data": {"seq_len": 8, "format": "text"}}
     return {"step": step, "stages": [], "config": config, "changes": [], "tokenizer": "", "origin": origin}
 
 
 def train_state(config: Config, tokenizer: Path) -> dict[str, Any]:
-    """What a checkpoint of step 7 holds beside its tensors."""
+    """The train_state of a checkpoint of step 7."""
     history = History(config, tokenizer)
     same = {"seed": 0, "sources": ["key"], "quotas": [2048]}
     first, second = {"g": 0, "step": 0, "global_batch": 2}, {"g": 18, "step": 9, "global_batch": 4}

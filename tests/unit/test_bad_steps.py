@@ -42,7 +42,7 @@ def reference(values: list[float], sigmas: float) -> list[bool]:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_spikes_are_skipped_as_the_rule_says(which: int) -> None:
-    """Over more than two windows, spikes among them. Seen to fail when spikes enter the window."""
+    """Over more than two windows, with spikes. Seen to fail when spikes enter the window."""
     torch.manual_seed(0)
     values = (3 + 0.1 * torch.randn(300)).tolist()
     for place in (5, 40, 41, 130, 280):
@@ -54,7 +54,7 @@ def test_spikes_are_skipped_as_the_rule_says(which: int) -> None:
 
 
 def test_the_memory_is_in_the_checkpoint() -> None:
-    """A resumed run judges the next step as the unbroken one does. Seen to fail without "steps.recent"."""
+    """A resumed run judges the next step as an uninterrupted one does. Seen to fail without "steps.recent"."""
     one, other = made(skip_spikes_beyond=4.0), made(skip_spikes_beyond=4.0)
     for i in range(50):
         judge(one, 3.0 + 0.01 * (i % 7))

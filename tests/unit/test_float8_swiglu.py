@@ -1,4 +1,4 @@
-"""The float8 feed-forward around the references of its kernels: where each scale goes, and what that costs in error."""
+"""The float8 feed-forward with the reference implementations of its kernels: placement of the scales, and errors."""
 
 import copy
 import sys
@@ -39,7 +39,7 @@ def reference_backward(gate_NF: Tensor, up_NF: Tensor, dafter_NF: Tensor) -> tup
 def errors(device: torch.device, dtype: torch.dtype, wrap: Callable[[SwiGLU], SwiGLU]) -> tuple[list[float], ...]:
     """Relative errors of output and gradients against float64: (ours, those of torchao's products).
 
-    Gradients of the tokens span three decades, so that a scale in the wrong place shows.
+    Gradients of the tokens span three decades, so that a misplaced scale is detected.
     """
     torchao = pytest.importorskip("torchao.float8")
     hidden, width, batch, seq_len = 256, 704, 4, 144

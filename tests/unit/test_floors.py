@@ -1,4 +1,4 @@
-"""The layout that the design promises, read from the source: floors, annotations, lengths, and no option unread."""
+"""The structure of the package, checked on its source: floors, annotations, lengths, options that nothing reads."""
 
 import ast
 from collections.abc import Iterator
@@ -25,10 +25,10 @@ FLOORS = {
     "commands": 4,
     "__main__": 4,
 }
-STRANGERS = [{"model", "data"}, {"kernels", "data"}, {"parallelisms", "components"}]
+MUST_NOT_IMPORT_EACH_OTHER = [{"model", "data"}, {"kernels", "data"}, {"parallelisms", "components"}]
 LONGEST_FUNCTION = 80
 LONGEST_FILE = 450
-MAY_ASK_FOR_THE_WORLD = {"parallelisms/dims.py", "utils/distributed.py", "utils/log.py", "commands/launch.py"}
+MAY_USE_THE_WORLD_SIZE = {"parallelisms/dims.py", "utils/distributed.py", "utils/log.py", "commands/launch.py"}
 
 FunctionDef = (ast.FunctionDef, ast.AsyncFunctionDef)
 Import = (ast.Import, ast.ImportFrom)
@@ -46,7 +46,7 @@ def part_of(module: str) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and module of every import of our own, wherever in the file."""
+    """Line and module of every import of the package's own modules, anywhere in the file."""
     for node in ast.walk(tree):
         modules = []
         if isinstance(node, ast.Import):
@@ -67,8 +67,8 @@ def test_imports_go_downward() -> None:
                 faults.append(f"{path}:{line}: write `from torchxihe.a.b import c`")
             elif FLOORS[there] > FLOORS[here]:
                 faults.append(f"{path}:{line}: {here} is below {there}")
-            elif {here, there} in STRANGERS:
-                faults.append(f"{path}:{line}: {here} and {there} do not know each other")
+            elif {here, there} in MUST_NOT_IMPORT_EACH_OTHER:
+                faults.append(f"{path}:{line}: {here} must not import {there}")
     assert not faults, "\n".join(faults)
 
 
@@ -79,7 +79,7 @@ def test_no_cycles() -> None:
     }
     while leaves := {module for module, below in needs.items() if not below}:
         needs = {module: below - leaves for module, below in needs.items() if module not in leaves}
-    assert not needs, f"these import each other in a circle, or import what does: {needs}"
+    assert not needs, f"import cycle among: {needs}"
 
 
 def test_imports_inside_functions_say_why() -> None:
@@ -90,7 +90,7 @@ def test_imports_inside_functions_say_why() -> None:
         inside = {node.lineno for function in functions for node in ast.walk(function) if isinstance(node, Import)}
         for line in sorted(inside):
             first = line
-            while first - 1 in inside:  # one comment speaks for a block of imports
+            while first - 1 in inside:  # one comment applies to a block of imports
                 first -= 1
             if not any("#" in text for text in lines[first - 1 : line]) and not lines[first - 2].lstrip().startswith(
                 "#"
@@ -125,13 +125,13 @@ def test_files_are_short() -> None:
 
 
 def test_kernels_know_no_model() -> None:
-    """One way between two rooms: the model is built of kernels."""
+    """`model` imports `kernels`, not the reverse."""
     rooms = {str(path): list(imports(tree)) for path, tree in TREES.items() if path.parent.name == "kernels"}
     faults = [f"{path}:{line}" for path, found in rooms.items() for line, module in found if part_of(module) == "model"]
     assert not faults, faults
 
 
-def test_rooms_of_components_know_each_others_faces_alone() -> None:
+def test_subpackages_of_components_import_each_other_through_their_init() -> None:
     faults = []
     for path, tree in TREES.items():
         here = name_of(path).split(".")
@@ -142,8 +142,8 @@ def test_rooms_of_components_know_each_others_faces_alone() -> None:
     assert not faults, "\n".join(faults)
 
 
-def test_only_the_layout_asks_for_the_number_of_processes() -> None:
-    """Everything else asks `ParallelDims` for the axis that it means."""
+def test_only_dims_and_launching_use_the_world_size() -> None:
+    """Everything else uses an axis of `ParallelDims`."""
     asking = {
         str(path.relative_to(PACKAGE))
         for path, tree in TREES.items()
@@ -151,7 +151,7 @@ def test_only_the_layout_asks_for_the_number_of_processes() -> None:
         if isinstance(node, (ast.Name, ast.Attribute, ast.alias)) and "world_size" in ast.dump(node)
         if not (isinstance(node, ast.Attribute) and node.attr != "world_size")
     }
-    assert asking <= MAY_ASK_FOR_THE_WORLD | {"config/load.py", "config/checks.py", "config/options.py"}, asking
+    assert asking <= MAY_USE_THE_WORLD_SIZE | {"config/load.py", "config/checks.py", "config/options.py"}, asking
 
 
 def sections() -> Iterator[tuple[str, type[Section]]]:
@@ -160,7 +160,7 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
         assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
         yield name, field.annotation
     yield "sources", Source
-    yield "sets", Documents  # what a source is, too, but for its weight
+    yield "sets", Documents  # the base class of a source, which adds the weight
 
 
 def reads(tree: ast.AST) -> set[tuple[str, str]]:
@@ -182,7 +182,7 @@ def reads(tree: ast.AST) -> set[tuple[str, str]]:
         elif last(source) in known and last(target):
             known.setdefault(last(target), set()).update(known[last(source)])
 
-    for node in [*ast.walk(tree)] * 2:  # twice, since what is learned late may explain what came early
+    for node in [*ast.walk(tree)] * 2:  # twice: a later assignment may identify a name that was used earlier
         if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation:
             name = node.arg if isinstance(node, ast.arg) else last(node.target)
             mentioned = {last(part) for part in ast.walk(node.annotation)} & set(classes)

@@ -1,4 +1,4 @@
-"""Generation with a cache is generation without one, and `transformers`'."""
+"""Generation with a cache equals generation without one, and that of `transformers`."""
 
 import io
 from collections.abc import Callable
@@ -23,7 +23,7 @@ ALL = {"context": 64, "vocab_size": 290, "stop_id": -1}
 def generate_uncached(
     model: Decoder, prompt: list[int], max_tokens: int, draw: Callable[[torch.Tensor], int], context: int = 64
 ) -> list[int]:
-    """By definition: every token from all that the model sees, computed anew."""
+    """The definition: each token is computed from the complete context, without a cache."""
     tokens = list(prompt)
     for _ in range(max_tokens):
         with torch.no_grad():
@@ -39,14 +39,14 @@ def greedy(logits: torch.Tensor) -> int:
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("shape", [LLAMA, QWEN3])
 def test_cached_equals_uncached(tmp_path: Path, shape: Shape, prompt: list[int]) -> None:
-    """150 tokens, past the context of 64 and the forgetting of its oldest quarter, greedy and drawn.
+    """150 tokens, beyond the context of 64 and the dropping of its oldest quarter, greedy and sampled.
 
     Seen to fail with `start` one too low, and with caches that are kept when the window moves.
     """
     model = make_decoder(make_config(tmp_path, shape))
     ours = list(generate(model, prompt, max_tokens=150, temperature=0, **ALL))
     assert ours == generate_uncached(model, prompt, 150, greedy)
-    assert len(set(ours)) > 6  # no loop that any mistake would fall into too
+    assert len(set(ours)) > 6  # no repetition, which a wrong implementation could produce as well
     generator = torch.Generator().manual_seed(4)
     ours = list(generate(model, prompt, max_tokens=150, seed=4, **ALL))
     assert ours == generate_uncached(model, prompt, 150, lambda logits: sample(logits, generator, 0.8, 50, 0.95))
@@ -118,7 +118,7 @@ def test_a_model_that_has_diverged_writes_nothing(tmp_path: Path, caplog: pytest
 # The command
 
 
-def test_stream_and_typed_lines_print_what_the_whole_is(
+def test_stream_and_typed_lines_print_the_same_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = make_run(tmp_path, QWEN3)
@@ -159,7 +159,10 @@ def test_the_smallest_temperature_takes_the_most_likely() -> None:
 @pytest.mark.parametrize(
     ("file", "why"),
     [
-        ("checkpoints/step-00000007/train_state.json", "corrupt: train_state.json has another content than was written"),
+        (
+            "checkpoints/step-00000007/train_state.json",
+            "corrupt: train_state.json has another content than was written",
+        ),
         ("tokenizer/tokenizer.json", "tokenizer/tokenizer.json: damaged: its content differs"),
         ("tokenizer/tokenizer_config.json", "tokenizer/tokenizer_config.json: damaged: its content differs"),
         ("tokenizer/torchxihe.json", "tokenizer/torchxihe.json: damaged: eos_id: Field required"),

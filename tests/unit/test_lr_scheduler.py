@@ -1,4 +1,4 @@
-"""The learning rate of every step, against PyTorch's schedules and by hand."""
+"""The learning rate of every step, against PyTorch's schedules and values computed by hand."""
 
 import itertools
 from typing import Any
@@ -21,7 +21,7 @@ def test_warmup_plateau_and_linear_decay_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", ["linear", "sqrt", "cosine"])
 def test_decay_ends_one_step_after_the_last(shape: str) -> None:
-    """No step is wasted at rate 0, and none repeats another's. Seen to fail where the last step has the last rate."""
+    """No step has rate 0 or the rate of another step. Seen to fail if the decay ends at the last step."""
     options = {"decay_shape": shape, "decay_fraction": 0.2, "min_lr_fraction": 0.1}
     decay = [*rates(100, **options)[80:], learning_rate(100, 100, 2.0, LRScheduler(**options))]
     assert decay[0] == 2.0 and decay[-1] == pytest.approx(0.2)
@@ -42,7 +42,7 @@ def test_cosine_is_pytorchs() -> None:
 
 
 def test_every_step_has_a_rate() -> None:
-    """However short the run, and however long the warmup."""
+    """For any length of the run and of the warmup."""
     for total, warmup, fraction in itertools.product((1, 2, 3, 7), (0, 1, 5), (0.0, 0.2, 1.0)):
         assert all(0 < rate <= 2.0 for rate in rates(total, warmup_steps=warmup, decay_fraction=fraction))
-    assert learning_rate(12, 10, 2.0, LRScheduler(min_lr_fraction=0.25)) == pytest.approx(0.5)  # past the horizon
+    assert learning_rate(12, 10, 2.0, LRScheduler(min_lr_fraction=0.25)) == pytest.approx(0.5)  # after the last step

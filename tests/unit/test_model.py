@@ -1,4 +1,4 @@
-"""The decoder against Hugging Face's, the loss and attention against their definitions."""
+"""The decoder against `transformers`, loss and attention against their definitions."""
 
 from dataclasses import dataclass
 
@@ -66,7 +66,7 @@ def model_config(shape: Shape) -> Model:
         tie_word_embeddings=shape.tied,
         rope_theta=5000.0,
         rms_norm_eps=1e-5,
-        initializer_range=0.1,  # large, so that a wrong term shows
+        initializer_range=0.1,  # large, so that a wrong term is detected
     )
 
 
@@ -83,7 +83,7 @@ def test_logits_equal_transformers(shape: Shape) -> None:
     transformers = pytest.importorskip("transformers")
     config = model_config(shape)
     model = build(config)
-    with torch.no_grad():  # norms away from one, or a missing norm weight would not show
+    with torch.no_grad():  # norm weights other than one, so that a missing one is detected
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 p.copy_(1 + 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
@@ -99,11 +99,11 @@ def test_logits_equal_transformers(shape: Shape) -> None:
     assert difference < 1e-4
 
 
-def test_documents_do_not_see_each_other() -> None:
+def test_documents_do_not_attend_to_each_other() -> None:
     model = build(model_config(SHAPES[1]))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 131, (2, 20), generator=generator)
-    cu_seqlens = torch.tensor([0, 7, 20, 33, 40], dtype=torch.int32)  # two documents a row
+    cu_seqlens = torch.tensor([0, 7, 20, 33, 40], dtype=torch.int32)  # two documents per row
     logits = model(tokens, None, cu_seqlens)
     for row, start, end in [(0, 0, 7), (0, 7, 20), (1, 0, 13), (1, 13, 20)]:
         alone = model(tokens[row : row + 1, start:end])
@@ -165,7 +165,7 @@ def test_linear_cross_entropy_equals_definition(
 
 
 def test_both_gradients_have_the_same_scale() -> None:
-    """A mean over 65,300 tokens, which bfloat16 would make one over 65,536. Seen to fail with that scale for dX."""
+    """A mean over 65,300 tokens, a number that bfloat16 rounds to 65,536. Seen to fail with a bfloat16 scale for dX."""
     x, w, targets = cross_entropy_inputs(torch.bfloat16)
     whole = torch.autograd.grad(lce.linear_cross_entropy(x, w, targets)[0], (x, w))
     mean = torch.autograd.grad(lce.linear_cross_entropy(x, w, targets)[0] / 65300, (x, w))
@@ -221,7 +221,7 @@ def test_counts_of_xihe_120m() -> None:
 
 
 def test_flops_are_those_of_the_operations() -> None:
-    """Against torch's own counter of matrix products, which counts every (query, key) pair, masked or not."""
+    """Against torch's FlopCounterMode, which counts every (query, key) pair, masked or not."""
     config = model_config(SHAPES[0])
     model, tokens = build(config), torch.randint(0, config.vocab_size, (2, 16))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -240,7 +240,7 @@ def test_parameter_count_equals_the_model(shape: Shape) -> None:
     ("capability", "extra", "head_dim", "documents", "chosen"),
     [
         ((9, 0), True, 128, True, "fa4"),
-        ((9, 0), True, 20, True, "sdpa"),  # 40 bytes: not what its copies start at
+        ((9, 0), True, 20, True, "sdpa"),  # 40 bytes: not aligned to 16
         ((9, 0), True, 80, True, "varlen"),
         ((9, 0), True, 192, True, "varlen"),
         ((9, 0), False, 64, True, "varlen"),
@@ -276,7 +276,7 @@ def test_auto_attention_is_one_that_works(
         ((8, 0), "tensorwise", 2048, "auto", "swiglu_reference"),
         ((9, 0), "tensorwise", 2048, "torch", "swiglu_reference"),
         ((9, 0), "rowwise", 2048, "auto", "swiglu_reference"),
-        ((9, 0), "tensorwise", 2056, "auto", "swiglu_reference"),  # torchao leaves such a matrix alone too
+        ((9, 0), "tensorwise", 2056, "auto", "swiglu_reference"),  # torchao does not convert such a matrix either
         ((9, 0), "tensorwise", 28672, "auto", "swiglu_reference"),
         ((9, 0), "", 2056, "auto", "swiglu_quack"),
         ((9, 0), "", 2056, "torch", "swiglu_reference"),

@@ -1,4 +1,4 @@
-"""Muon in one process: against the definition by singular values, PyTorch's own, and its promise to skip."""
+"""Muon in one process: against the definition by singular values and PyTorch's Muon; skipped steps."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ LR, DECAY = 0.02, 0.1
 def made(
     dtype: torch.dtype = torch.float32, state_dtype: torch.dtype = torch.float32, compile: bool = False
 ) -> tuple[list[nn.Parameter], Muon]:
-    """Matrices, and last a vector that is AdamW's; the same ones each time."""
+    """The same matrices at every call, and at the end a vector, which AdamW updates."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(0.02 * torch.randn(shape, generator=generator)) for shape in [*SHAPES, (32,)]]
     adamw = torch.optim.AdamW(parameters[-1:], lr=LR, weight_decay=0.0, fused=True)
@@ -25,7 +25,7 @@ def made(
 
 
 def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, number: int, skip: bool = False) -> None:
-    """One step on the gradients of that number."""
+    """One step on the gradients generated from seed `number`."""
     generator = torch.Generator().manual_seed(100 + number)
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -38,7 +38,7 @@ def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, numbe
 
 @pytest.mark.parametrize("shape", [(32, 32), (48, 32), (32, 48), (1, 32)])
 def test_orthogonalize_is_a_polynomial_of_the_singular_values(shape: tuple[int, int]) -> None:
-    """Each matrix by its own. Seen to fail with another coefficient, and with the norm of all matrices together."""
+    """Each matrix separately. Seen to fail with another coefficient, and with one norm over all matrices."""
     x = torch.randn(3, *shape, dtype=torch.float64) * torch.tensor([1.0, 1e-3, 1e3])[:, None, None]
     a, b, c = COEFFICIENTS
     u, s, v = torch.linalg.svd(x, full_matrices=False)
@@ -51,7 +51,7 @@ def test_orthogonalize_is_a_polynomial_of_the_singular_values(shape: tuple[int, 
 
 
 def reference_step(weight: Tensor, buffer: Tensor, grad: Tensor) -> None:
-    """One matrix, from its definition."""
+    """The update of one matrix, from the definition."""
     a, b, c = COEFFICIENTS
     moved = buffer.float().lerp(grad, 0.05)
     buffer.copy_(moved)
@@ -64,7 +64,7 @@ def reference_step(weight: Tensor, buffer: Tensor, grad: Tensor) -> None:
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-def test_batched_steps_are_the_definitions(state_dtype: torch.dtype) -> None:
+def test_batched_steps_equal_the_definition(state_dtype: torch.dtype) -> None:
     parameters, optimizer = made(state_dtype=state_dtype)
     weights = [p.detach().clone() for p in parameters[:-1]]
     buffers = [torch.zeros_like(w, dtype=state_dtype) for w in weights]
@@ -77,7 +77,7 @@ def test_batched_steps_are_the_definitions(state_dtype: torch.dtype) -> None:
             assert (parameter - weight).abs().max() < 1e-5
 
 
-def test_batched_steps_are_pytorchs() -> None:
+def test_batched_steps_equal_pytorchs() -> None:
     """torch.optim.Muon, which computes in bfloat16 everywhere, one matrix at a time."""
     parameters, optimizer = made(torch.bfloat16)
     others, _ = made()
@@ -99,7 +99,7 @@ COMPILED = pytest.param(True, marks=pytest.mark.skipif(bool(compile_obstacle()),
 @pytest.mark.parametrize("compile", [False, COMPILED])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 def test_a_skipped_step_changes_nothing(compile: bool, state_dtype: torch.dtype) -> None:
-    """Bit for bit, the first step and a later one, whatever the gradients hold. Seen to fail without each `where`."""
+    """Bit for bit, at the first and a later step, for any gradients. Seen to fail without each `where`."""
     parameters, optimizer = made(state_dtype=state_dtype, compile=compile)
     with torch.no_grad():
         parameters[0][0] = -0.0

@@ -1,4 +1,4 @@
-"""Which parameters get what, and moments in bfloat16."""
+"""Parameter groups, and optimizer state in bfloat16."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.saved_runs import state_of
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.optimizer.adamw import BFloat16AdamW, create_state
 from torchxihe.components.optimizer.build import build_optimizer, describe, state_bytes
@@ -56,14 +57,14 @@ def test_every_parameter_has_one_place(name: str, tied: bool) -> None:
 
 @pytest.mark.parametrize(("name", "matrix", "other"), [("adamw", 2, 2), ("muon", 1, 2)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_the_start_up_table_says(name: str, matrix: int, other: int, dtype: str) -> None:
-    """Moments a parameter, before the first step and after it."""
+def test_the_optimizer_in_the_start_up_table(name: str, matrix: int, other: int, dtype: str) -> None:
+    """Bytes of state, before and after the first step."""
     trainer = made(f"--optimizer.name={name}", f"--optimizer.state_dtype={dtype}")
     counts = {key: p.numel() for key, p in trainer.model.named_parameters()}
     matrices = sum(count for key, count in counts.items() if key.endswith("proj.weight"))
     expected = (matrices * matrix + (sum(counts.values()) - matrices) * other) * (4 if dtype == "float32" else 2)
     assert state_bytes(trainer.optimizer) == expected
-    trainer.state()  # makes what is not there yet
+    trainer.state()  # creates missing state
     assert state_bytes(trainer.optimizer) == expected
     said = {"adamw": "AdamW for 0.0 M parameters in 14 tensors, weight decay 0.1; AdamW for 0.1 M", "muon": "Muon for"}
     assert describe(trainer.optimizer).startswith(said[name])
@@ -126,7 +127,7 @@ def test_moments_in_bfloat16(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
         for parameter, weight, (first, second) in zip(parameters, weights, moments, strict=True):
             assert parameter.grad is not None
             reference_step(weight, first, second, parameter.grad, step + 1)
-            # A sum that is not associative may round to the neighbour, 0.8 % away.
+            # The sum may be rounded to the neighbouring number, 0.8 % away, because addition is not associative.
             state = optimizer.state[parameter]
             assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
             assert torch.allclose(state["exp_avg"].float(), first.float(), rtol=8e-3, atol=1e-4)
@@ -160,7 +161,7 @@ def test_a_skipped_step_changes_nothing() -> None:
 
 
 def test_the_checkpoint_keeps_the_dtype(tmp_path: Path) -> None:
-    """Seen to fail when the comparison leaves dtypes out, and when AdamW's state beside Muon is made by others."""
+    """Seen to fail if the comparison ignores dtypes, and without `create_state` for the AdamW beside Muon."""
     for name in ("adamw", "muon"):
         ours, others = (
             made(f"--optimizer.name={name}", f"--optimizer.state_dtype={d}") for d in ("bfloat16", "float32")
@@ -168,7 +169,7 @@ def test_the_checkpoint_keeps_the_dtype(tmp_path: Path) -> None:
         moments = {key: value.dtype for key, value in ours.state().items() if key.startswith("optim.") and value.ndim}
         assert set(moments.values()) == {torch.bfloat16}
         checkpointer = Checkpointer(tmp_path / name, Checkpoint(mode="sync"))
-        saved = checkpointer.save(1, ours.state(), {"step": 1})
+        saved = checkpointer.save(1, ours.state(), state_of(1))
         ours.load(checkpointer, saved)
         with pytest.raises(UserError, match=r"of another shape or dtype .*bfloat16.*, here float32"):
             others.load(checkpointer, saved)

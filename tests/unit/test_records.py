@@ -1,4 +1,4 @@
-"""What is read back from the disk is bounded, regular and of its schema."""
+"""Files that are read back must be regular, bounded in size and match their schema."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_anything_else_is_damage(tmp_path: Path, text: bytes, why: str) -> None:
         read_record(tmp_path / "point.json", Point)
 
 
-def test_no_memory_is_taken_for_a_large_file_and_nothing_waits_for_a_fifo(tmp_path: Path) -> None:
+def test_a_large_file_takes_no_memory_and_a_fifo_does_not_block(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(10**12)
     with pytest.raises(DamagedError, match="more than"):
