@@ -290,13 +290,15 @@ def _read_docstrings(piece: Piece, columns: list[str]) -> Iterator[Row]:
 
 @contextmanager
 def _pyarrow_errors() -> Iterator[None]:
-    """Raise pyarrow's errors, which are of many types, as ValueError."""
+    """Raise pyarrow's errors, which are of many types, as ValueError; those of the operating system stay OSError."""
     import pyarrow as pa  # slow, and only for these formats
 
     try:
         yield
-    except pa.ArrowException as error:
-        raise ValueError(" ".join(str(error).split())) from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def count_groups(piece: Piece) -> int:
