@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.unit.saved_runs import LLAMA, make_run, state_of, write_training
+from tests.unit.saved_runs import LLAMA, make_run, write_training
 from tests.unit.test_watch import losses, train
 from torchxihe.__main__ import run
 from torchxihe.components.checkpoint import export as module
@@ -108,7 +108,7 @@ def test_killed_in_the_middle_of_an_export(exported: Path, tmp_path: Path) -> No
 def test_only_checkpoints_can_be_exported(tmp_path: Path, every: int, export_every: int) -> None:
     path = write_training(tmp_path)
     flags = [f"--checkpoint.every={every}", f"--checkpoint.export_every={export_every}"]
-    with pytest.raises(UserError, match=f"checkpoint.export_every: {export_every} is no multiple of .* = {every};"):
+    with pytest.raises(UserError, match=f"checkpoint.export_every: {export_every} is not a multiple of .* = {every};"):
         load_config(path, flags)
 
 
@@ -148,7 +148,7 @@ def saver(root: Path) -> tuple[Config, Checkpointer, Any]:
     state = checkpointer.train_state(config.run_dir / "checkpoints" / "step-00000007")
 
     def save(step: int) -> None:
-        checkpointer.save(step, flat_state(model, None), state | state_of(step))
+        checkpointer.save(step, flat_state(model, None), state | {"step": step})
         checkpointer.wait()
 
     return config, checkpointer, save

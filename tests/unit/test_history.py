@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from torchxihe.components.checkpoint.history import KINDS, describe_change, recorded_changes
+from torchxihe.components.checkpoint.history import KINDS, History, describe_change, recorded_changes
+from torchxihe.components.checkpoint.storage import Location
 from torchxihe.config.load import load_config
 from torchxihe.config.options import Config, Section
 from torchxihe.errors import UserError
@@ -73,3 +74,24 @@ def test_a_changed_mixture_is_told_by_what_differs() -> None:
         "optimizer.betas changes from [0.9, 0.95] to [0.9, 0.99]"
     ]
     assert describe_change("optimizer.lr", 0.1, 0.2) == ["optimizer.lr changes from 0.1 to 0.2"]
+
+
+def test_a_branch_logs_what_differs_from_its_origin(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Those options too that no run may change, and not the free ones. Seen to fail as it was: nothing was logged."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = History(load_config(DEBUG), tmp_path)
+    before._changes = [{"step": 5, "option": "optimizer.lr", "from": 1, "to": 2}]
+    saved, origin = before.to_json(7), Location(tmp_path / "step-00000007")
+    config = load_config(DEBUG, ["--optimizer.lr=0.5", "--training.seed=3", "--metrics.log_every=1"])
+    lines = {f"optimizer.lr changes from {load_config(DEBUG).optimizer.lr} to 0.5, compared with {origin}"}
+    lines |= {f"training.seed changes from 0 to 3, compared with {origin}"}
+    for whole in (True, False):
+        caplog.clear()
+        history = History(config, tmp_path)
+        with caplog.at_level("INFO"):
+            history.start_from(saved, origin, whole)
+        assert {record.message for record in caplog.records} == lines
+        kept = history.to_json(7)["changes"]
+        assert [(change["step"], change["option"]) for change in kept] == (
+            [(5, "optimizer.lr"), (7, "training.seed"), (7, "optimizer.lr")] if whole else []
+        )

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from torchxihe.errors import UserError
+from torchxihe.utils.files import locked
+from torchxihe.utils.log import rank_log
 from torchxihe.utils.records import DamagedError, Record, parse_record, read_bounded, read_record
 
 
@@ -54,3 +57,31 @@ def test_a_large_file_takes_no_memory_and_a_fifo_does_not_block(tmp_path: Path) 
         read_bounded(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_bounded(tmp_path / "none")
+
+
+def test_a_lock_that_is_damaged(tmp_path: Path) -> None:
+    """Its content is only a name for messages. Seen to fail as it was: UnicodeDecodeError; a FIFO was waited for."""
+    lock = tmp_path / ".lock"
+    lock.write_bytes(b"process 1\n on \xff" + b"x" * 10**6)
+    with locked(lock, lambda holder: None) as earlier:
+        assert earlier.startswith("process 1 on \ufffdx") and len(earlier) <= 200
+        assert lock.read_text().startswith("process ")
+        with pytest.raises(InterruptedError, match=f"^process {os.getpid()} on"), locked(lock, _refuse):
+            pass
+    assert lock.read_text() == ""
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(UserError, match=r"\.lock: not a regular file; delete it"), locked(lock, _refuse):
+        pass
+
+
+def _refuse(holder: str) -> None:
+    raise InterruptedError(holder)
+
+
+@pytest.mark.timeout(20)
+def test_a_log_that_is_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    """Seen to fail as it was."""
+    os.mkfifo(tmp_path / "rank-00000.log")
+    with pytest.raises(OSError, match="No such device or address"), rank_log(tmp_path, lambda: ""):
+        pass

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_checkpoint import flip, saved
+from tests.unit.saved_runs import write_training
+from tests.unit.test_checkpoint import flip, replace_file, saved
+from torchxihe.__main__ import run
 from torchxihe.commands.verify import main
 from torchxihe.components.checkpoint.manifest import CORRUPT, read_manifest, step_flaws
 from torchxihe.components.checkpoint.storage import Location
@@ -68,3 +70,41 @@ def test_nothing_to_verify(tmp_path: Path) -> None:
         main([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="verify: .* required: PATH"):
         main([])
+
+
+def test_data_of_a_config_and_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each damaged file is named. Seen to fail as it was: "holds no checkpoint"."""
+    path = write_training(tmp_path)
+    run(["prepare", str(path)])
+    for place in (str(path), str(tmp_path / "cache")):
+        capsys.readouterr()
+        main([place])
+        assert "0 damaged" in capsys.readouterr().out
+    main([str(path), "--optimizer.lr=0.1"])
+    damaged = next((tmp_path / "cache").rglob("train-*.bin"))
+    flip(damaged)
+    for place in (str(path), str(tmp_path / "cache")):
+        capsys.readouterr()
+        with pytest.raises(UserError, match="1 damaged file"):
+            main([place])
+        assert f"{damaged}: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="overrides belong to a config"):
+        main([str(tmp_path / "cache"), "--optimizer.lr=0.1"])
+
+
+def test_what_no_run_has_written_is_corrupt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though its hash is right. Seen to fail without reading metadata and train_state."""
+    saved(tmp_path, 10)
+    replace_file(Location(tmp_path / "step-00000010"), "train_state.json", b"{}")
+    with pytest.raises(UserError, match="the newest checkpoint is CORRUPT"):
+        main([str(tmp_path)])
+    assert "train_state.json is not what a run saves" in capsys.readouterr().out
+
+
+def test_a_mark_that_cannot_be_read_is_a_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seen to fail as it was: waiting for a FIFO, a traceback for a directory."""
+    saved(tmp_path, 10, 20, 30)
+    os.mkfifo(tmp_path / "step-00000010" / CORRUPT)
+    (tmp_path / "step-00000020" / CORRUPT).mkdir()
+    main([str(tmp_path)])
+    assert capsys.readouterr().out.count("CORRUPT") == 2

@@ -21,6 +21,7 @@ from torchxihe.data.prepare.obtain_tokenizer import obtain
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, read_meta
 from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
+from torchxihe.model.flops import parameter_counts
 from torchxihe.model.hf import hf_name, model_from_hf
 from torchxihe.parsers import parse
 from torchxihe.utils.records import DamagedError, read_record
@@ -132,13 +133,15 @@ def _read_weights(folder: Path, model: Model) -> dict[str, Tensor]:
     """The checkpoint's state, in float32. Raises UserError unless the files hold exactly the model's parameters."""
     from safetensors import SafetensorError, safe_open  # only for imports
 
+    files = _weight_files(folder)
+    _check_size(folder, files, model)
     with torch.device("meta"):
         decoder = Decoder(model, seq_len=2, dtype=torch.float32)
     wanted = {hf_name(key.removeprefix("model.")): (key, value) for key, value in flat_state(decoder, None).items()}
     state: dict[str, Tensor] = {}
     flaws: list[str] = []
     head: Tensor | None = None
-    for file in tqdm(_weight_files(folder), desc="import", unit="file", disable=None):
+    for file in tqdm(files, desc="import", unit="file", disable=None):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it has no iterator)
@@ -171,6 +174,14 @@ def _read_weights(folder: Path, model: Model) -> dict[str, Tensor]:
         more = f" and {len(flaws) - 6} more" if len(flaws) > 6 else ""
         raise UserError(f"{folder}: {'; '.join(flaws[:6])}{more}: not a plain Llama or Qwen3")
     return state
+
+
+def _check_size(folder: Path, files: list[Path], model: Model) -> None:
+    """Raise UserError, before anything of the model's size is made, if the weights are far fewer than the model's."""
+    count, size = parameter_counts(model)[0], sum(file.stat().st_size for file in files)
+    if count > 2 * size + 2**20:  # of a few missing tensors, or of a truncated file, later errors say more
+        what = f"{count:,} parameters according to config.json"
+        raise UserError(f"{folder}: {what}, but the weights have only {size:,} bytes; correct one of them")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import xxhash
+
+from torchxihe.errors import UserError
 
 CHUNK_BYTES = 8 << 20
 log = logging.getLogger(__name__)
@@ -25,25 +28,40 @@ def locked(path: Path, taken: Callable[[str], object]) -> Iterator[str]:
     taken: called with the current holder's name before waiting for it; may raise. The lock is released when its process
     ends, however it ends. On a file system without locks there is a warning and no exclusion.
     """
-    with path.open("a+", encoding="utf-8") as file:
+    with _open_lock(path) as file:
+
+        def name() -> str:
+            file.seek(0)
+            return " ".join(file.read(200).split())
+
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                taken(path.read_text(encoding="utf-8").strip() or "another process")
+                taken(name() or "another process")
                 fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
                 raise
             log.warning("%s: this file system has no locks: a second process is not kept out", path)
-        earlier = path.read_text(encoding="utf-8").strip()
+        earlier = name()
         file.truncate(0)
+        file.seek(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
             yield earlier
         finally:
             file.truncate(0)
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """A lock file, made if need be. Raises UserError for a FIFO or a device, OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file; delete it")
+    return open(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
 def hash_stream(stream: IO[bytes], progress: Callable[[int], object] = lambda size: None) -> tuple[int, str]:

@@ -1,7 +1,8 @@
-"""Logging: rank 0 speaks on the console, the others only when something is wrong; each has a file of its own."""
+"""Logging: rank 0 logs to the console, the others only warnings; each rank also logs to a file."""
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from torchxihe.utils.distributed import rank, world_size
 
 
 def setup_logging() -> None:
-    """Rank 0 prints every message as it is; other ranks print warnings, with their number in front."""
+    """Rank 0 prints every message; other ranks print warnings, prefixed with their number."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Formatter())
     handler.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
@@ -23,7 +24,7 @@ def setup_logging() -> None:
 
 @contextmanager
 def rank_log(folder: Path, phase: Callable[[], str]) -> Iterator[None]:
-    """Inside, this rank's messages also go to `folder`/rank-00000.log, each with the time and the `phase` of then."""
+    """Inside, log this rank's messages to `folder`/rank-00000.log, too, with the time and the current `phase`."""
     folder.mkdir(exist_ok=True)
     handler = _LogFile(folder / f"rank-{rank():05}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d [%(phase)s] %(levelname)s %(message)s"))
@@ -45,16 +46,22 @@ def rank_log(folder: Path, phase: Callable[[], str]) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A file that says once when it cannot be written, and is given up: no run ends because of its log."""
+    """A log file that is closed with one warning when it cannot be written: no run ends because of its log."""
 
     def _open(self) -> io.TextIOWrapper:
-        """Unbuffered, so that nothing is left over that cannot be written when the file is closed either."""
-        return io.TextIOWrapper(io.FileIO(self.baseFilename, "a"), self.encoding, write_through=True)  # type: ignore[arg-type]
+        """Unbuffered, so that closing the file has nothing left to write, which could fail."""
+        file = io.FileIO(self.baseFilename, "a", opener=_open_at_once)
+        return io.TextIOWrapper(file, self.encoding, write_through=True)  # type: ignore[arg-type]
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Called by `emit` for what goes wrong in it."""
+        """Called by `emit` for an error in it."""
         logging.getLogger().removeHandler(self)
         logging.getLogger(__name__).warning("%s: %s; this log ends here", self.baseFilename, sys.exc_info()[1])
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opening a FIFO would wait for a reader."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 class _Formatter(logging.Formatter):

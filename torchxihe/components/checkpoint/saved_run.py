@@ -9,14 +9,16 @@ import torch
 from pydantic import ValidationError
 
 from torchxihe.components.checkpoint.history import read_train_state
-from torchxihe.components.checkpoint.manifest import step_of
+from torchxihe.components.checkpoint.manifest import TRAIN_STATE, step_of
 from torchxihe.components.checkpoint.state import corruption_explained, load_model_only, resolve
-from torchxihe.components.checkpoint.storage import Location, hash_file
+from torchxihe.components.checkpoint.storage import CorruptError, Location, hash_file
+from torchxihe.components.checkpoint.tensor_files import TensorReader
 from torchxihe.config.options import Config, Model
 from torchxihe.data.tokenizer import read_meta
 from torchxihe.errors import UserError
 from torchxihe.kernels.select import PORTABLE, Kernels
 from torchxihe.model.decoder import Decoder
+from torchxihe.model.flops import parameter_counts
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ def open_saved(path: str | PathLike[str]) -> SavedRun:
             raise UserError(
                 f"{step_dir}: this torchxihe has no such model: {where}: {first['msg']}; use another version"
             ) from None
+        saved = TensorReader(step_dir).metadata.state_dict_metadata
+        numbers = [entry.size.numel() for key, entry in saved.items() if key.startswith("model.")]  # pyright: ignore
+        if sum(numbers) != parameter_counts(model)[0]:  # before anything of the model's size is made
+            raise CorruptError(f"{TRAIN_STATE} describes another model than the tensors")
     of_run = Path(config["run"]["dir"], config["run"]["name"])
     homes = [Path(path), Path(step_dir.parent.parent), of_run]
     found = next((home / "tokenizer" for home in homes if (home / "tokenizer" / "torchxihe.json").is_file()), None)
