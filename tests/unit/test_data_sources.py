@@ -731,7 +731,11 @@ def test_an_arrow_file_whose_offsets_lie_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "a.arrow"
     for offsets in ([0, 2, 2**30, 9], [0, 5, 2, 9]):
         buffers = [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(b"x" * 9)]
-        write_table(file, {"text": pa.Array.from_buffers(pa.string(), 3, buffers)})
+        damaged = pa.Array.from_buffers(pa.string(), 3, buffers)
+        write_table(file, {"text": damaged})
+        assert f"key.path: {file}: cannot be read as arrow: " in error_of(file)
+        behind = pa.StructArray.from_arrays([invalid_utf8([b"\xff"] * 3), damaged], ["role", "content"])
+        write_table(file, {"text": pa.ListArray.from_arrays(pa.array([0, 2, 3], pa.int32()), behind)})
         assert f"key.path: {file}: cannot be read as arrow: " in error_of(file)
 
 

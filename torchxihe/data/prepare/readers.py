@@ -392,6 +392,10 @@ def _check_offsets(column: Any) -> None:
     except pa.ArrowInvalid as error:
         if "UTF8" not in str(error):  # such values are bad rows
             raise
+        fields = range(column.type.num_fields) if hasattr(column, "field") else ()
+        nested = [getattr(column, name) for name in ("values", "dictionary", "storage") if hasattr(column, name)]
+        for child in (*nested, *(column.field(i) for i in fields)):  # those after the first error are unchecked
+            _check_offsets(child)
 
 
 def _read_stream(piece: Piece, source: Documents) -> Iterator[Row]:
