@@ -1,8 +1,8 @@
-"""From rows on disk to batches on the device: the last step of the data path.
+"""From rows on disk to batches on the device.
 
 A batch is [B, T]: B rows of a micro-batch, T = seq_len. A stored row has T + 1 tokens: inputs are the first T, targets
 the last T. A target is masked where it is padding or the first token of another document than its input's, and where
-the store has masks that say so (a conversation's prompts).
+the store's loss masks have 0 (a conversation's prompts).
 """
 
 import itertools
@@ -26,7 +26,7 @@ from torchxihe.data.verify import Verification
 IGNORE = -100
 """Target that carries no loss."""
 MOST_OPEN = 1024
-"""Token files of one source that are kept open, if the process may open so many."""
+"""Token files of one source that are kept open at most; less if the process has a lower limit."""
 AHEAD = 4
 """Batches that the prefetch thread keeps ready."""
 VERIFIED_FIRST = 10.0
@@ -56,14 +56,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What a rank's batches look like, and which of all rows are its own."""
+    """The shape of a rank's batches, and which rows it reads."""
 
     seq_len: int
     rows: int
     """Of a micro-batch."""
     device: torch.device
     document_mask: bool = True
-    """Whether batches say where documents begin."""
+    """Whether batches have `cu_seqlens`."""
     data_rank: int = 0
     """This process's number among those that read different rows."""
     data_ranks: int = 1
@@ -77,7 +77,7 @@ class _Reader:
         self._pin = spec.device.type == "cuda"
         self._eos = prepared.eos_id
         self._document_mask = spec.document_mask
-        # Half of the files that this process may open, so that all else has room.
+        # Half of the limit of open files; the rest is left to everything else.
         sources = prepared.sources if split == "train" else prepared.held_out
         share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(sources)
         self._sources = [source.open(split, max(16, min(share, MOST_OPEN))) for source in sources]
@@ -85,7 +85,7 @@ class _Reader:
         self._masks = [np.zeros(spec.seq_len + 1, np.uint8) if rows.masked else None for rows in self._sources]
 
     def read(self, samples: list[int], sources: list[int], rows: list[int]) -> Batch:
-        """The batch of `rows` of `sources`; what is missing to a whole micro-batch is padding."""
+        """The batch of `rows` of `sources`, filled up with padding rows to a micro-batch."""
         seq_len, missing = self._seq_len, self._rows - len(samples)
         tokens_BT = torch.empty(self._rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
         targets_BT = torch.empty(self._rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
@@ -128,8 +128,8 @@ class _Reader:
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` on its way to the device. Pinned memory is not used again before the copy is done: the allocator that
-    it came from, and goes back to, has recorded an event on the copy's stream."""
+    """`batch` on the device, copied asynchronously. Pinned memory is not reused before the copy is done: its allocator
+    has recorded an event on the copy's stream."""
     if device.type == "cpu":
         return batch
     moved = {
@@ -146,7 +146,7 @@ def causal_pairs(length: int) -> int:
 
 
 def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
-    """A batch of random tokens, with as many documents in each row where documents are masked: for trials of a step."""
+    """A batch of random tokens, with this number of documents in each row if documents are masked: for trial steps."""
     rows, seq_len, device = spec.rows, spec.seq_len, spec.device
     generator = torch.Generator().manual_seed(spec.data_rank)
     tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=generator).to(device)
@@ -162,7 +162,7 @@ def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
 
 
 class Loader:
-    """The training batches of one rank from `step` on, without end.
+    """The training batches of one rank from `step` on, endlessly.
 
     Sample j of a step is row b of micro-batch i on rank r, with j = (i * data_ranks + r) * rows + b; where j is
     not in the global batch, the row is padding. An error in the prefetch thread is raised by `next()`.
@@ -208,12 +208,14 @@ class Loader:
             self._verification.close()
         while self._thread.is_alive():
             with suppress(queue.Empty):
-                self._ready.get(timeout=0.01)  # the thread may be waiting for room
+                self._ready.get(timeout=0.01)  # the thread may be blocked by a full queue
 
     def _run(self) -> None:
         try:
             if self._spec.device.type == "cuda":
-                torch.cuda.set_device(self._spec.device)  # or this thread's pinned memory opens a context on GPU 0
+                torch.cuda.set_device(
+                    self._spec.device
+                )  # otherwise this thread's pinned memory creates a context on GPU 0
             if self._verification:
                 self._verification.wait(VERIFIED_FIRST)
             for step in itertools.count(self._step):
@@ -223,7 +225,7 @@ class Loader:
                     self._ready.put(batch)
                     if self._stop.is_set():
                         return
-        except BaseException as error:  # whatever it is, the training thread must learn of it
+        except BaseException as error:  # is raised by the next call of `next()`
             self._ready.put(error)
 
     def _read_step(self, step: int) -> Iterator[Batch]:
@@ -243,7 +245,7 @@ class Loader:
 def validation_rows(prepared: Prepared, seq_len: int, max_tokens: int) -> list[tuple[int, int]]:
     """The rows of one validation: (place in `prepared.held_out`, row), evenly spread within each.
 
-    Of the sources `max_tokens` (0: all), shared out by their sizes, and of each set as many again.
+    `max_tokens` (0: all) of the sources, in proportion to their sizes, and as many of each set.
     """
     chosen = _spread([source.valid_rows for source in prepared.sources], seq_len, max_tokens)
     for i, documents in enumerate(prepared.sets, start=len(prepared.sources)):
@@ -252,7 +254,7 @@ def validation_rows(prepared: Prepared, seq_len: int, max_tokens: int) -> list[t
 
 
 def _spread(have: list[int], seq_len: int, max_tokens: int) -> list[tuple[int, int]]:
-    """Rows that make up `max_tokens`, of sources that `have` so many: (source, row)."""
+    """Rows of `max_tokens` in total, of sources that `have` so many rows: (source, row)."""
     most = min(sum(have), -(-max_tokens // seq_len)) if max_tokens else sum(have)
     # The first `most` of an even interleave: ends of the cumulative sizes, scaled.
     ends = [sum(have[: i + 1]) * most // max(1, sum(have)) for i in range(len(have))]
@@ -265,8 +267,8 @@ def _spread(have: list[int], seq_len: int, max_tokens: int) -> list[tuple[int, i
 def validation_batches(prepared: Prepared, spec: BatchSpec, max_tokens: int) -> Iterator[Batch]:
     """This rank's batches of one validation.
 
-    Over all ranks, each row of `validation_rows` comes once, at any world size and micro-batch; all ranks get equally
-    many batches, filled up with padding rows. `Batch.samples` counts the rows of the validation.
+    Over all ranks, each row of `validation_rows` is read once, with any number of ranks and any micro-batch; all ranks
+    get the same number of batches, filled up with padding rows. `Batch.samples` counts the rows of the validation.
     """
     chosen = validation_rows(prepared, spec.seq_len, max_tokens)
     reader = _Reader(prepared, "valid", spec)
@@ -280,12 +282,12 @@ def validation_batches(prepared: Prepared, spec: BatchSpec, max_tokens: int) -> 
 def micro_batches(global_batch: int, data_ranks: int, rows: int) -> int:
     """How many micro-batches of `rows` rows each of `data_ranks` ranks runs for a global batch.
 
-    Any global batch works with any number of ranks: places that do not divide evenly are filled with rows whose targets
-    are all masked, and all ranks run equally many micro-batches.
+    Any global batch works with any number of ranks: remaining places are filled with rows whose targets are all masked,
+    and all ranks run the same number of micro-batches.
     """
     return -(-global_batch // (data_ranks * rows))
 
 
 def micro_batch_rows(global_batch: int, data_ranks: int, most: int) -> int:
-    """Rows of a micro-batch, at most `most`: as few as fill no more micro-batches than `most` rows would."""
+    """Rows of a micro-batch, at most `most`: the fewest that need no more micro-batches than `most` rows."""
     return -(-global_batch // (data_ranks * micro_batches(global_batch, data_ranks, most)))

@@ -123,7 +123,7 @@ def next_stage(previous: Sequence[Stage], config: Config, prepared: Prepared, st
 def changed_sources(saved: Sequence[Stage], prepared: Prepared, step: int) -> list[str]:
     """How the sources differ from those of the last step of a run that resumes at `step`: a line for each.
 
-    Sources are compared by content key, so changed documents, templates or tokenizers count, whatever the config says.
+    Sources are compared by content key: changed documents, templates or tokenizers count, even with the same config.
     """
     stages = [stage for stage in saved if stage.step < step]
     if not stages:

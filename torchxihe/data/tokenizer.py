@@ -77,7 +77,7 @@ class Encoder:
         self._fast = fast_encoding(json.loads(content))
         self._cuttable = self._fast is not None or not any(map(_CUT.search, _texts_of(vocab.values())))
         # The EOS and BOS tokens may be ordinary tokens, which text can yield.
-        # One character alone cannot be told from text.
+        # A token of one character cannot be distinguished from text.
         reserved = [vocab[index] for index in (meta.eos_id, meta.bos_id) if index in vocab]
         self._reserved = [token for token in reserved if len(token) > 1]
 

@@ -1,4 +1,4 @@
-"""How documents become rows of a fixed length: two pure functions.
+"""Packing documents into rows of a fixed length: two pure functions.
 
 Documents come as (start, length) in a split's tokens, int64 [n, 2]. Rows go out as pieces, each a document or a part
 of one: `starts` int64 [rows + 1] are the rows' places in `pieces` int64 [m, 2], again (start, length). Every token of
