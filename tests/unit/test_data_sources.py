@@ -682,7 +682,7 @@ def test_a_line_that_is_nested_too_deeply_is_a_bad_row(tmp_path: Path) -> None:
 
 
 def invalid_utf8(values: list[bytes | None]) -> Any:
-    """An Arrow array of strings that nobody has checked."""
+    """An Arrow array of strings that were not validated."""
     import pyarrow as pa
 
     raw = pa.array(values, pa.binary())

@@ -1,4 +1,4 @@
-"""From a pre-trained model to one that answers, and out to Hugging Face: the whole way, on docstrings, in a minute."""
+"""Fine-tuning a pre-trained model on docstrings and exporting it to Hugging Face, end to end, in a minute."""
 
 import io
 import json
@@ -155,7 +155,7 @@ def test_resuming_is_exact(tuned: Path) -> None:
 
 
 def test_another_tokenizer_is_refused(tuned: Path) -> None:
-    """Nobody tunes a model with a tokenizer that it does not know, silently."""
+    """Fine-tuning with another tokenizer than the model was trained with is an error."""
     flags = ["--tokenizer.path=", "--run.name=other"]
     run(["prepare", str(tuned.with_suffix(".toml")), *flags])
     with pytest.raises(
