@@ -28,7 +28,7 @@ from torchxihe.components.observe import (
     wanted_trackers,
 )
 from torchxihe.components.runtime import Ranks, Stop, Watchdog, fit_micro_batch, run_lock, share_run_directory
-from torchxihe.components.validation import deciding_key, warn_of_few_rows
+from torchxihe.components.validation import warn_of_few_rows
 from torchxihe.config.load import dump_config
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Loader
@@ -333,7 +333,7 @@ class Loop:
 
     def _validate(self) -> None:
         result = self.trainer.validate(self.prepared)
-        self.validation_loss = result.get(deciding_key(self.trainer.config.checkpoint.best_by))
+        self.validation_loss = result.get(self.trainer.config.checkpoint.best_metric)
         if self.writer:
             self.writer.validation(self.trainer.step, result)
 

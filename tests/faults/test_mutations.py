@@ -197,7 +197,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.timeout(1800)
 def test_damaged_files_end_in_the_same_result_or_in_one_line(first: int, stopped: Stopped, tmp_path: Path) -> None:
-    """Seen to fail without the comparison of hashes of checkpoints, of token files, of a tokenizer."""
+    """Seen to fail without the comparison of a checkpoint's hashes (another result, silently), and where a FIFO in
+    place of a rank's log was waited for (mutation 118)."""
     failed = []
     for number in range(first, first + BLOCK):
         try:

@@ -154,6 +154,10 @@ def test_the_best_is_decided_by_what_the_user_names(tmp_path: Path) -> None:
         for line in read_metrics(run_dir / METRICS)[1]:
             step = Location(run_dir / "checkpoints" / f"step-{int(line['step']):08d}")
             assert read_manifest(step).validation_loss == line[key]
+        best = min(read_metrics(run_dir / METRICS)[1], key=lambda line: line[key])
+        of = "" if best_by == "sources" else " of poems"
+        log = (run_dir / "logs" / "rank-00000.log").read_text()
+        assert f"best{of} {best[key]:.4f} at step {int(best['step'])}" in log
 
 
 def test_a_warning_where_few_rows_decide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -49,11 +49,6 @@ def validation_metrics(sums_S3: Tensor, prepared: Prepared) -> dict[str, float]:
     return result
 
 
-def deciding_key(best_by: str) -> str:
-    """The metric that decides which checkpoint is the best, for `checkpoint.best_by`."""
-    return "validation/loss" if best_by == "sources" else f"validation/{best_by}/loss"
-
-
 def warn_of_few_rows(config: Config, prepared: Prepared) -> None:
     """Log a warning if so few rows decide which checkpoint is the best that the loss on them is mostly noise."""
     if not 0 < config.validation.every <= config.total_steps:
@@ -68,7 +63,10 @@ def warn_of_few_rows(config: Config, prepared: Prepared) -> None:
         remedy = "raise validation.fraction, or name a larger validation set in checkpoint.best_by"
         held_out = f"only {counted(rows, 'row')} of {what} {'is' if rows == 1 else 'are'} held out"
         log.warning(
-            "%s: %s is noisy, and decides which checkpoint is the best; %s", held_out, deciding_key(best_by), remedy
+            "%s: %s is noisy, and decides which checkpoint is the best; %s",
+            held_out,
+            config.checkpoint.best_metric,
+            remedy,
         )
 
 

@@ -340,6 +340,11 @@ class Checkpoint(Section):
     """What the last step saves. "model": only the weights, a third of the size; if the run is extended later, it
     resumes from the checkpoint before."""
 
+    @property
+    def best_metric(self) -> str:
+        """The metric that `best_by` names."""
+        return "validation/loss" if self.best_by == "sources" else f"validation/{self.best_by}/loss"
+
 
 class Metrics(Section):
     """What is written while training."""

@@ -1,6 +1,7 @@
 """What a run says before its first step (the model, the data, the layout, the plan), and after its last."""
 
 import logging
+import math
 import os
 import shutil
 import sys
@@ -89,9 +90,11 @@ def report_end(config: Config) -> None:
             ("loss", f"{last['loss']:.4f}, {last['bpb']:.4f} bits a byte"),
         ]
     if valid:
-        best = min(valid, key=lambda line: line["validation/loss"])
+        metric = config.checkpoint.best_metric
+        best = min(valid, key=lambda line: line.get(metric, math.inf))  # an earlier start may have had other sets
         loss, bpb = valid[-1]["validation/loss"], valid[-1]["validation/bpb"]
-        at = f"best {best['validation/loss']:.4f} at step {best['step']:,}"
+        by = "" if config.checkpoint.best_by == "sources" else f" of {config.checkpoint.best_by}"
+        at = f"best{by} {best.get(metric, math.nan):.4f} at step {best['step']:,}"
         rows.append(("held out", f"loss {loss:.4f}, {bpb:.4f} bits a byte ({at})"))
     # As it can be typed here: in a fresh clone the program is in .venv, which is not on the path.
     python = min(os.path.relpath(sys.executable), sys.executable, key=len)
