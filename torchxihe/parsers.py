@@ -213,7 +213,8 @@ source and validation set if there are several; validation is dashed. Needs matp
         "torchxihe plot runs/xihe_debug --out runs/xihe_debug/plot.png",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run directory")
-    text = "the image, default plot.png; an existing file is replaced only if this command has written it"
+    text = """the image (.png, .svg or .pdf), default plot.png; an existing file is replaced only if this command has
+    written it"""
     parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE", help=text)
     text = "horizontal axis: steps (default), tokens, or hours of training since the first step"
     parser.add_argument("--by", choices=("step", "tokens", "time"), default="step", help=text)

@@ -21,13 +21,22 @@ from torchxihe.components.observe import (
     MetricsWriter,
     Profiler,
     Window,
+    compiling,
     memory_explained,
     report_end,
     report_start,
     usage,
     wanted_trackers,
 )
-from torchxihe.components.runtime import Ranks, Stop, Watchdog, fit_micro_batch, run_lock, share_run_directory
+from torchxihe.components.runtime import (
+    Ranks,
+    Stop,
+    Watchdog,
+    check_memory,
+    fit_micro_batch,
+    run_lock,
+    share_run_directory,
+)
 from torchxihe.components.validation import warn_of_few_rows
 from torchxihe.config.load import dump_config
 from torchxihe.config.options import Config
@@ -36,6 +45,7 @@ from torchxihe.data.order import Order, Stage, changed_sources, check_epochs, pl
 from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.errors import UserError, explained
 from torchxihe.model.flops import training_flops
+from torchxihe.parallelisms.compile import compiles
 from torchxihe.parallelisms.dims import build_dims
 from torchxihe.trainer import Trainer, trial_step
 from torchxihe.utils.device import device_name
@@ -134,6 +144,8 @@ def is_finished(config: Config, saved: dict[str, Any]) -> bool:
 
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
     """Find the start, build the trainer, and train."""
+    dims = build_dims(config.parallelism)
+    check_memory(config, device, dims.dp_shard, dims.size("data"))
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
     start = find_start(config, checkpointer)
     config, saved = start.config, start.saved
@@ -152,7 +164,6 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
             history.resume(saved)
         else:
             history.start_from(saved, start.directory, whole=not start.only)
-    dims = build_dims(config.parallelism)
     with memory_explained(config):
         config = fit_micro_batch(config, device, trial_step, dims.size("data"))
         trainer = Trainer(config, device, prepared.bytes_per_token, dims=dims)
@@ -263,7 +274,7 @@ class Loop:
         self.loader = Loader(self.prepared, self.order, trainer.batch_spec, trainer.step)
         self.writer = self.checkpointer.ranks.each(lambda: MetricsWriter(config, trainer.step) if is_main() else None)
         self.profiler = Profiler(config, trainer.device)
-        self.window = Window(trainer.step, self._tokens(), trainer.dims.size("world"))
+        self._begin_window()
         # A full garbage collection takes half a second, and hits ranks at different steps (stragglers).
         gc.collect()
         gc.freeze()
@@ -290,12 +301,24 @@ class Loop:
                 return
             self.lr = trainer.lr
             self.profiler.before_step(trainer.step + 1)
-            trainer.train_step(self.loader)
+            if trainer.step == first and compiles(trainer.config.training):
+                with compiling():
+                    trainer.train_step(self.loader)
+                self._begin_window()  # the first step's time is not that of a step
+            else:
+                trainer.train_step(self.loader)
             self.checkpointer.poll()
             self.validation_loss = None
             for task in self.tasks:
                 if task.due(trainer.step, self.total):
                     self._do(task)
+
+    def _begin_window(self) -> None:
+        """Measure speed from here on."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        self.loader.read_counts()
+        self.window = Window(self.trainer.step, self._tokens(), self.trainer.dims.size("world"))
 
     def _do(self, task: Task) -> None:
         if not task.phase:
@@ -318,14 +341,16 @@ class Loop:
         wait_seconds, tokens, pairs = self.loader.read_counts()
         steps = trainer.step - self.window.step
         metrics |= self.window.close(trainer.step, self._tokens(), wait_seconds)
+        seconds = steps * metrics.get("step_seconds", 0.0)
         flops = training_flops(trainer.config.model, tokens, pairs)
-        metrics |= usage(trainer.device, flops / (steps * metrics["step_seconds"]))
-        log.debug(
-            "%.3f s/step, %.1f %% of it waiting for data, %.2f GiB of host memory",
-            metrics["step_seconds"],
-            100 * metrics["data_wait_fraction"],
-            metrics[f"host_memory_gib/{rank()}"],
-        )
+        metrics |= usage(trainer.device, flops / seconds if seconds else 0.0)
+        if steps:
+            log.debug(
+                "%.3f s/step, %.1f %% of it waiting for data, %.2f GiB of host memory",
+                metrics["step_seconds"],
+                100 * metrics["data_wait_fraction"],
+                metrics[f"host_memory_gib/{rank()}"],
+            )
         if self.writer:
             self.writer.train(metrics)
         trainer.bad_steps.check(self.order.describe(trainer.step - 1, names))

@@ -1,10 +1,13 @@
-"""What a run tells of itself, and that nothing of it can stop the run."""
+"""Metrics, logs, profiles and plots of a run, and that no failure of them ends it."""
 
+import io
 import json
 import math
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ import torch
 
 from tests.unit.saved_runs import write_training
 from torchxihe.__main__ import run
-from torchxihe.commands.plot import draw
-from torchxihe.components.observe import trackers
+from torchxihe.commands.plot import draw, moving_average
+from torchxihe.components.observe import compiling, trackers
 from torchxihe.components.observe.metrics import METRICS, StepSums, Window, read_metrics
 from torchxihe.components.observe.profiler import describe_overlap
 from torchxihe.config.load import load_config
@@ -22,6 +25,7 @@ from torchxihe.data.store import open_prepared
 from torchxihe.errors import UserError
 from torchxihe.trainer import Trainer
 
+ROOT = Path(__file__).parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -50,8 +54,11 @@ def test_keys_of_the_metrics(trained: Path) -> None:
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and [v["step"] for v in validations] == [3, 6]
     wanted = "step tokens loss bpb grad_norm lr tokens_per_second tokens_per_second_per_gpu step_seconds"
     wanted += " data_wait_fraction memory_allocated_gib memory_reserved_gib skipped host_memory_gib/0"
-    wanted += " loss/a loss/b epoch/a epoch/b"
+    wanted += " loss/a loss/b epoch/a epoch/b time"
     assert set(steps[0]) == set(wanted.split())
+    times = [line["time"] for line in steps]
+    assert times == sorted(times) and 0 < times[-1] - times[0] < 60 and abs(times[-1] - time.time()) < 3600
+    assert validations[0]["time"] >= times[2]
     assert 0.05 < steps[0]["host_memory_gib/0"] < 16
     assert steps[-1]["tokens"] == 6 * 4 * 32
 
@@ -104,7 +111,7 @@ def test_held_out_loss_by_source_adds_up(trained: Path, capsys: pytest.CaptureFi
     assert a != b and min(a, b) < result["validation/loss"] < max(a, b)
     run(["eval", str(trained)])
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table] == ["held", "all", "a", "b"]
+    assert [line.split()[0] for line in table] == ["validation", "sources", "a", "b"]
     loss, perplexity, bpb = map(float, table[1].replace(",", "").split()[1:])
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-3) and bpb == pytest.approx(
         result["validation/bpb"], abs=1e-4
@@ -157,10 +164,15 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path: Path) -> None:
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"loss", "loss/a", "epoch/b", "lr", "grad_norm", "validation/loss", "validation/a/bpb"} <= tags
-    assert "step" not in tags
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run_dir))
+    assert {"train/loss", "train/loss/a", "train/epoch/b", "train/lr", "train/grad_norm", "train/tokens"} <= tags
+    assert {"validation/loss", "validation/a/bpb", "perf/tokens_per_second", "perf/data_wait_fraction"} <= tags
+    assert {"memory/host_memory_gib/0", "memory/memory_allocated_gib"} <= tags
+    assert {tag.partition("/")[0] for tag in tags} == {"train", "validation", "perf", "memory"}
+    assert not [tag for tag in tags if tag.endswith(("/step", "/time"))]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(run_dir))
+    log = (run_dir / "logs" / "rank-00000.log").read_text()
+    assert "tensorboard/\n" in log and f"tensorboard --logdir {run_dir}/tensorboard\n" in log
 
 
 def test_wandb_offline_is_one_run_and_has_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +184,7 @@ def test_wandb_offline_is_one_run_and_has_no_key(tmp_path: Path, monkeypatch: py
     runs = [folder.name for folder in (run_dir / "wandb").glob("offline-run-*")]
     assert len({name.rpartition("-")[2] for name in runs}) == 1  # two starts, one identity
     assert all(list((run_dir / "wandb" / name).glob("*.wandb")) for name in runs)
+    assert f"wandb sync {run_dir}/wandb/offline-run-*\n" in (run_dir / "logs" / "rank-00000.log").read_text()
     searched = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(searched) > 20
     assert not [file for file in searched if KEY.encode() in file.read_bytes()]
@@ -243,15 +256,132 @@ def test_the_log_file_has_rank_and_phase(trained: Path) -> None:
     lines = (trained / "logs" / "rank-00000.log").read_text().splitlines()
     assert any(" rank 0 [start] INFO model " in line for line in lines)
     assert any(" rank 0 [step 4] DEBUG " in line and "waiting for data" in line for line in lines)
-    assert any(" rank 0 [validation after step 3] INFO step 3/6   held out: loss" in line for line in lines)
+    assert any(" rank 0 [validation after step 3] INFO step 3/6   validation: loss" in line for line in lines)
 
 
-def test_the_end_says_what_came_of_it_and_what_is_next(trained: Path) -> None:
+def test_start_and_end(trained: Path) -> None:
     text = (trained / "logs" / "rank-00000.log").read_text()
-    for part in ("finished 6 steps, 768 tokens\n", "held out loss ", f"torchxihe export {trained} --out DIR"):
+    for part in ("finished   6 steps, 768 tokens\n", "validation loss ", f"torchxihe export {trained} --out DIR"):
         assert part in text
-    for part in ("plan     6 steps, 768 tokens, ", " MFLOP a step", "memory   610.5 KiB a process", " K parameters, "):
+    for part in (
+        "plan       6 steps, 768 tokens, ",
+        " MFLOP/step",
+        "memory     610.5 KiB per process",
+        " K parameters, ",
+    ):
         assert part in text
+    assert "tokenizer  trained on data.sources" in text and ": 300 tokens, EOS" in text and "<|endoftext|>" in text
+    assert "BOS none" in text
+    assert not [name for name in ("tensorboard", "wandb", "profile/") if name in text]
+    messages = [line.partition(" INFO ")[2] for line in text.splitlines()]
+    long = [line for line in messages if len(line) > 120 and str(trained) not in line]
+    assert not long, "wraps on a terminal"
+
+
+def test_names_with_blanks_are_quoted(tmp_path: Path) -> None:
+    root = tmp_path / "my runs"
+    root.mkdir()
+    run_dir = train(write_training(root))
+    assert f"export '{run_dir}' --out DIR\n" in (run_dir / "logs" / "rank-00000.log").read_text()
+
+
+def test_what_a_run_is_too_short_for_is_logged_once(tmp_path: Path) -> None:
+    run_dir = train(write_training(tmp_path), "--profiler.first_step=40", "--checkpoint.every=10")
+    text = (run_dir / "logs" / "rank-00000.log").read_text()
+    assert text.count("WARNING profiler.first_step: 40 is beyond the run's 6 steps") == 1
+    assert text.count("WARNING checkpoint.every: 10 is beyond") == 1
+
+
+def test_compilation_is_announced_and_no_part_of_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a step that sleeps where it would compile. Seen to fail: step 1 had a speed and an ETA."""
+    step = Trainer.train_step
+
+    def slow_at_first(self: Trainer, loader: Any) -> None:
+        time.sleep(2 if self.step == 0 else 0)
+        step(self, loader)
+
+    monkeypatch.setattr(Trainer, "train_step", slow_at_first)
+    monkeypatch.setattr("torchxihe.run.compiles", lambda training: True)
+    run_dir = train(write_training(tmp_path), "--validation.every=0")
+    steps = read_metrics(run_dir / METRICS)[0]
+    assert "tokens_per_second" not in steps[0] and "step_seconds" not in steps[0] and steps[0]["loss"] > 0
+    assert all(line["step_seconds"] < 1 for line in steps[1:])
+    lines = (run_dir / "logs" / "rank-00000.log").read_text().splitlines()
+    assert any("INFO compiling (first step; takes 1–3 min)" in line for line in lines)
+    [first] = [line for line in lines if "INFO step 1/6" in line]
+    assert "tok/s" not in first and "eta" not in first
+    assert all("tok/s" in line for line in lines if "INFO step 2/6" in line)
+
+
+def test_compilation_has_a_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    with compiling():
+        time.sleep(1.2)
+    assert terminal.getvalue() == "\rcompiling, 1 s\r\033[K"
+
+
+# Output that cannot be written
+
+
+@pytest.mark.parametrize("how", ["| true", ">/dev/full", ">&-", "2>&- >&- <&-", "PYTHONIOENCODING=ascii"])
+def test_output_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, how: str) -> None:
+    """Seen to fail: BrokenPipeError or a page of logging errors; a closed one made a checkpoint's file descriptor 1."""
+    config = write_training(tmp_path, metrics='sample_prompt = "⟦é"')
+    setting, redirection = (f"{how} ", "") if "=" in how else ("", how)
+    for command in ("prepare", "train"):
+        line = f"{setting}{sys.executable} -m torchxihe {command} {config} {redirection}"
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Error" not in done.stderr and "Exception" not in done.stderr
+    assert len(losses(tmp_path / "train")) == 6
+    run(["verify", str(tmp_path / "train")])
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "error"),
+    [
+        ("| true", 1, ""),
+        (">/dev/full", 1, "standard output: No space left on device\n"),
+        (">&-", 0, ""),
+        ("2>&- >&-", 0, ""),
+    ],
+)
+def test_other_commands_end_quietly(trained: Path, redirection: str, code: int, error: str) -> None:
+    for command in (f"verify {trained}", f"config {trained}/config.toml", "--help"):
+        line = f"set -o pipefail; (sleep 0.3; {sys.executable} -m torchxihe {command}) {redirection}"
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, error)
+
+
+def test_a_signal_after_the_end_changes_nothing() -> None:
+    """While Python exits, which takes a second after a run. Seen to fail: the exit code was -15."""
+    code = """
+import os, signal
+from pathlib import Path
+from torchxihe.components.runtime import Stop, Watchdog
+with Watchdog(Path("."), 0, 0) as watchdog, Stop(watchdog):
+    pass
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    os.kill(os.getpid(), number)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    """Seen to fail: the kernel killed the process."""
+    config = write_training(tmp_path)
+    for override in (
+        "--model.hidden_size=9007199254740992",
+        "--model.num_hidden_layers=1000000000000",
+        "--data.seq_len=99999999999999",
+    ):
+        with pytest.raises(
+            UserError, match=r"^model: a process needs at least .* more than the .*B that a process has"
+        ):
+            run(["train", str(config), override])
 
 
 def test_an_error_is_in_the_log_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +413,7 @@ def test_a_profile_that_the_run_ends_in_is_written(tmp_path: Path) -> None:
 def test_the_share_of_exposed_communication() -> None:
     kernels = [("gemm", 0, 10), ("copy", 5, 30), ("ncclAllGather", 20, 60), ("gemm", 40, 50), ("gemm", 80, 100)]
     assert describe_overlap([(name, 1e3 * start, 1e3 * end) for name, start, end in kernels]) == (
-        "100.0 ms on the GPU: computing 60.0 %, communicating 40.0 %, of it alone 20.0 %, idle 20.0 %"
+        "100.0 ms on the GPU: computing 60.0 %, communicating 40.0 %, exposed 20.0 %, idle 20.0 %"
     )
 
 
@@ -312,10 +442,68 @@ def test_plot_overlays_runs(trained: Path, tmp_path: Path, capsys: pytest.Captur
     data = read_metrics(trained / METRICS)
     figure = draw({"one": data, "two": data}, "step")
     by_title = {axis.get_title(): axis for axis in figure.axes}
-    assert list(by_title) == ["Loss", "Bits per byte", "Learning rate", "Gradient norm", "Speed", "Memory"]
-    assert [line.get_label() for line in by_title["Loss"].lines] == ["one", "one, held out", "two", "two, held out"]
+    first = ["Loss", "Bits per byte", "Learning rate", "Gradient norm", "Speed", "Memory"]
+    assert list(by_title) == [*first, "Training loss by source", "Validation loss by source and set"]
+    assert [line.get_label() for line in by_title["Loss"].lines] == ["one", "one, validation", "two", "two, validation"]
     assert list(by_title["Loss"].lines[0].get_ydata()) == losses(trained)
-    assert by_title["Loss"].get_ylabel() == "nats a token" and by_title["Speed"].get_ylabel() == "tokens a second"
+    assert by_title["Loss"].get_ylabel() == "nats/token" and by_title["Speed"].get_ylabel() == "tokens/s"
+    for title, keys in (("Training loss by source", "loss"), ("Validation loss by source and set", "validation")):
+        lines = by_title[title].lines
+        assert [line.get_label() for line in lines] == ["one, a", "one, b", "two, a", "two, b"]
+        key, which = ("loss/b", 0) if keys == "loss" else ("validation/b/loss", 1)
+        assert list(lines[1].get_ydata()) == [line[key] for line in data[which]]
+
+
+def test_plot_over_time_and_smoothed(trained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data = read_metrics(trained / METRICS)
+    [loss] = [axis for axis in draw({"one": data}, "time", smooth=3).axes if axis.get_title() == "Loss"]
+    raw, smoothed, valid = loss.lines
+    assert list(raw.get_ydata()) == losses(trained) and list(smoothed.get_ydata()) == moving_average(losses(trained), 3)
+    hours = [(line["time"] - data[0][0]["time"]) / 3600 for line in data[0]]
+    assert list(raw.get_xdata()) == hours and hours[0] == 0 and hours[-1] > 0
+    assert len(valid.get_xdata()) == 2
+    run_dir = tmp_path / "old"
+    run_dir.mkdir()
+    (run_dir / METRICS).write_text('{"step": 1, "loss": 3.0, "tokens": 10}\n')
+    with pytest.raises(UserError, match="of an older version, without a time; use --by step"):
+        run(["plot", str(run_dir), "--by", "time", "--out", str(tmp_path / "x.png")])
+
+
+def test_moving_average() -> None:
+    assert moving_average([4.0, 4.0, math.nan, 4.0], 10) == pytest.approx([4.0] * 4)
+    assert moving_average([0.0, 1.0], 2) == pytest.approx([0, 1 / 1.5])
+    assert moving_average([1.0, 5.0, 2.0], 1) == [1.0, 5.0, 2.0]
+
+
+@pytest.mark.parametrize("values", [[1.0] * 30, [0.5, 0.6, 0.7], [1e-3, 1.0, 1e4], [0.0, 2.0], [math.nan, 3.0]])
+def test_the_gradient_norms_axis_has_labels_and_all_values(values: list[float]) -> None:
+    """Seen to fail: norms between 0.5 and 0.7 had no label, those over seven decades labels over each other."""
+    pytest.importorskip("matplotlib")
+    lines: Any = [{"step": i, "tokens": i, "loss": 1.0, "grad_norm": value} for i, value in enumerate(values)]
+    figure = draw({"run": (lines, [])}, "step")
+    figure.canvas.draw()
+    [axis] = [axis for axis in figure.axes if axis.get_title() == "Gradient norm"]
+    low, high = axis.get_ylim()
+    assert all(low <= value <= high for value in values if value > 0)
+    shown = [t.get_text() for t, at in zip(axis.get_yticklabels(), axis.get_yticks(), strict=True) if low <= at <= high]
+    assert 2 <= len([text for text in shown if text]) <= 10
+
+
+def test_plot_replaces_only_what_it_has_written(trained: Path, tmp_path: Path) -> None:
+    """Seen to fail: `--out notes.txt` and a photograph were overwritten."""
+    pytest.importorskip("matplotlib")
+    for suffix in ("png", "svg", "pdf"):
+        out = tmp_path / f"mine.{suffix}"
+        for _ in range(2):
+            run(["plot", str(trained), "--out", str(out)])
+    photograph = tmp_path / "photograph.png"
+    photograph.write_bytes(b"\x89PNG of a cat")
+    with pytest.raises(UserError, match="exists and was not written by torchxihe plot; delete it or name another"):
+        run(["plot", str(trained), "--out", str(photograph)])
+    assert photograph.read_bytes() == b"\x89PNG of a cat"
+    with pytest.raises(UserError, match=r"--out: .*config.toml: must end in .png, .svg, .pdf"):
+        run(["plot", str(trained), "--out", str(trained / "config.toml")])
 
 
 def test_plot_to_where_there_is_no_folder(trained: Path) -> None:
@@ -326,10 +514,10 @@ def test_plot_to_where_there_is_no_folder(trained: Path) -> None:
 
 
 def test_plot_of_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no metrics.jsonl in it"):
+    with pytest.raises(UserError, match="has no metrics.jsonl; give the directory of a run"):
         run(["plot", str(tmp_path)])
     (tmp_path / METRICS).write_text("")
-    with pytest.raises(UserError, match="has no step in it yet"):
+    with pytest.raises(UserError, match="has no step yet"):
         run(["plot", str(tmp_path)])
 
 
@@ -375,4 +563,4 @@ def test_the_end_counts_no_step_of_an_earlier_start(tmp_path: Path) -> None:
     run_dir = train(config, "--checkpoint.every=3")
     shutil.rmtree(run_dir / "checkpoints" / "step-00000006")
     train(config, "--training.steps=5")
-    assert "finished 5 steps" in (run_dir / "logs" / "rank-00000.log").read_text()
+    assert "finished   5 steps" in (run_dir / "logs" / "rank-00000.log").read_text()

@@ -26,7 +26,7 @@ def parallelize(
     Returns (the decoder, whose parameters have their own names; the module to call in the step). They differ under
     DDP alone.
     """
-    log.info("kernels  %s", kernels.describe())
+    log.info("%-10s %s", "kernels", kernels.describe())
     dtype = getattr(torch, config.training.dtype)
     with torch.device("meta"):
         model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, kernels=kernels)

@@ -1,4 +1,4 @@
-"""The device: which one, what it can do, what it holds."""
+"""The device: its name, capabilities and memory."""
 
 import functools
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 TFLOP/s by the vendors' datasheets, keyed by what `torch.cuda.get_device_name()` says exactly.
+# Dense bf16 TFLOP/s by the vendors' datasheets, by the exact name that `torch.cuda.get_device_name()` returns.
 PEAK_BF16_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": 312.0,
     "NVIDIA A100-SXM4-80GB": 312.0,
@@ -61,6 +61,15 @@ def host_memory_gib() -> float:
     """GiB of the host's memory that this process has resident; 0.0 where there is no /proc."""
     file = Path("/proc/self/statm")
     return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30 if file.exists() else 0.0
+
+
+def host_memory_bytes() -> int:
+    """Memory of this machine, or of the container (cgroup) that this process runs in if that has less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if file.exists() and (text := file.read_text().strip()).isdecimal():
+            limits.append(int(text))
+    return min(limits)
 
 
 @functools.cache

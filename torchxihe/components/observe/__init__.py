@@ -1,4 +1,4 @@
-"""What a run reports: metrics, trackers, reports, profiles. Other rooms of `components` import from here."""
+"""Metrics, trackers, reports and profiles. The other packages of `components` import from here."""
 
 from torchxihe.components.observe.metrics import (
     METRICS,
@@ -10,7 +10,7 @@ from torchxihe.components.observe.metrics import (
     usage,
 )
 from torchxihe.components.observe.profiler import Profiler, memory_explained
-from torchxihe.components.observe.report import report_end, report_start
+from torchxihe.components.observe.report import compiling, report_end, report_start
 from torchxihe.components.observe.trackers import wanted_trackers
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Profiler",
     "StepSums",
     "Window",
+    "compiling",
     "memory_explained",
     "read_metrics",
     "report_end",

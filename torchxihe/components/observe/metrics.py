@@ -1,7 +1,4 @@
-"""What a run says of itself: sums kept on the device, one line a log step on the console and in `metrics.jsonl`.
-
-TensorBoard and Weights & Biases (trackers.py) get what `metrics.jsonl` gets.
-"""
+"""Metrics: sums kept on the device, written at log steps to the console, `metrics.jsonl` and the trackers."""
 
 import json
 import logging
@@ -27,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def sums_by_source(losses_B: Tensor, batch: Batch, bytes_per_token_V: Tensor, sources: int) -> Tensor:
-    """What a batch adds to each source's loss (nats), valid targets and the UTF-8 bytes that those stand for.
+    """A batch's loss (nats), number of valid targets, and the UTF-8 bytes that these encode, by source.
 
-    losses: summed over each row's targets. Returns float64 [sources, 3] on the device, without waiting for it.
+    losses_B: summed over each row's targets. Returns float64 [sources, 3] on the device, without synchronising.
     """
     valid_BT = batch.targets >= 0
     bytes_B = (bytes_per_token_V[batch.targets.clamp(min=0)] * valid_BT).sum(1)
@@ -38,7 +35,7 @@ def sums_by_source(losses_B: Tensor, batch: Batch, bytes_per_token_V: Tensor, so
 
 
 class StepSums:
-    """Sums over the steps since the last log step, on the device: adding never waits for it."""
+    """Sums over the steps since the last log step, kept on the device: `add` does not synchronise."""
 
     def __init__(self, device: torch.device, sources: int) -> None:
         self.sums_S3 = torch.zeros(sources, 3, dtype=torch.float64, device=device)
@@ -46,16 +43,16 @@ class StepSums:
         self.grad_norm = torch.zeros((), device=device)
 
     def add(self, sums_S3: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
-        """One step over all ranks: its `sums_by_source`, its gradient norm, and if it was skipped."""
+        """Add one step, summed over all ranks: its `sums_by_source`, gradient norm, and whether it was skipped."""
         self.skipped += skip
         self.sums_S3 += torch.where(skip, 0.0, sums_S3)
         self.grad_norm = grad_norm
 
     def read(self, names: Sequence[str] = ()) -> dict[str, float]:
-        """The window's mean loss, bits per byte, last gradient norm and skipped steps; starts a new window.
+        """Mean loss, bits per byte, last gradient norm and skipped steps since the last call.
 
-        With several sources, which `names` names, also "loss/<name>" of each that the window had tokens of. This is
-        where the host waits for the device. A window without a single good step has NaN for its loss.
+        With several sources, named by `names`, also "loss/<name>" of those with tokens. Synchronises with the device.
+        The loss is NaN if all steps were skipped.
         """
         both = torch.stack([self.grad_norm.double(), self.skipped])
         grad_norm, skipped, *rest = torch.cat([both, self.sums_S3.flatten()]).tolist()
@@ -79,24 +76,24 @@ class MetricsWriter:
     """`metrics.jsonl`, the console line and the trackers, on rank 0."""
 
     def __init__(self, config: Config, step: int) -> None:
-        """`step`: the one that training goes on from."""
+        """`step`: the number of steps already taken."""
         self.total_steps = config.total_steps
-        # Unbuffered: what a full disk has not taken is not tried again when the file is closed.
+        # Unbuffered: what could not be written to a full disk is not tried again when the file is closed.
         self.file = (config.run_dir / METRICS).open("ab+", buffering=0)
         if self.file.tell():
             self.file.seek(-1, os.SEEK_END)
-            if self.file.read() != b"\n":  # a full disk or a kill has torn the last line
+            if self.file.read() != b"\n":  # the last line was cut off by a full disk or a kill
                 self._append("\n")
         self.trackers = Trackers(config, step)
 
     def write(self, metrics: dict[str, float]) -> None:
-        """One JSON object a line, at once; what is not finite becomes null, as JSON has no NaN."""
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        """Write one JSON object with the time (seconds since the epoch); NaN and infinity become null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()} | {"time": round(time.time(), 3)}
         self._append(json.dumps(finite) + "\n")
         self.trackers.write(int(metrics["step"]), {k: v for k, v in finite.items() if v is not None})
 
     def _append(self, text: str) -> None:
-        """Write the whole of it. Raises OSError that names the file."""
+        """Write all of `text`. Raises OSError that names the file."""
         data = text.encode()
         try:
             while data:
@@ -114,26 +111,30 @@ class MetricsWriter:
             f"bpb {metrics['bpb']:6.4f}",
             f"grad {metrics['grad_norm']:7.3f}",
             f"lr {metrics['lr']:.2e}",
-            f"{metrics['tokens_per_second']:>9,.0f} tok/s",
         ]
+        if "tokens_per_second" in metrics:
+            parts.append(f"{metrics['tokens_per_second']:>9,.0f} tok/s")
         if "mfu" in metrics:
             parts.append(f"mfu {100 * metrics['mfu']:4.1f} %")
         if reserved := [value for key, value in metrics.items() if key.startswith("memory_reserved_gib/")]:
             parts.append(f"{max(reserved):5.1f} GiB")
         if metrics["skipped"]:
             parts.append(f"skipped {metrics['skipped']:.0f}")
-        parts.append(f"eta {duration(left * metrics['step_seconds'])}" if left else "done")
+        if not left:
+            parts.append("done")
+        elif "step_seconds" in metrics:
+            parts.append(f"eta {duration(left * metrics['step_seconds'])}")
         log.info("   ".join(parts))
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
-        """A validation's result."""
+        """Write a validation's result and log it."""
         self.write({"step": step, **metrics})
         loss, bpb = metrics["validation/loss"], metrics["validation/bpb"]
         names = [key.removesuffix("/loss").partition("/")[2] for key in metrics if key.endswith("/loss")]
         by_set = ", ".join(f"{name} {metrics[f'validation/{name}/loss']:.4f}" for name in names if name)
         sets = f"   ({by_set})" if by_set else ""
         width = len(str(self.total_steps))
-        log.info("step %*d/%d   held out: loss %.4f   bpb %.4f%s", width, step, self.total_steps, loss, bpb, sets)
+        log.info("step %*d/%d   validation: loss %.4f   bpb %.4f%s", width, step, self.total_steps, loss, bpb, sets)
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -142,14 +143,14 @@ class MetricsWriter:
 
 
 def usage(device: torch.device, flops_per_second: float) -> dict[str, float]:
-    """What this rank makes of its device: model FLOP/s utilisation, where the device's peak is known, and peak memory.
+    """Model FLOP/s utilisation (where the device's peak and the speed, not 0, are known) and peak memory of this rank.
 
-    And GiB on every rank: "memory_reserved_gib/<rank>", its GPU's peak, and "host_memory_gib/<rank>", resident now. All
-    ranks must ask together.
+    Also, of every rank: "memory_reserved_gib/<rank>", its GPU's peak, and "host_memory_gib/<rank>", resident now, both
+    in GiB. Called on all ranks together.
     """
     allocated, reserved = memory_gib(device)
     result = {"memory_allocated_gib": allocated, "memory_reserved_gib": reserved}
-    if peak := peak_flops(device):
+    if (peak := peak_flops(device)) and flops_per_second:
         result["mfu"] = flops_per_second / peak
     for r, (gpu, host) in enumerate(all_gather_object((reserved, host_memory_gib()))):
         result[f"host_memory_gib/{r}"] = host
@@ -159,9 +160,9 @@ def usage(device: torch.device, flops_per_second: float) -> dict[str, float]:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Training's and validation's lines of a `metrics.jsonl` by step, NaN for null.
+    """The training and the validation lines of a `metrics.jsonl` in the order of steps, NaN for null.
 
-    A step that was taken again, after an interruption, counts as it was the last time. A damaged line is left out.
+    Of a step that was repeated after an interruption, the last line counts. Damaged lines are skipped.
     """
     train: dict[int, dict[str, float]] = {}
     valid: dict[int, dict[str, float]] = {}
@@ -175,16 +176,16 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, flo
 
 
 class Window:
-    """Time and speed between two log steps; what is paused (validation, saving) does not count."""
+    """Time and speed between two log steps, without what is paused (validation, checkpoints, compilation)."""
 
     def __init__(self, step: int, tokens: int, processes: int) -> None:
-        """`tokens`: of all steps before `step`; `processes`: that the work is divided among."""
+        """`tokens`: of all steps before `step`; `processes`: among which the work is divided."""
         self.step, self.tokens, self.start, self.paused = step, tokens, time.perf_counter(), 0.0
         self.processes = processes
 
     @contextmanager
     def pause(self, device: torch.device) -> Iterator[None]:
-        """Leave out the time spent inside, but not what `device` has still to do of the steps before."""
+        """Do not count the time spent inside; work of earlier steps that `device` still has to do is counted."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -192,8 +193,13 @@ class Window:
         self.paused += time.perf_counter() - start
 
     def close(self, step: int, tokens: int, wait_seconds: float) -> dict[str, float]:
-        """Speed since the last window was closed, and the share of the time that was spent waiting for data."""
+        """Speed since the window began, and the share of the time that was spent waiting for data; begins a new window.
+
+        Empty for a window without steps.
+        """
         now = time.perf_counter()
+        if step == self.step:
+            return {}
         seconds = max(now - self.start - self.paused, 1e-9)
         step_seconds, tokens_per_second = seconds / (step - self.step), (tokens - self.tokens) / seconds
         self.step, self.tokens, self.start, self.paused = step, tokens, now, 0.0

@@ -1,4 +1,4 @@
-"""Looking inside: traces of a range of steps, what the memory holds, and what to do when it is full."""
+"""Traces of a range of steps, memory snapshots, and what to change when memory is exhausted."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from torchxihe.errors import UserError
 from torchxihe.utils.distributed import is_main, rank
 
 log = logging.getLogger(__name__)
-MEMORY_EVENTS = 1_000_000  # allocations remembered for a snapshot, with their stacks: about 1 GiB of host memory
+MEMORY_EVENTS = 1_000_000  # allocations with stacks in a snapshot: about 1 GiB of host memory
 
 
 class Profiler:
@@ -29,7 +29,7 @@ class Profiler:
             torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
 
     def before_step(self, step: int) -> None:
-        """Called before step number `step`, counted from 1, is taken."""
+        """Called before step `step`, counted from 1."""
         options = self._options
         if not options.first_step or not is_main():
             return
@@ -41,7 +41,7 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write what has been traced; at the end of the range, or of a run that ends inside it."""
+        """Write the trace; called at the end of the range, or of a run that ends inside it."""
         traced, self._profile = self._profile, None
         if traced is None:
             return
@@ -67,7 +67,7 @@ class Profiler:
 
 
 def describe_overlap(kernels: Iterable[tuple[str, float, float]]) -> str:
-    """How much of a traced time the GPU computed, communicated, and communicated with nothing else to do.
+    """The shares of the time in which a GPU computed, communicated, and communicated without computing (exposed).
 
     kernels: (name, start, end) of everything that ran on one GPU, in microseconds.
     """
@@ -75,15 +75,15 @@ def describe_overlap(kernels: Iterable[tuple[str, float, float]]) -> str:
     for name, start, end in kernels:
         spans["nccl" in name.lower()].append((start, end))
     both = [*spans[False], *spans[True]]
-    whole = max(end for _, end in both) - min(start for start, _ in both)
+    total = max(end for _, end in both) - min(start for start, _ in both)
     computing, busy = covered(spans[False]), covered(both)
-    parts = {"computing": computing, "communicating": covered(spans[True]), "of it alone": busy - computing}
-    shares = ", ".join(f"{name} {100 * part / whole:.1f} %" for name, part in parts.items())
-    return f"{whole / 1e3:.1f} ms on the GPU: {shares}, idle {100 - 100 * busy / whole:.1f} %"
+    parts = {"computing": computing, "communicating": covered(spans[True]), "exposed": busy - computing}
+    shares = ", ".join(f"{name} {100 * part / total:.1f} %" for name, part in parts.items())
+    return f"{total / 1e3:.1f} ms on the GPU: {shares}, idle {100 - 100 * busy / total:.1f} %"
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """The time during which at least one of the (start, end) spans lasts."""
+    """Length of the union of the (start, end) spans."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(end - max(start, reached), 0.0)
@@ -92,7 +92,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def _write_memory(folder: Path, name: str) -> None:
-    """What the GPU's memory holds, for https://pytorch.org/memory_viz."""
+    """Write a snapshot of the GPU's memory for https://pytorch.org/memory_viz."""
     if torch.cuda.is_available():
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}.rank-{rank()}.memory.pickle"
@@ -102,14 +102,14 @@ def _write_memory(folder: Path, name: str) -> None:
 
 @contextmanager
 def memory_explained(config: Config) -> Iterator[None]:
-    """Turn "out of memory" into a UserError that says what to change, and leave a snapshot of what filled it."""
+    """Turn "out of memory" into a UserError with remedies, and write a snapshot of the memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         _write_memory(config.run_dir / "profile", "out-of-memory")
         size, layout = config.training.micro_batch_size, config.parallelism
         remedies = []
-        if size != 1:  # 0: it ran out while looking for what fits
+        if size != 1:  # 0: memory was exhausted during the search
             smaller = max(size // 2, 1)
             remedies.append(f"--training.micro_batch_size={smaller} (the global batch and the loss stay the same)")
         if layout.activation_checkpointing != "full":

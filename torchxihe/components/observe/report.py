@@ -1,22 +1,33 @@
-"""What a run says before its first step (the model, the data, the layout, the plan), and after its last."""
+"""The table at the start of a run (model, data, processes, plan), its summary at the end, and while it compiles."""
 
 import logging
 import math
 import os
+import shlex
 import shutil
 import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from torchxihe.components.observe.metrics import METRICS, read_metrics
 from torchxihe.components.optimizer import describe, state_bytes
+from torchxihe.config.checks import find_warnings
 from torchxihe.config.options import Config
 from torchxihe.data.loader import causal_pairs
 from torchxihe.data.order import Order
 from torchxihe.data.store import Prepared
+from torchxihe.data.tokenizer import load_tokenizer
 from torchxihe.model.flops import parameter_counts, training_flops
-from torchxihe.utils.words import BYTES, FLOPS, counted, scaled
+from torchxihe.utils.distributed import is_main
+from torchxihe.utils.words import BYTES, FLOPS, counted, duration, scaled
 
+WIDTH = 120
+"""Columns of a line of the tables."""
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +41,10 @@ def report_start(
     accumulation: int,
     shards: int,
 ) -> None:
-    """Print the start-up table. `devices`: processes and their layout; `shards`: ranks that share one copy."""
+    """Log the start-up table, and what the run is too short for.
+
+    devices: the processes and how they are arranged; shards: ranks that share one copy of the parameters.
+    """
     model, training = config.model, config.training
     total, _ = parameter_counts(model)
     tokens = order.batch(config.total_steps)[0] * config.data.seq_len
@@ -45,19 +59,20 @@ def report_start(
         (
             "batch",
             f"{counted(training.global_batch_size, 'row')} of {config.data.seq_len:,} = "
-            f"{config.tokens_per_step:,} tokens, {accumulation} micro-batch{'es' * (accumulation > 1)} a step{ramp}",
+            f"{config.tokens_per_step:,} tokens, {counted(accumulation, 'micro-batch')}/step{ramp}",
         ),
-        ("updates", describe(optimizer)),
+        ("tokenizer", describe_tokenizer(config, prepared)),
+        ("optimizer", describe(optimizer)),
         (
             "plan",
-            f"{counted(config.total_steps, 'step')}, {scaled(tokens)} tokens, {scaled(flops, FLOPS)} a step",
+            f"{counted(config.total_steps, 'step')}, {scaled(tokens)} tokens, {scaled(flops, FLOPS)}/step",
         ),
     ]
     # Weights and gradients are float32.
     held = (8 * total + state_bytes(optimizer)) / shards
     if accumulation > 1 and not config.parallelism.reshard_after_forward:
-        held += 4 * total * (1 - 1 / shards)  # gradients are whole until the last micro-batch
-    rows.insert(3, ("memory", f"{scaled(held, BYTES)} a process for the model and optimizer, before activations"))
+        held += 4 * total * (1 - 1 / shards)  # gradients are not sharded until the last micro-batch
+    rows.insert(3, ("memory", f"{scaled(held, BYTES)} per process for model and optimizer, without activations"))
     weights = sum(source.weight for source in prepared.sources)
     for source, epochs in zip(prepared.sources, order.epochs(config.total_steps), strict=True):
         share = source.weight / weights
@@ -72,22 +87,66 @@ def report_start(
     for documents in prepared.sets:
         size = f"{counted(documents.documents, 'document')}, {scaled(documents.tokens)} tokens"
         rows.append(("data", f"{documents.name}: {size}, {counted(documents.valid_rows, 'row')}, all held out"))
+    _log_table(rows)
+    for warning in find_warnings(config):
+        log.warning("%s", warning)
+
+
+def describe_tokenizer(config: Config, prepared: Prepared) -> str:
+    """Where the tokenizer is from, its size, and its EOS and BOS tokens."""
+    tokenizer = load_tokenizer(prepared.tokenizer_dir)
+
+    def token(index: int) -> str:
+        return f"{tokenizer.decode([index], special=True)!r} ({index})"
+
+    origin = config.tokenizer.path or f"trained on data.sources ({prepared.tokenizer_dir})"
+    bos = token(prepared.bos_id) if prepared.bos_id >= 0 else "none"
+    return f"{origin}: {prepared.vocab_size:,} tokens, EOS {token(prepared.eos_id)}, BOS {bos}"
+
+
+def _log_table(rows: list[tuple[str, str]]) -> None:
+    """Log names and values in two columns, of lines no longer than `WIDTH` where words allow it."""
     for name, value in rows:
-        log.info("%-8s %s", name, value)
+        lines = textwrap.wrap(value, WIDTH - 11, break_long_words=False, break_on_hyphens=False)
+        for i, line in enumerate(lines):
+            log.info("%-10s %s", "" if i else name, line)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Announce the first step, which compiles inside; on a terminal with the seconds that it has taken so far."""
+    log.info("compiling (first step; takes 1–3 min)")
+    start, done = time.monotonic(), threading.Event()
+
+    def show() -> None:
+        while not done.wait(1):
+            print(f"\rcompiling, {duration(time.monotonic() - start)}", end="", file=sys.stderr, flush=True)
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=show, name="compiling", daemon=True)
+    if is_main() and sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.is_alive():
+            thread.join()
+    log.info("compiled in %s", duration(time.monotonic() - start))
 
 
 def report_end(config: Config) -> None:
-    """Print what a finished run came to, and what can be done with it."""
+    """Log the result of a finished run, its files, and commands to use it."""
     metrics = config.run_dir / METRICS
-    train, valid = read_metrics(metrics) if metrics.exists() else ([], [])  # deleted, for all that we know
-    # An earlier start may have gone further than the checkpoint that the last one went on from.
+    train, valid = read_metrics(metrics) if metrics.exists() else ([], [])  # the user may have deleted it
+    # An earlier start may have got further than the checkpoint from which the last one resumed.
     train, valid = ([line for line in lines if line["step"] <= config.total_steps] for lines in (train, valid))
     rows = []
     if train:
         last = train[-1]
         rows += [
             ("finished", f"{counted(int(last['step']), 'step')}, {scaled(last['tokens'])} tokens"),
-            ("loss", f"{last['loss']:.4f}, {last['bpb']:.4f} bits a byte"),
+            ("loss", f"{last['loss']:.4f}, {last['bpb']:.4f} bits/byte"),
         ]
     if valid:
         metric = config.checkpoint.best_metric
@@ -95,15 +154,24 @@ def report_end(config: Config) -> None:
         loss, bpb = valid[-1]["validation/loss"], valid[-1]["validation/bpb"]
         by = "" if config.checkpoint.best_by == "sources" else f" of {config.checkpoint.best_by}"
         at = f"best{by} {best.get(metric, math.nan):.4f} at step {best['step']:,}"
-        rows.append(("held out", f"loss {loss:.4f}, {bpb:.4f} bits a byte ({at})"))
-    # As it can be typed here: in a fresh clone the program is in .venv, which is not on the path.
+        rows.append(("validation", f"loss {loss:.4f}, {bpb:.4f} bits/byte ({at})"))
+    # The program as it can be called here: in a fresh clone it is in .venv, which is not in PATH.
     python = min(os.path.relpath(sys.executable), sys.executable, key=len)
-    program = "torchxihe" if shutil.which("torchxihe") else f"{python} -m torchxihe"
-    rows += [
-        ("files", f"{config.run_dir}/ holds config.toml, {METRICS}, logs/, tokenizer/ and checkpoints/"),
-        ("next", f'{program} generate {config.run_dir}{" --chat" * (config.data.format == "chat")} --prompt "..."'),
-        ("", f"{program} export {config.run_dir} --out DIR"),
-        ("", f"{program} plot {config.run_dir}"),
+    program = "torchxihe" if shutil.which("torchxihe") else f"{shlex.quote(python)} -m torchxihe"
+    run_dir = shlex.quote(str(config.run_dir))
+    optional = [
+        f"{name}/" for name in ("exports", "tensorboard", "wandb", "profile") if (config.run_dir / name).is_dir()
     ]
+    files = ["config.toml", METRICS, "logs/", "tokenizer/", "checkpoints/" * (not config.checkpoint.dir), *optional]
+    rows += [
+        ("files", f"{config.run_dir}/: {', '.join(filter(None, files))}"),
+        ("next", f'{program} generate {run_dir}{" --chat" * (config.data.format == "chat")} --prompt "..."'),
+        ("", f"{program} export {run_dir} --out DIR"),
+        ("", f"{program} plot {run_dir}"),
+    ]
+    if "tensorboard/" in optional:
+        rows.append(("", f"tensorboard --logdir {run_dir}/tensorboard"))
+    if list((config.run_dir / "wandb").glob("offline-run-*")):
+        rows.append(("", f"wandb sync {run_dir}/wandb/offline-run-*"))
     for name, value in rows:
-        log.info("%-8s %s", name, value)
+        log.info("%-10s %s", name, value)  # not wrapped: commands are copied

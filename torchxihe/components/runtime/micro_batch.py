@@ -1,8 +1,9 @@
-"""The micro-batch that fits: found by taking a step of a few sizes, where `training.micro_batch_size` is 0."""
+"""Memory: a model that cannot fit is refused, and the largest micro-batch that fits is found by trial steps."""
 
 import gc
 import logging
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -10,34 +11,60 @@ import torch.distributed as dist
 
 from torchxihe.config.options import Config
 from torchxihe.errors import UserError
+from torchxihe.model.flops import parameter_counts
+from torchxihe.utils.device import host_memory_bytes
 from torchxihe.utils.distributed import all_gather_object
+from torchxihe.utils.words import BYTES, scaled
 
 log = logging.getLogger(__name__)
 
-MEMORY_SHARE = 0.92  # of the free memory that a micro-batch may fill: the rest is for fragments and workspaces
+MEMORY_SHARE = 0.92  # of the free memory; the rest is for fragmentation and workspaces
 
 Trial = Callable[[Config, torch.device], object]
-"""Builds all that a step needs, takes one, and keeps nothing."""
+"""Builds what a step needs, takes one step, and keeps nothing."""
+
+
+def check_memory(config: Config, device: torch.device, shards: int, data_ranks: int) -> None:
+    """Raise UserError if the run cannot fit in the memory of `device`; called before anything is allocated.
+
+    A lower bound: weights, gradients and optimizer state (float32, of Muon the momentum alone), divided by `shards`,
+    and one activation of the embedding. It never refuses what fits.
+    """
+    training, model, seq_len = config.training, config.model, config.data.seq_len
+    moments = (2 if config.optimizer.name == "adamw" else 1) * (4 if config.optimizer.state_dtype == "float32" else 2)
+    state = parameter_counts(model)[0] * (4 + 4 + moments) // shards
+    rows = min(training.micro_batch_size or 1, -(-training.global_batch_size // data_ranks))
+    needed = state + rows * seq_len * model.hidden_size * (2 if training.dtype == "bfloat16" else 4)
+    if device.type == "cuda":
+        available, where = torch.cuda.get_device_properties(device).total_memory, "GPU has"
+    else:
+        available, where = host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "process has here"
+    if needed > available:
+        what = f"{scaled(state, BYTES)} for weights, gradients and optimizer, {scaled(needed - state, BYTES)} for activations"
+        raise UserError(
+            f"model: a process needs at least {scaled(needed, BYTES)} ({what}), more than the "
+            f"{scaled(available, BYTES)} that a {where}; make it smaller, or use more GPUs"
+        )
 
 
 def fit_micro_batch(config: Config, device: torch.device, trial: Trial, data_ranks: int) -> Config:
-    """`config` with the largest micro-batch that fits in `training.micro_batch_size`'s place if that is 0.
+    """`config` with the largest micro-batch that fits if `training.micro_batch_size` is 0.
 
     `data_ranks`: ranks that read different rows. Up to three trials: of one row, of two, and of as many as these two
-    predict, which is too few, because the loss's chunks stop growing. Memory is linear in the rows; all ranks take the
-    smallest answer. Raises UserError.
+    predict, which are too few, because the loss's chunks stop growing. Memory is linear in the rows; all ranks use the
+    smallest result. Raises UserError.
     """
     if config.training.micro_batch_size:
         return config
     if device.type != "cuda":
-        raise UserError("training.micro_batch_size: 0 looks for what fits on a GPU; on a CPU give a number")
+        raise UserError("training.micro_batch_size: 0 searches for what fits on a GPU; on a CPU give a number")
     most = -(-config.training.global_batch_size // data_ranks)
     peaks = {1: peak_memory(config, device, trial, 1, data_ranks)}
     if most > 1 and peaks[1] < math.inf:
         peaks[2] = peak_memory(config, device, trial, 2, data_ranks)
     limit = MEMORY_SHARE * min(all_gather_object(torch.cuda.mem_get_info(device)[0]))
     if peaks[1] > limit:
-        why = f"a step of one row does not fit in the {limit / 2**30:.1f} GiB that are to be had"
+        why = f"a step of one row does not fit in the {limit / 2**30:.1f} GiB available"
         raise UserError(f"training.micro_batch_size: {why}; see parallelism.activation_checkpointing, or more GPUs")
     promised = rows_that_fit(peaks, limit, most)
     if promised > 2:
@@ -49,7 +76,7 @@ def fit_micro_batch(config: Config, device: torch.device, trial: Trial, data_ran
 
 def rows_that_fit(peaks: dict[int, float], limit: float, most: int) -> int:
     """The largest micro-batch, 1 to `most`, under `limit` bytes on the line through the two largest of `peaks` (bytes
-    by rows; infinite: more than there are)."""
+    by rows; infinite: out of memory)."""
     most = min([most, *(rows - 1 for rows, peak in peaks.items() if peak == math.inf)])
     measured = sorted(rows for rows, peak in peaks.items() if peak < math.inf)
     if most == 1 or len(measured) < 2:
@@ -60,9 +87,9 @@ def rows_that_fit(peaks: dict[int, float], limit: float, most: int) -> int:
 
 
 def peak_memory(config: Config, device: torch.device, trial: Trial, rows: int, data_ranks: int) -> float:
-    """Bytes allocated at most, by any rank, in a step of two micro-batches of `rows` rows, with model and optimizer.
+    """Peak bytes allocated, by any rank, in a step of two micro-batches of `rows` rows, with model and optimizer.
 
-    Infinite if a single process has less. Several must not go on from there: some may wait for others in a collective.
+    Infinite if a single process runs out of memory. Several cannot continue then: some may wait in a collective.
     """
     torch.cuda.reset_peak_memory_stats(device)
     try:

@@ -1,4 +1,4 @@
-"""Work on files by several ranks, so that either all of them continue or all of them stop."""
+"""File operations on several ranks: if one fails, all ranks raise its error."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,12 +11,12 @@ from torchxihe.utils.distributed import is_main
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=1)  # a rank may wait for another one's slow disk; a dead one is noticed at once
+TIMEOUT = timedelta(hours=1)  # a rank may wait for another's slow disk; one that exited is noticed at once
 
 
 class Ranks:
-    """All processes of the run, in a gloo group of their own: what they say here never meets a training step's
-    collectives, so that a thread may do it. With one process there is no group, and everything is done by it."""
+    """All processes of the run, in a gloo group of their own, so that a thread can use it during a training step's
+    collectives. With one process there is no group."""
 
     def __init__(self) -> None:
         self.group: dist.ProcessGroup | None = None
@@ -27,7 +27,7 @@ class Ranks:
             self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, action: Callable[[], T]) -> list[T]:
-        """What `action` returns on every rank, by rank. An error of the disk or the user on one is raised on all."""
+        """What `action` returns on every rank, by rank. An OSError or UserError on one is raised on all."""
         result: tuple[Any, Exception | None]
         try:
             result = action(), None
@@ -45,11 +45,11 @@ class Ranks:
         return [value for value, _ in results]
 
     def each(self, action: Callable[[], T]) -> T:
-        """This rank's own result of `action`, after it has succeeded on all."""
+        """This rank's result of `action`, after it has succeeded on all."""
         mine: list[T] = []
         self.gather(lambda: mine.append(action()))
         return mine[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, which alone does it; its error is raised on all."""
+        """What `action` returns on rank 0; only rank 0 calls it, and its error is raised on all."""
         return self.gather(lambda: action() if is_main() else None)[0]  # pyright: ignore[reportReturnType]

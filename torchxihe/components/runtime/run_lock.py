@@ -1,4 +1,4 @@
-"""One run directory, one run at a time."""
+"""The lock of a run directory: one run at a time."""
 
 import logging
 import uuid
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def share_run_directory(run_dir: Path, ranks: Ranks) -> None:
-    """Make it, on all ranks together. Raises UserError if a node does not see what rank 0 wrote there."""
+    """Make it, on all ranks together. Raises UserError if a node does not see a file that rank 0 wrote there."""
 
     def make_mark() -> Path:
         mark = run_dir / f".shared-{uuid.uuid4().hex}"
@@ -34,9 +34,9 @@ def share_run_directory(run_dir: Path, ranks: Ranks) -> None:
 
 @contextmanager
 def run_lock(directory: Path, ranks: Ranks) -> Iterator[None]:
-    """Lock `directory`, which is made if need be, against other runs; called on all ranks together.
+    """Make and lock `directory`; called on all ranks together.
 
-    Raises UserError, naming the holder's host and process, if it is taken.
+    Raises UserError, naming the holder's host and process, if it is locked.
     """
 
     def taken(holder: str) -> None:
@@ -48,7 +48,7 @@ def run_lock(directory: Path, ranks: Ranks) -> Iterator[None]:
         def take() -> None:
             directory.mkdir(parents=True, exist_ok=True)
             if earlier := held.enter_context(locked(directory / ".lock", taken)):
-                log.info("%s: the run before (%s) did not end in good order", directory, earlier)
+                log.info("%s: the previous run (%s) was killed or crashed", directory, earlier)
 
         ranks.on_main(take)
         yield

@@ -1,4 +1,4 @@
-"""Stopping in good order: on a signal or at the time limit, all ranks after the same step, with a checkpoint."""
+"""Stopping on a signal or at the time limit: all ranks after the same step, with a checkpoint."""
 
 import os
 import signal
@@ -62,10 +62,10 @@ class Stop:
         os.close(self._write_fd)
 
     def agreed(self) -> bool:
-        """Whether to stop now: the same answer on all ranks, a step after the first of them wanted to.
+        """Whether to stop now: the same on all ranks, a step after the first of them wanted to.
 
-        Called once a step. It starts a reduction of one number on the host and waits for the one of the step before,
-        which has had a step's time: neither the host nor the GPU waits.
+        Called once per step. It starts a reduction of one number on the host and waits for that of the previous step,
+        which has had the duration of a step: neither the host nor the GPU waits.
         """
         now = time.monotonic()
         self._step_seconds, self._last = now - self._last, now
@@ -88,7 +88,7 @@ class Stop:
         return answer
 
     def _listen(self) -> None:
-        """Wait for signals, from now to the end."""
+        """Read signals until the end."""
         while (number := os.read(self._read_fd, 1)) != END:
             if self.reason or number[0] not in SIGNALS:
                 continue  # a second signal changes nothing

@@ -1,4 +1,4 @@
-"""Ends a run that has stopped moving, and says where every rank stands."""
+"""Ends a run that hangs, with the stacks of every rank."""
 
 import faulthandler
 import os
@@ -14,14 +14,14 @@ from torchxihe.utils.distributed import rank
 
 
 class Watchdog:
-    """A thread that ends this process if the phase it is told of lasts too long. Used in a `with`, on all ranks.
+    """A thread that ends this process if a phase lasts too long. Used in a `with`, on all ranks.
 
-    Every rank has one, with the same limits: in a hang all of them report, the one that sleeps and those that wait.
+    Every rank has one with the same limits: in a hang all of them report, the one that hangs and those that wait.
     """
 
     def __init__(self, run_dir: Path, init_timeout: float, step_timeout: float) -> None:
-        """`run_dir` gets NCCL's flight recordings. Slow phases, and the first one, the start, may take `init_timeout`
-        seconds, others `step_timeout`; 0: for ever."""
+        """`run_dir`: for NCCL's flight recordings. Slow phases, and the start, may take `init_timeout` seconds, others
+        `step_timeout`; 0: no limit."""
         self._run_dir, self._init_timeout, self._step_timeout = run_dir, init_timeout, step_timeout
         self._changed = threading.Condition()
         self._phase, self._timeout, self._slow, self._since = "start", init_timeout, False, time.monotonic()
@@ -38,8 +38,8 @@ class Watchdog:
             self._changed.notify()
 
     def begin(self, phase: str, *, slow: bool = False) -> None:
-        """The phase before is over. `slow`: compiling, validating, saving, which no deadline cuts short."""
-        # No notify: the thread looks at these when the limit before runs out, so that a step costs a few assignments.
+        """Begin a phase. `slow`: compiling, validating or saving, to which no deadline applies."""
+        # No notify: the thread reads these once a second, so that a step costs a few assignments.
         with self._changed:
             now = time.monotonic()
             if self._slow:
@@ -48,13 +48,13 @@ class Watchdog:
             self._phase, self._slow, self._since = phase, slow, now
 
     def set_deadline(self, seconds: float, why: str = "") -> None:
-        """From now on, phases that are not slow have `seconds` in total, because of `why`; 0: no deadline."""
+        """Allow phases that are not slow `seconds` in total from now on, because of `why`; 0: no deadline."""
         with self._changed:
             self._deadline, self._deadline_since, self._why = seconds, time.monotonic(), why
 
     @property
     def phase(self) -> str:
-        """What this process is doing."""
+        """Name of the current phase."""
         return self._phase
 
     def _watch(self) -> None:
@@ -69,7 +69,7 @@ class Watchdog:
                 self._changed.wait(min(left, 1.0))
 
     def _end(self, why: str) -> None:
-        """Say where this rank is and end it."""
+        """Print the stacks of this rank and exit."""
         print(f"[rank {rank()}] {why} in: {self._phase}; stacks of this rank follow", file=sys.stderr)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if recording := _flight_recording():
@@ -79,11 +79,11 @@ class Watchdog:
                 f"[rank {rank()}] NCCL's last collectives: {file} (torch.distributed.flight_recorder)", file=sys.stderr
             )
         sys.stderr.flush()
-        time.sleep(2)  # let the other ranks, whose time is up too, speak before the first exit ends them
+        time.sleep(2)  # the first exit ends the other ranks, which have to report too
         os._exit(1)
 
 
 def _flight_recording() -> bytes:
-    """NCCL's own record of its last collectives; empty where there is none."""
+    """NCCL's record of its last collectives; empty if there is none."""
     dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_nccl_trace", None)
     return dump() if dump is not None and torch.cuda.is_available() else b""
