@@ -40,7 +40,7 @@ def check_memory(config: Config, device: torch.device, shards: int, data_ranks: 
     else:
         available, where = host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "process has here"
     if needed > available:
-        what = f"{scaled(state, BYTES)} for weights, gradients and optimizer, {scaled(needed - state, BYTES)} for activations"
+        what = f"{scaled(state, BYTES)} for weights, gradients and optimizer"
         raise UserError(
             f"model: a process needs at least {scaled(needed, BYTES)} ({what}), more than the "
             f"{scaled(available, BYTES)} that a {where}; make it smaller, or use more GPUs"
