@@ -57,7 +57,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """sha256 of all keys and whole tensors."""
+    """sha256 of all keys and full tensors."""
     digest = hashlib.sha256()
     for key in sorted(state):
         whole = state[key].full_tensor() if isinstance(state[key], DTensor) else state[key]  # type: ignore[operator]
@@ -236,7 +236,7 @@ def test_ranks_with_different_tensors_of_one_name(tmp_path: Path) -> None:
 
 
 def _share(layout: str) -> tuple[int, int]:
-    """Bytes that this rank copies and writes, and bytes of the whole state."""
+    """Bytes that this rank copies and writes, and bytes of the complete state."""
     state = flat_state(*build(layout))
     holders = find_holders(all_gather_object(describe_state(state)))
     mine = share_of_this_rank(state, holders, rank()).values()

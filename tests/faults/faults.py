@@ -32,7 +32,7 @@ class Fault:
     where: Where
     number: int
     what: Literal["kill", "sleep", "SIGTERM", "slow", "EIO", "nan", "spike"]
-    """"slow": SIGTERM, and then nothing for longer than the watchdog's patience, which is less than usual."""
+    """"slow": SIGTERM, and then nothing for longer than the watchdog's limit, which is shorter than usual."""
     rank: int = 0
     for_ever: bool = False
     """Losses only: at every later step too."""

@@ -26,7 +26,7 @@ def changes(workspace: Workspace, step: int = 20) -> dict[str, tuple[int, object
 
 
 def test_batch_and_learning_rate_are_recorded(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """The samples go on where they stood, in batches of the new size. Seen to fail without the record of changes."""
+    """The samples continue where they were, in batches of the new size. Seen to fail without the record of changes."""
     stopped(workspace)
     step = max(workspace.steps())
     log = workspace.finish(2, "--training.global_batch_size=4", "--optimizer.lr=5e-3")
@@ -104,7 +104,7 @@ def test_what_would_be_another_run_is_refused(flag: str, option: str, workspace:
 
 
 def test_another_tokenizer_behind_the_same_path_is_refused(workspace: Workspace) -> None:
-    """Seen to fail without the hash in train_state.json: the sizes fit, and the run goes on with other tokens."""
+    """Seen to fail without the hash in train_state.json: the sizes fit, and the run continues with other tokens."""
     stopped(workspace)
     path = workspace.root.parent / "tokenizer" / "tokenizer.json"
     tokenizer = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""A checkpoint of a real run, every file of it damaged in every way."""
+"""A checkpoint of a real run, each file of it damaged."""
 
 import os
 import pickle
@@ -34,7 +34,7 @@ def test_a_damaged_file_is_found(trained: Workspace, name: str, damage: Callable
     assert name in (trained.checkpoints / "step-00000020" / CORRUPT).read_text()
 
 
-def test_the_run_goes_on_from_the_one_before_and_mends_the_damage(
+def test_the_run_resumes_from_the_one_before_and_replaces_the_damaged_one(
     trained: Workspace, unbroken: Callable[..., Workspace]
 ) -> None:
     """Seen to fail when sizes and hashes are not compared."""
@@ -47,16 +47,16 @@ def test_the_run_goes_on_from_the_one_before_and_mends_the_damage(
 
 
 def test_none_valid_stops_the_run(trained: Workspace) -> None:
-    """Seen to fail (to begin afresh) without the error at the end of `Checkpointer.newest`."""
+    """Seen to fail (to start from step 0) without the error at the end of `Checkpointer.newest`."""
     for step in trained.steps():
         truncate(trained.checkpoints / f"step-{step:08d}" / "train_state.json")
     trained.run(2).check_mistake("no checkpoint to resume from", "step-00000020", "step-00000012", "--run.name")
     assert trained.steps() == [12, 16, 20]
-    trained.run(2).check_mistake("no checkpoint to resume from")  # and the next start does not begin afresh either
+    trained.run(2).check_mistake("no checkpoint to resume from")  # and the next start does not start from step 0 either
 
 
 def test_no_code_runs_from_a_checkpoint(trained: Workspace) -> None:
-    """The manifest fits: only the restricted unpickler stands in the way. Seen to fail with `pickle.Unpickler`."""
+    """The manifest fits: only the restricted unpickler prevents it. Seen to fail with `pickle.Unpickler`."""
     replace_file(Location(trained.checkpoints / "step-00000020"), ".metadata", pickle.dumps(Bomb()))
     outcome = trained.run(2, "--training.steps=24")
     outcome.check_mistake(".metadata", "posix.system")

@@ -29,7 +29,7 @@ def mounted(at: Path, *options: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_full_disk(mode: str, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """Names the file, loses no committed step, and goes on when there is room.
+    """Names the file, loses no committed step, and resumes when there is room.
 
     Seen to fail with two writer threads a process: the second one's error is a traceback.
     """
@@ -80,7 +80,7 @@ def test_something_else_of_that_name(name: str, workspace: Workspace) -> None:
 
 
 def test_a_run_directory_that_is_deleted(workspace: Workspace) -> None:
-    """The run goes on and makes it anew for its checkpoints. Seen to fail when the last report needs metrics.jsonl."""
+    """The run continues; the next checkpoint makes it again. Seen to fail when the last report needs metrics.jsonl."""
     job = workspace.start(2, "--training.steps=60", "--checkpoint.every=0")
     job.wait_for_text("step 10/60")
     shutil.rmtree(workspace.run_dir)
@@ -91,7 +91,7 @@ def test_a_run_directory_that_is_deleted(workspace: Workspace) -> None:
 
 
 def test_no_room_for_a_line(workspace: Workspace) -> None:
-    """The disk fills up between two checkpoints: the error names metrics.jsonl, and once there is room the run goes on,
+    """The disk fills up between two checkpoints: the error names metrics.jsonl, and once there is room the run resumes,
     with the torn line ended.
 
     Seen to fail with a buffered file: closing it fails once more, and that error names nothing.

@@ -25,7 +25,7 @@ def test_a_hang_at_the_start(workspace: Workspace) -> None:
 
 
 def test_two_runs_in_one_directory(workspace: Workspace) -> None:
-    """The second one ends, naming the first; the first does not notice. A lock left behind holds nobody up.
+    """The second one ends, naming the first; the first does not notice. A lock file left behind blocks no run.
 
     Seen to fail without the flock: both train.
     """

@@ -13,7 +13,7 @@ from torchxihe.config.options import Checkpoint
 
 
 def newest(workspace: Workspace) -> int:
-    """The step that the next start goes on from, 0 if there is none."""
+    """The step that the next start resumes from, 0 if there is none."""
     found = Checkpointer(workspace.checkpoints, Checkpoint()).newest()
     return int(found.name[5:]) if found is not None else 0
 
@@ -22,7 +22,7 @@ def newest(workspace: Workspace) -> int:
 def test_kill_9_of_all_ranks_at_random_moments(
     workspace: Workspace, unbroken: Callable[..., Workspace], request: pytest.FixtureRequest
 ) -> None:
-    """Killed again and again while training, saving in the background, retaining; nothing of it is to be seen.
+    """Killed while training, saving in the background, deleting; the result is that of the unbroken run.
 
     Seen to fail when a resumed run starts its data at sample 0.
     """

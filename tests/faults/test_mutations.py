@@ -122,9 +122,8 @@ class Stopped:
         assert outcome == "", outcome
         files = [path for folder in ("cache", "work/runs") for path in (self.root / folder).rglob("*")]
         self.files = sorted(str(path.relative_to(self.root)) for path in files if path.is_file())
-        whole = root / "unbroken"
-        shutil.copytree(self.root, whole)
-        self.unbroken = Workspace(whole)
+        shutil.copytree(self.root, root / "unbroken")
+        self.unbroken = Workspace(root / "unbroken")
         outcome = restart(self.unbroken, prepare=False)
         assert outcome == "", outcome
 

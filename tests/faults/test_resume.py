@@ -1,4 +1,4 @@
-"""No accident: runs that go on, longer or elsewhere, and runs that begin with another one's checkpoint."""
+"""Runs that resume, longer or with checkpoints elsewhere, and runs that start from another one's checkpoint."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from tests.faults.faults import Fault
 from tests.faults.harness import Workspace, token_ledger
 
 
-def test_a_finished_run_says_so_and_goes_on_when_there_is_more_to_do(workspace: Workspace) -> None:
+def test_a_finished_run_resumes_when_there_is_more_to_do(workspace: Workspace) -> None:
     """Seen to fail without the look at the newest step's number."""
     workspace.finish(2)
     log = workspace.finish(2)
@@ -17,7 +17,7 @@ def test_a_finished_run_says_so_and_goes_on_when_there_is_more_to_do(workspace: 
 
 
 def test_the_last_checkpoint_can_be_the_model_alone(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """The run is finished then; made longer, it goes on from the last whole one.
+    """The run is finished then; made longer, it resumes from the last complete one.
 
     Seen to fail when the model alone is not passed over.
     """
@@ -33,7 +33,7 @@ def test_the_last_checkpoint_can_be_the_model_alone(workspace: Workspace, unbrok
 
 
 def test_a_new_run_from_a_checkpoint_of_another(workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """Whole: it does what the other would have done. The model alone: from step 0, with a fresh optimizer.
+    """Complete: it does what the other would have done. The model alone: from step 0, with a fresh optimizer.
 
     Seen to fail with the step not taken from the checkpoint.
     """

@@ -29,7 +29,7 @@ def check_stopped_and_goes_on(workspace: Workspace, reference: Workspace, *flags
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_sigterm_to_one_rank(mode: str, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """All ranks stop after the same step. Seen to hang without the reduction: the other rank goes on alone."""
+    """All ranks stop after the same step. Seen to hang without the reduction: the other rank continues alone."""
     flags = (f"--checkpoint.mode={mode}",)
     outcome = workspace.run(2, *flags, fault=Fault("step", 6, "SIGTERM", rank=1))
     assert outcome.succeeded, outcome.log
@@ -57,7 +57,7 @@ def test_a_signal_while_the_first_step_compiles(workspace: Workspace, unbroken: 
 def test_a_signal_during_a_sample(
     step: int, ends: int, workspace: Workspace, unbroken: Callable[..., Workspace]
 ) -> None:
-    """Longer than the patience, on the way or after the last step, when there is nothing to stop any more.
+    """Longer than the limit, on the way or after the last step, when there is nothing to stop any more.
 
     Seen to fail with the sample (the first) and what comes after the last step (the second) not `slow`.
     """
@@ -93,7 +93,7 @@ def test_the_time_limit(workspace: Workspace, unbroken: Callable[..., Workspace]
 
 
 def test_a_signal_while_a_rank_is_stuck_ends_the_run(workspace: Workspace) -> None:
-    """The hurry: rank 1 sleeps, so the ranks never agree, and rank 0, which waits for it, may not wait for ever.
+    """The time limit: rank 1 sleeps, so the ranks never agree, and rank 0 must not wait without end.
 
     Seen to fail with a handler that does what the thread does: Python calls none while the main thread waits inside a
     collective. (With the signal sent to both ranks it passes: the one that sleeps can handle it, and ends both.)

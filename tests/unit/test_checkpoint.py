@@ -187,7 +187,7 @@ def test_retention_keeps_the_last_and_the_round_ones(tmp_path: Path) -> None:
 
 
 def test_a_linked_step_is_kept_where_it_is(tmp_path: Path) -> None:
-    """Somebody has moved a step to another disk, or linked one of another run: the link goes, not what it leads to.
+    """A step moved to another disk, or one of another run: the link is deleted, not its target.
 
     Seen to fail without the look for a link: the manifest there is deleted, then `rmtree` refuses.
     """
@@ -734,7 +734,7 @@ def test_a_full_disk_is_one_line_wherever_it_ends(
 
 
 def test_async_saves_what_was_there_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen to fail without the copy: training goes on in the same tensors."""
+    """Seen to fail without the copy: training continues in the same tensors."""
     checkpointer = Checkpointer(tmp_path, Checkpoint(mode="async"))
     states, gate = {step: flat_state(*toy(step)) for step in (10, 20)}, threading.Event()
     write = checkpointer._write
@@ -786,7 +786,7 @@ def test_a_damaged_manifest_is_not_among_the_best(tmp_path: Path) -> None:
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [20, 30, 40]
 
 
-def test_a_run_does_not_go_on_from_the_model_alone(tmp_path: Path) -> None:
+def test_a_run_does_not_resume_from_the_model_alone(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path, KEEP_ALL)
     model, optimizer = toy()
     checkpointer.save(10, flat_state(model, optimizer), state_of(10))
@@ -846,7 +846,7 @@ def test_urls() -> None:
     place.remove()
 
 
-def test_the_last_one_that_a_run_can_go_on_from_is_kept(tmp_path: Path) -> None:
+def test_the_last_one_that_a_run_can_resume_from_is_kept(tmp_path: Path) -> None:
     """After the weights alone, whatever `keep_last` says; the line for a run that never had one says what they are
     good for. Seen to fail without that."""
     checkpointer = Checkpointer(tmp_path, Checkpoint(mode="sync", keep_last=1))

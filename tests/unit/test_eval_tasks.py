@@ -46,9 +46,9 @@ def likeliest(model: Decoder, folder: Path, question: str) -> int:
     for choice in CHOICES:
         # As lm-eval does: blanks at the end of the question go to the answer, and both are encoded together.
         context = question.rstrip()
-        before, whole = tokenizer.encode(context), tokenizer.encode(question + choice)
-        log_p = model(torch.tensor([whole]))[0, :, : tokenizer.vocab_size].log_softmax(-1)
-        scores.append(sum(log_p[i - 1, whole[i]].item() for i in range(len(before), len(whole))))
+        before, full = tokenizer.encode(context), tokenizer.encode(question + choice)
+        log_p = model(torch.tensor([full]))[0, :, : tokenizer.vocab_size].log_softmax(-1)
+        scores.append(sum(log_p[i - 1, full[i]].item() for i in range(len(before), len(full))))
     return max(range(len(CHOICES)), key=scores.__getitem__)
 
 

@@ -410,7 +410,7 @@ def test_an_import_does_not_wait_for_a_fifo(tmp_path: Path, name: str) -> None:
             run(["import", str(out), "--out", str(tmp_path / "back")])
 
 
-def test_downloads_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+def test_incomplete_downloads_are_refused(tmp_path: Path) -> None:
     config, _ = make_run(tmp_path, LLAMA)
     out = tmp_path / "out"
     run(["export", str(config.run_dir), "--out", str(out)])

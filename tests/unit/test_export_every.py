@@ -1,4 +1,4 @@
-"""`checkpoint.export_every`: Hugging Face folders while training goes on, whole or not at all."""
+"""`checkpoint.export_every`: Hugging Face folders during training, complete or absent."""
 
 import subprocess
 import sys
@@ -90,7 +90,7 @@ run(["train", *sys.argv[1:]])
 
 
 def test_killed_in_the_middle_of_an_export(exported: Path, tmp_path: Path) -> None:
-    """The run goes on, and ends with the same folders as one that nobody killed."""
+    """The run resumes, and ends with the same folders as one that was not killed."""
     path = write_training(tmp_path)
     flags = [str(path), *EVERY, "--checkpoint.export_every=4"]
     run(["prepare", *flags])
@@ -116,16 +116,16 @@ def test_only_checkpoints_can_be_exported(tmp_path: Path, every: int, export_eve
 
 
 class Slow:
-    """`export`, which stops in the middle until it may go on."""
+    """`export`, which stops in the middle until `may_continue` is set."""
 
     def __init__(self) -> None:
-        self.started, self.may_go_on = threading.Event(), threading.Event()
+        self.started, self.may_continue = threading.Event(), threading.Event()
         self._export = module.export
 
     def __call__(self, *args: Any, progress: module.Progress) -> None:
         def wait(more: int, total: int) -> None:
             self.started.set()
-            assert self.may_go_on.wait(30)
+            assert self.may_continue.wait(30)
             progress(more, total)
 
         self._export(*args, progress=wait)
@@ -165,7 +165,7 @@ def test_saving_does_not_wait_and_retention_spares_what_is_exported(tmp_path: Pa
         assert slow.started.wait(30)
         save(11)  # returns, and would delete step 10
         assert kept(checkpointer) == [11, 10]
-        slow.may_go_on.set()
+        slow.may_continue.set()
     assert kept(checkpointer) == [11]
     assert (config.run_dir / "exports" / "step-00000010" / "model.safetensors").is_file()
 
@@ -176,7 +176,7 @@ def test_stopping_does_not_wait_and_the_next_start_makes_it(tmp_path: Path, slow
         save(10)
         assert slow.started.wait(30)
         exporter.cancel()
-        slow.may_go_on.set()
+        slow.may_continue.set()
     assert not list((config.run_dir / "exports").iterdir())
     with Exporter(config, checkpointer):
         pass
@@ -189,7 +189,7 @@ def test_an_error_does_not_wait_either(tmp_path: Path, slow: Slow) -> None:
     with pytest.raises(ZeroDivisionError), Exporter(config, checkpointer):
         save(10)
         assert slow.started.wait(30)
-        threading.Timer(0.5, slow.may_go_on.set).start()
+        threading.Timer(0.5, slow.may_continue.set).start()
         raise ZeroDivisionError
     assert not list((config.run_dir / "exports").iterdir())
 

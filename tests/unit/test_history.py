@@ -60,7 +60,7 @@ def test_options_of_another_version_are_no_change() -> None:
     assert recorded_changes(before, load_config(DEBUG)) == {}
 
 
-def test_a_changed_mixture_is_told_by_what_differs() -> None:
+def test_a_changed_mixture_is_described_by_what_differs() -> None:
     code, books = {"name": "code", "path": "a", "subset": "", "weight": 1.0}, {"name": "", "path": "b", "subset": "en"}
     heavier = code | {"weight": 2.0, "of another version": 3}
     assert describe_change("data.sources", [code, books], [heavier, {**books, "subset": "de"}]) == [

@@ -25,16 +25,16 @@ def test_a_sound_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(lines) == 2
 
 
-def test_what_is_wrong_is_said_and_nothing_is_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_printed_and_nothing_is_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path, 10, 20, 30, 40)
     flip(tmp_path / "step-00000010" / "__0_0.distcp")
-    (tmp_path / "step-00000020" / CORRUPT).write_text("somebody said so\n")
+    (tmp_path / "step-00000020" / CORRUPT).write_text("marked by hand\n")
     os.rename(tmp_path / "step-00000040", tmp_path / "step-00000040.tmp")
     before = sorted(tmp_path.rglob("*"))
     main([str(tmp_path)])  # the newest committed one is sound
     states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert "unfinished" in states["40"] and "valid" in states["30"]
-    assert "CORRUPT" in states["20"] and "somebody said so" in states["20"]
+    assert "CORRUPT" in states["20"] and "marked by hand" in states["20"]
     assert "CORRUPT" in states["10"] and "__0_0.distcp has another content" in states["10"]
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "step-00000030" / "MANIFEST.json").unlink()
@@ -56,7 +56,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert ("step-00000010:   0%" in text and text.endswith("\r")) if stream is Terminal else text == ""
 
 
-def test_progress_is_told_of_every_byte(tmp_path: Path) -> None:
+def test_progress_gets_every_byte(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     step, seen = Location(tmp_path / "step-00000010"), []
     assert step_flaws(step, progress=seen.append) == []
