@@ -21,4 +21,5 @@ environment
 case ${config:-${1:-}} in
 "" | --*) set -- "$root/configs/xihe_debug.toml" "$@" ;;
 esac
+trap '' INT # until the first line of torchxihe handles it: Ctrl-C while Python itself starts is a traceback
 exec "$PYTHON" -m torchxihe launch "$@"

@@ -32,7 +32,7 @@ from torchxihe.utils.processes import SIGNALS, end_with_launcher
 from torchxihe.utils.streams import guard_streams
 
 TRAINING = ("launch", "prepare", "train")
-"""Commands that continue when nobody reads their output any more."""
+"""Commands that continue when their output cannot be written any more."""
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def _read_dotenv() -> None:
 def _for_all_ranks(message: str) -> str:
     """What this process prints of a mistake that all ranks may have found: only rank 0 prints it, if it has it too.
 
-    When rank 0 exits, torchrun ends the others at once. A rank that is still running after 2 s was alone with it.
+    When rank 0 exits, torchrun ends the others at once. A rank that is still running after 2 s prints its own.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:

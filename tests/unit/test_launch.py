@@ -474,11 +474,11 @@ launch.main(sys.argv[1:])
 
 
 def test_ctrl_c_in_the_first_second_is_one_line(fake: Path) -> None:
-    """Wherever it comes after Python itself has started. Seen to fail with tracebacks from the middle of imports."""
+    """Whatever is being imported. Seen to fail with tracebacks. In the 0.1 s in which Python starts it has no effect."""
     command(fake, "train", "import torch\nsay('train')")
     for delay in (0.1, 0.2, 0.4, 0.8):
         process = launched(fake, NGPU="2")
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
-        code, _, err = finish(process)
-        assert code != 0 and len(err.splitlines()) <= 1, (delay, err)
+        _, _, err = finish(process)
+        assert err in ("", "interrupted\n", "prepare was killed by SIGINT\n"), delay

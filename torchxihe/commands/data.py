@@ -31,7 +31,7 @@ def main(args: list[str]) -> None:
 
 
 def summarise(config: Config, prepared: Prepared, order: Order) -> list[dict[str, str]]:
-    """A line per source and validation set: what it holds, and what the planned run takes of it."""
+    """One line per source and validation set: its size, and how much of it the run reads."""
     untouched = [0] * len(prepared.sets)
     quotas = [*order.stages[-1].quotas, *untouched]
     planned = [*order.epochs(config.total_steps), *untouched]
@@ -54,7 +54,7 @@ def summarise(config: Config, prepared: Prepared, order: Order) -> list[dict[str
 
 
 def _table(lines: list[dict[str, str]]) -> str:
-    """Aligned columns, names to the left and numbers to the right."""
+    """A table with names aligned left and numbers right."""
     rows = [list(lines[0]), *(list(line.values()) for line in lines)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = {0, len(widths) - 1}
@@ -66,7 +66,7 @@ def _table(lines: list[dict[str, str]]) -> str:
 
 
 def show_row(prepared: Prepared, order: Order, tokenizer: TextTokenizer, g: int, seq_len: int) -> str:
-    """The row of sample `g`: a heading, then a paragraph per document; what carries no loss is in ⟦brackets⟧.
+    """The row of sample `g`: a heading, then a paragraph per document; tokens without loss are in ⟦brackets⟧.
 
     That is the first token of every document (nothing before it may predict it), padding, and what the assistant does
     not say of a conversation. ⏹ is the end-of-text token.

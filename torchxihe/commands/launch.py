@@ -26,7 +26,7 @@ JOIN_SECONDS = 86_400
 
 @dataclass(frozen=True)
 class Launch:
-    """Where the processes of a run are."""
+    """The processes of a run and their machines."""
 
     processes: int
     """On this machine."""
@@ -42,7 +42,7 @@ class Launch:
         return self.processes * self.nodes
 
     def torchrun_args(self) -> list[str]:
-        """What torchrun is told."""
+        """The arguments for torchrun."""
         args = [f"--nproc-per-node={self.processes}", f"--nnodes={self.nodes}", f"--log-dir={os.devnull}"]
         if self.nodes == 1:
             return [*args, "--standalone"]
@@ -74,8 +74,7 @@ def main(args: list[str]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // launch.processes)))
     os.environ[LAUNCHER] = str(os.getpid())
-    signal.signal(signal.SIGCHLD, forwarding.child_ended)
-    sys.exit(torchrun([*launch.torchrun_args(), "-m", "torchxihe", "train", *args]))
+    sys.exit(torchrun([*launch.torchrun_args(), "-m", "torchxihe", "train", *args], forwarding))
 
 
 class Forwarding:
@@ -100,7 +99,7 @@ class Forwarding:
         self._over = True
 
     def end_if_stopped(self) -> None:
-        """End this process if a signal came while `prepare` ran, which may have been too late to stop that."""
+        """End this process if a signal came while `prepare` ran, even if that had already finished."""
         if self._stopped:
             _interrupt(self._stopped)
 
@@ -147,7 +146,7 @@ def read_environment() -> Launch:
     return Launch(processes or gpus or 1, nodes, node_rank, endpoint if nodes > 1 else "")
 
 
-def torchrun(args: list[str]) -> int:
+def torchrun(args: list[str], forwarding: Forwarding) -> int:
     """Run torchrun in this process; its exit code.
 
     In this process and not as a program of its own for two reasons. As a program it ends every worker 30 s after a
@@ -161,6 +160,7 @@ def torchrun(args: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     logging.disable(logging.ERROR)
+    signal.signal(signal.SIGCHLD, forwarding.child_ended)
     try:
         run(parse_args(["--signals-to-handle=SIGQUIT", *args]))
     except ChildFailedError as error:
@@ -194,7 +194,7 @@ def _command(name: str) -> list[str]:
 
 
 def _end(exitcode: int) -> str:
-    """How a process ended, in words."""
+    """Describe how a process ended."""
     if exitcode >= 0:
         return f"ended with exit code {exitcode}"
     name = signal.Signals(-exitcode).name

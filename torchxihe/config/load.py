@@ -132,7 +132,7 @@ def _depth(value: Any) -> int:
 
 
 def _explain_syntax(error: str, file: str, text: str) -> str:
-    """An error of the TOML parser in the words of whoever wrote the file."""
+    """A readable message for an error of the TOML parser."""
     lines = [line.strip() for line in text.splitlines()]
     first = next((line for line in lines if line and not line.startswith("#")), "")
     if file.endswith((".yaml", ".yml", ".json")) or re.match(r"(---|\{|[\w.-]+:(\s|$))", first):

@@ -135,7 +135,7 @@ class Documents(Section):
     revision: str = ""
     """Hub only: branch, tag or commit. "": the default branch."""
     stream: bool = False
-    """Hub only: read over the network without downloading the whole dataset first; give `max_tokens` with it."""
+    """Hub only: read over the network without downloading the dataset first; give `max_tokens` with it."""
     max_tokens: NonNegativeInt = 0
     """Stop after the document with which this many tokens are reached. 0: no limit."""
     template: Annotated[str, AfterValidator(_template)] = "{text}"

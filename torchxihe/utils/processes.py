@@ -1,4 +1,4 @@
-"""What processes that start and end together agree on: signals, and that none is left behind."""
+"""Signals of a run, and processes that end with their launcher."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_launcher() -> None:
-    """Get SIGTERM when the launcher that started this process, if one did, is gone: even SIGKILL leaves no orphans.
+    """Receive SIGTERM when the launcher of this process, if it has one, exits: even SIGKILL leaves no orphans.
 
     A training process saves a checkpoint on that signal.
     """
@@ -20,5 +20,5 @@ def end_with_launcher() -> None:
     if launcher is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(launcher):  # it was gone before
-        sys.exit(f"the launcher (process {launcher}) is gone")
+    if os.getppid() != int(launcher):  # it has exited already
+        sys.exit(f"the launcher (process {launcher}) has exited")

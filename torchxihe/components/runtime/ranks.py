@@ -11,7 +11,7 @@ from torchxihe.utils.distributed import is_main
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(hours=1)  # a rank may wait for another's slow disk; one that exited is noticed at once
+TIMEOUT = timedelta(hours=1)  # a rank may wait for another's slow disk; one that exited is noticed immediately
 
 
 class Ranks:
