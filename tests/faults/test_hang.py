@@ -36,7 +36,7 @@ def test_two_runs_in_one_directory(workspace: Workspace) -> None:
     assert all(process.is_alive() for process in first.processes)
     first.kill()
     assert (workspace.run_dir / ".lock").read_text()
-    assert f"the run before (process {holder}" in workspace.finish(2)
+    assert f"the previous run (process {holder}" in workspace.finish(2)
 
 
 def test_two_runs_with_one_place_for_their_checkpoints(workspace: Workspace) -> None:
