@@ -218,7 +218,8 @@ source and validation set if there are several; validation is dashed. Needs matp
     parser.add_argument("--out", type=Path, default=Path("plot.png"), metavar="FILE", help=text)
     text = "horizontal axis: steps (default), tokens, or hours of training since the first step"
     parser.add_argument("--by", choices=("step", "tokens", "time"), default="step", help=text)
-    text = "draw training's curves as exponential moving averages over N log steps, default 1: as logged"
+    text = """draw exponential moving averages over N log steps of the training curves (but not of learning rate and
+    memory), default 1: as logged"""
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help=text)
     return parser
 

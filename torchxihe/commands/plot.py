@@ -116,7 +116,7 @@ def draw(runs: Runs, by: str, smooth: int = 1) -> Any:
             look = {"color": f"C{i if by_source else run}", "linewidth": 1.2}
             if dashed:
                 axis.plot(*points, label=label, linestyle="--", marker=".", markersize=4, **look)
-            elif smooth == 1:
+            elif smooth == 1 or panel.title in ("Learning rate", "Memory"):  # not noisy
                 axis.plot(*points, label=label, **look)
             else:
                 axis.plot(*points, **{**look, "linewidth": 0.6, "alpha": 0.3})
