@@ -80,7 +80,7 @@ environment() {
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # this checkout's code, whatever else is installed
     if [ -n "${PYTHON:-}" ]; then
         lack=$(lacks "$PYTHON" "$extra") || fail "PYTHON=$PYTHON does not run"
-        [ -z "$lack" ] || fail "PYTHON=$PYTHON lacks $lack: $PYTHON -m pip install -c $root/constraints.txt -e '$install'"
+        [ -z "$lack" ] || fail "PYTHON=$PYTHON lacks $lack: $PYTHON -m pip install -c '$root/constraints.txt' -e '$install'"
         return
     fi
     find_python "$extra"

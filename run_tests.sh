@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 environment dev
 cd "$root"
 
-# The tests of one run share compiled kernels, and leave none behind.
+# The tests of one run share a cache of compiled kernels, which is deleted at the end.
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
