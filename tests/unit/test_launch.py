@@ -474,7 +474,7 @@ launch.main(sys.argv[1:])
 
 
 def test_ctrl_c_in_the_first_second_is_one_line(fake: Path) -> None:
-    """Whatever is being imported. Seen to fail with tracebacks. In the 0.1 s in which Python starts it has no effect."""
+    """Whatever is being imported. Seen to fail with tracebacks. While Python itself starts, it has no effect."""
     command(fake, "train", "import torch\nsay('train')")
     for delay in (0.1, 0.2, 0.4, 0.8):
         process = launched(fake, NGPU="2")
