@@ -295,7 +295,8 @@ def test_whose_folder_is_to_be_deleted(tmp_path: Path, rows: Rows) -> None:
     index.mkdir(parents=True)
     (tmp_path / "train.rows").rename(index / "train.rows")
     (tmp_path / "train.pieces").rename(index / "train.pieces")
-    of_user, ours = "changed (ends at byte 0): not the file that was prepared; run", "damaged: ends at byte 0; delete it and run"
+    of_user = "changed (ends at byte 0): not the file that was prepared; run"
+    ours = "damaged: ends at byte 0; delete it and run"
     for file, what in ((tmp_path / "a", of_user), (index.parents[1] / "a", ours)):
         file.write_bytes(b"")
         reader = Rows(index, "train", [TokenFile(file, 0, 16)], np.dtype("<u2"))
