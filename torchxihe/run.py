@@ -163,7 +163,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         if start.own:
             history.resume(saved)
         else:
-            history.start_from(saved, start.directory, whole=not start.only)
+            history.start_from(saved, start.directory, full=not start.only)
     with memory_explained(config):
         config = fit_micro_batch(config, device, trial_step, dims.size("data"))
         trainer = Trainer(config, device, prepared.bytes_per_token, dims=dims)

@@ -144,12 +144,12 @@ class Trainer:
 
     def save(self, checkpointer: Checkpointer, history: History, validation_loss: float | None = None) -> None:
         """Save the run's state; after the last step, with `checkpoint.final = "model"`, the model only."""
-        whole = self.step < self.config.total_steps or self.config.checkpoint.final == "full"
-        checkpointer.save(self.step, self.state(whole), history.to_json(self.step), validation_loss)
+        full = self.step < self.config.total_steps or self.config.checkpoint.final == "full"
+        checkpointer.save(self.step, self.state(full), history.to_json(self.step), validation_loss)
 
-    def state(self, whole: bool = True) -> dict[str, torch.Tensor]:
-        """Every tensor of the run's state by name; with `whole = False` those of the model only."""
-        if not whole:
+    def state(self, full: bool = True) -> dict[str, torch.Tensor]:
+        """Every tensor of the run's state by name; with `full = False` those of the model only."""
+        if not full:
             return flat_state(self.model, None)
         return flat_state(self.model, self.optimizer) | self.bad_steps.state()
 

@@ -187,9 +187,9 @@ class Decoder(nn.Module):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
             key = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator(device).manual_seed(int.from_bytes(key[:8], "big") >> 1)
-            whole = torch.empty(parameter.shape, device=device)
-            nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std, generator=generator)
+            full = torch.empty(parameter.shape, device=device)
+            nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
             if isinstance(parameter, DTensor):  # all ranks draw the same and keep their shard; no communication
                 mesh, placements = parameter.device_mesh, parameter.placements
-                whole = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-            parameter.copy_(whole)
+                full = distribute_tensor(full, mesh, placements, src_data_rank=None)
+            parameter.copy_(full)

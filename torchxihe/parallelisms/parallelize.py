@@ -36,7 +36,7 @@ def parallelize(
     if config.training.compile and not compiled:
         log.warning("training.compile: %s: running uncompiled, slower", compile_obstacle())
     elif compiled:
-        apply_compile(model, whole=dims.size("world") == 1)
+        apply_compile(model, one_graph=dims.size("world") == 1)
     if dims.dp_shard > 1:
         mesh = dims.mesh("dp_replicate", "dp_shard")
         apply_fsdp(model, mesh, dtype, reshard_after_forward=config.parallelism.reshard_after_forward)

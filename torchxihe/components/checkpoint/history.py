@@ -271,8 +271,8 @@ class History:
         log.warning("%s at step %d", change, step)
         self._changes.append({"step": step, "option": "data.sources", "from": "", "to": change})
 
-    def start_from(self, saved: dict[str, Any], origin: Location, whole: bool) -> None:
-        """Start a new run from the checkpoint `origin`; `whole`: with its step and data order, not its weights alone.
+    def start_from(self, saved: dict[str, Any], origin: Location, full: bool) -> None:
+        """Start a new run from the checkpoint `origin`; `full`: with its step and data order, not its weights alone.
 
         Logs the options that differ from the origin's, free ones excepted. Raises UserError for another tokenizer.
         """
@@ -284,8 +284,8 @@ class History:
         for option, (was, now) in all_changes(saved["config"], self._config).items():
             for line in describe_change(option, was, now):
                 log.info("%s, compared with %s", line, origin)
-            if whole:
+            if full:
                 self._changes.append({"step": saved["step"], "option": option, "from": was, "to": now})
         self._origin = str(origin)
-        if whole:
+        if full:
             self._changes, self.stages = saved["changes"] + self._changes, saved["stages"]

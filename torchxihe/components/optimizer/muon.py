@@ -1,9 +1,9 @@
 """Muon: momentum, orthogonalised (https://kellerjordan.github.io/posts/muon/), with its work divided over all ranks.
 
-Matrices of one shape, mesh and placements are updated together. Orthogonalisation needs whole matrices, and each rank
+Matrices of one shape, mesh and placements are updated together. Orthogonalisation needs full matrices, and each rank
 holds a rectangle of each of them: all of it in one process and under DDP, some rows under FSDP2, rows or columns of
 these under tensor parallelism. So the replicas divide the matrices among themselves, and in each replica the ranks
-exchange rectangles (all-to-all) until each has its share of the matrices whole; the updates return the same way. No
+exchange rectangles (all-to-all) until each has its share of the full matrices; the updates return the same way. No
 matrix is orthogonalised twice.
 
 Axes: K matrices of one shape, R rows, C columns.
@@ -143,7 +143,7 @@ Rectangle = tuple[slice, slice]
 
 
 class Exchange:
-    """Applies a function of whole matrices to matrices of which each rank holds a rectangle."""
+    """Applies a function of full matrices to matrices of which each rank holds a rectangle."""
 
     def __init__(
         self, rectangles: list[Rectangle], shards: dist.ProcessGroup | None, replicas: dist.ProcessGroup | None
@@ -170,7 +170,7 @@ class Exchange:
         return all_KRC[: len(local_KRC)]
 
     def _in_shards(self, fn: Callable[[Tensor], Tensor], local_KRC: Tensor, shards: dist.ProcessGroup) -> Tensor:
-        """The same in one replica: rank j gets the j-th part of the matrices whole, and sends the results back."""
+        """The same in one replica: rank j gets the j-th part of the full matrices and sends the results back."""
         shard, ranks = _place(shards)
         counts = _parts(len(local_KRC), ranks)
         own, area = counts[shard], local_KRC[0].numel() if len(local_KRC) else 0
@@ -178,13 +178,13 @@ class Exchange:
         to_owners = [count * area for count in counts]
         to_shards = [own * rows * columns for rows, columns in shapes]
         received = _all_to_all(local_KRC.flatten(), to_owners, to_shards, shards)
-        whole_KRC = local_KRC.new_empty(
+        full_KRC = local_KRC.new_empty(
             own, max(rows.stop for rows, _ in self._rectangles), max(columns.stop for _, columns in self._rectangles)
         )
         for piece, shape, (rows, columns) in zip(received.split(to_shards), shapes, self._rectangles, strict=True):
-            whole_KRC[:, rows, columns] = piece.view(own, *shape)
-        whole_KRC = fn(whole_KRC)
-        pieces = [whole_KRC[:, rows, columns].flatten() for rows, columns in self._rectangles]
+            full_KRC[:, rows, columns] = piece.view(own, *shape)
+        full_KRC = fn(full_KRC)
+        pieces = [full_KRC[:, rows, columns].flatten() for rows, columns in self._rectangles]
         return _all_to_all(torch.cat(pieces), to_shards, to_owners, shards).view(local_KRC.shape)
 
 
