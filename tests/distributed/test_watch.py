@@ -16,7 +16,7 @@ def _train(path: str) -> set[str]:
     """Train; which of the trackers' libraries this rank has imported."""
     import sys
 
-    run(["train", path])
+    run(["train", path, "--lr_scheduler.warmup_steps=5"])  # which is warned of
     return {"wandb", "tensorboard"} & sys.modules.keys()
 
 
@@ -39,5 +39,6 @@ def test_rank_0_alone_tracks_and_every_rank_logs(tmp_path: Path) -> None:
     assert [log.name for log in logs] == [f"rank-0000{rank}.log" for rank in range(4)]
     for rank, log in enumerate(logs):
         assert f" rank {rank} [step 1] DEBUG " in log.read_text()
+        assert log.read_text().count("lr_scheduler.warmup_steps: 5 is beyond") == (rank == 0)
     last = read_metrics(run_dir / METRICS)[0][-1]
     assert all(last[f"host_memory_gib/{rank}"] > 0.05 for rank in range(4)) and "host_memory_gib/4" not in last

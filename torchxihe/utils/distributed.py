@@ -17,6 +17,8 @@ from torchxihe.utils.device import default_device
 
 T = TypeVar("T")
 
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
 
 def rank() -> int:
     """This process's number among all, from torchrun's environment; 0 when there is only one."""

@@ -88,7 +88,7 @@ def report_start(
         size = f"{counted(documents.documents, 'document')}, {scaled(documents.tokens)} tokens"
         rows.append(("data", f"{documents.name}: {size}, {counted(documents.valid_rows, 'row')}, all held out"))
     _log_table(rows)
-    for warning in find_warnings(config):
+    for warning in find_warnings(config) if is_main() else []:  # other ranks print warnings, too
         log.warning("%s", warning)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from torchxihe.utils.distributed import local_part, mesh_group
+from torchxihe.utils.distributed import all_gather_single, local_part, mesh_group
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -166,7 +166,7 @@ class Exchange:
         all_KRC = local_KRC.new_empty(replicas * most, *local_KRC.shape[1:])
         padded = all_KRC[replica * most : (replica + 1) * most]
         padded[: len(mine_KRC)] = mine_KRC
-        dist.all_gather_into_tensor(all_KRC, padded, group=self._replicas)
+        all_gather_single(all_KRC, padded, group=self._replicas)
         return all_KRC[: len(local_KRC)]
 
     def _in_shards(self, fn: Callable[[Tensor], Tensor], local_KRC: Tensor, shards: dist.ProcessGroup) -> Tensor:
