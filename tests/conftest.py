@@ -12,10 +12,14 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NGPU", "NNODES", "NODE_RANK", 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="50 random kills instead of 10, 1,000 mutations instead of 60")
+    parser.addoption("--long", action="store_true", help="50 random kills, 1,000 mutations, all layouts")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="with --long"))
     gpu = [item for item in items if "gpu" in item.path.parts or item.get_closest_marker("gpu")]
     if not gpu:
         return

@@ -32,6 +32,7 @@ from torchxihe.parallelisms.compile import compiles
 from torchxihe.parallelisms.data_parallel import gradient_sync
 from torchxihe.parallelisms.dims import ParallelDims, build_dims
 from torchxihe.parallelisms.parallelize import parallelize
+from torchxihe.parallelisms.tensor_parallel import sum_replicated_gradients
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Trainer:
                 loss, losses_B = self.module(batch.tokens, batch.targets, batch.cu_seqlens)
                 (loss / tokens).backward()  # summed over ranks and micro-batches: the global mean over valid targets
             sums_S3 += sums_by_source(losses_B, batch, self.bytes_per_token, sources)
+        sum_replicated_gradients(self.model, self.dims)
         sums_S3 = self.dims.sum(sums_S3, "loss")
         loss = sums_S3[:, 0].sum() / tokens
         grad_norm = gradient_norm(self.model.parameters(), self.dims.sum, self.dims.size("stage"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import torchxihe
 from torchxihe.__main__ import run as run_here
 from torchxihe.commands.config import DOCS, reference
-from torchxihe.config.checks import find_warnings
+from torchxihe.config.checks import data_degrees, find_warnings
 from torchxihe.config.load import dump_config, join_values, load_config
 from torchxihe.config.options import Config, Parallelism
 from torchxihe.errors import UserError
@@ -447,7 +447,7 @@ def test_a_run_that_is_long_enough_has_no_warning(small: str) -> None:
     [(1, -1, 1, (1, 1)), (1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (8, 1, 8, (8, 1)), (2, 4, 8, (2, 4))],
 )
 def test_degrees(replicate: int, shard: int, world_size: int, degrees: tuple[int, int]) -> None:
-    assert Parallelism(dp_replicate=replicate, dp_shard=shard).degrees(world_size) == degrees
+    assert data_degrees(Parallelism(dp_replicate=replicate, dp_shard=shard), world_size) == degrees
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_degrees_that_do_not_fit(replicate: int, shard: int, world_size: int) ->
     processes = "1 process" if world_size == 1 else f"{world_size} processes"
     valid = rf"valid combinations \(dp_replicate × dp_shard\): 1 × {world_size}"
     with pytest.raises(UserError, match=f"does not match {processes}; {valid}"):
-        Parallelism(dp_replicate=replicate, dp_shard=shard).degrees(world_size)
+        data_degrees(Parallelism(dp_replicate=replicate, dp_shard=shard), world_size)
 
 
 def test_degrees_are_checked_with_the_file(small: str) -> None:
@@ -566,3 +566,27 @@ def test_bytes_of_the_command_line_that_are_no_text() -> None:
 def test_a_budget_needs_the_compiler() -> None:
     with pytest.raises(UserError, match="activation_checkpointing: .* needs training.compile"):
         load_config(DEBUG, ["--parallelism.activation_checkpointing=budget", "--training.compile=false"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "line"),
+    [
+        ("tp=2", 3, "parallelism.tp = 2 does not divide 3 processes; valid: 1, 3"),
+        ("tp=3", 3, "3 does not divide model.num_key_value_heads = 2; valid: 1, 2"),
+        (
+            "tp=2 dp_replicate=3",
+            4,
+            r"(× tp = 2) does not match 4 processes; valid combinations (dp_replicate × dp_shard)",
+        ),
+    ],
+)
+def test_tensor_parallel_degrees_that_do_not_fit(flags: str, world_size: int, line: str) -> None:
+    overrides = [f"--parallelism.{flag}" for flag in flags.split()]
+    with pytest.raises(UserError) as error:
+        load_config("configs/xihe_debug.toml", overrides, world_size)
+    assert any(found.startswith("--parallelism") and line in found for found in str(error.value).splitlines())
+
+
+def test_float8_is_refused_with_tensor_parallelism() -> None:
+    with pytest.raises(UserError, match=r"float8.recipe: is not supported with parallelism.tp > 1"):
+        load_config("configs/llama_1b.toml", ["--parallelism.tp=2", "--float8.recipe=tensorwise"])

@@ -205,7 +205,7 @@ def reads(tree: ast.AST) -> set[tuple[str, str]]:
 
 def test_every_option_is_read() -> None:
     read = set().union(*(reads(tree) for path, tree in TREES.items() if path.parent != PACKAGE / "config"))
-    # Config.run_dir, Config.total_steps and Parallelism.degrees read these for the others.
+    # Config.run_dir, Config.total_steps and data_degrees read these for the others.
     read |= {("run", "dir"), ("run", "name"), ("training", "steps"), ("training", "tokens")}
     read |= {("parallelism", "dp_replicate"), ("parallelism", "dp_shard")}
     read |= {("sources", key) for name, key in read if name == "sets"}

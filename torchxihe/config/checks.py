@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from torchxihe.config.options import Config, Documents, Source, documents_of
+from torchxihe.config.options import Config, Documents, Parallelism, Source, documents_of
 from torchxihe.errors import UserError
+from torchxihe.utils.words import counted
 
 Key = tuple[str, ...]
 Finding = tuple[bool, str, str]
@@ -145,14 +146,53 @@ def _run(config: Config) -> Iterator[Finding]:
     )
 
 
+def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
+    """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the valid ones."""
+    if world_size % parallelism.tp:
+        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise UserError(
+            f"parallelism.tp = {parallelism.tp} does not divide {counted(world_size, 'process')}; valid: {valid}"
+        )
+    data = world_size // parallelism.tp
+    shard = data // parallelism.dp_replicate if parallelism.dp_shard == -1 else parallelism.dp_shard
+    if parallelism.dp_replicate * shard == data:
+        return parallelism.dp_replicate, shard
+    valid = ", ".join(f"{n} × {data // n}" for n in range(1, data + 1) if data % n == 0)
+    product = f"parallelism.dp_replicate × parallelism.dp_shard = {parallelism.dp_replicate} × {parallelism.dp_shard}"
+    product += f" (× tp = {parallelism.tp})" if parallelism.tp > 1 else ""
+    given = f"{product} does not match {counted(world_size, 'process')}"
+    raise UserError(f"{given}; valid combinations (dp_replicate × dp_shard): {valid}")
+
+
 def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
     parallelism = config.parallelism
     yield parallelism.dp_shard == 0, "parallelism.dp_shard", "must be -1 or at least 1, got 0"
+    model, tp = config.model, parallelism.tp
+    divided = {
+        "model.num_key_value_heads": model.num_key_value_heads,
+        "model.intermediate_size": model.intermediate_size,
+        "data.seq_len": config.data.seq_len,
+    }
+    shared = math.gcd(*divided.values())
+    valid = ", ".join(str(n) for n in range(1, shared + 1) if shared % n == 0)
+    for option, size in divided.items():
+        yield size % tp != 0, "parallelism.tp", f"{tp} does not divide {option} = {size}; valid: {valid}"
+    yield (
+        (tp - 1) * -(-model.vocab_size // tp) >= model.vocab_size,
+        "parallelism.tp",
+        f"{tp} ranks are too many for model.vocab_size = {model.vocab_size}: one would have no row",
+    )
+    yield (
+        tp > 1 and bool(config.float8.recipe),
+        "float8.recipe",
+        'is not supported with parallelism.tp > 1; set it to ""',
+    )
     if world_size and parallelism.dp_shard:
         try:
-            parallelism.degrees(world_size)
+            data_degrees(parallelism, world_size)
         except UserError as error:
             option = "dp_replicate" if parallelism.dp_shard == -1 else "dp_shard"
+            option = "tp" if world_size % tp else option
             yield True, f"parallelism.{option}", str(error)
 
 

@@ -15,9 +15,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
 
-from torchxihe.errors import UserError
-from torchxihe.utils.words import counted
-
 LARGEST = 2**53
 """Of the integers that have no bound of their own: what a float64 holds exactly."""
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -271,12 +268,15 @@ class LRScheduler(Section):
 
 
 class Parallelism(Section):
-    """How the model is distributed. `dp_replicate × dp_shard` must equal the number of processes."""
+    """How the model is distributed. `dp_replicate × dp_shard × tp` must equal the number of processes."""
 
     dp_replicate: PositiveInt = 1
     """Full copies of the parameters, whose gradients are summed over the copies (DDP, HSDP)."""
     dp_shard: Annotated[int, Field(ge=-1, le=LARGEST)] = -1
     """Processes that share one copy of the parameters (FSDP2). -1: all that `dp_replicate` leaves. 1: DDP."""
+    tp: PositiveInt = 1
+    """Tensor parallelism: processes that divide every layer's matrices, heads and activations among them, best within
+    one host. Must divide the key-value heads, the feed-forward's width and the tokens of a micro-batch. 1: off."""
     reshard_after_forward: bool = True
     """FSDP2: free a block's gathered parameters between forward and backward, and shard each micro-batch's gradients at
     once. false: less traffic, for which every process holds all parameters and, with several micro-batches a step, all
@@ -286,16 +286,6 @@ class Parallelism(Section):
     compiler finds cheapest within `activation_budget`."""
     activation_budget: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """With "budget": share of the activations kept, from 0 (entire blocks recomputed) to 1 (nothing)."""
-
-    def degrees(self, world_size: int) -> tuple[int, int]:
-        """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the valid ones."""
-        shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
-        if self.dp_replicate * shard == world_size:
-            return self.dp_replicate, shard
-        valid = ", ".join(f"{n} × {world_size // n}" for n in range(1, world_size + 1) if world_size % n == 0)
-        product = f"parallelism.dp_replicate × parallelism.dp_shard = {self.dp_replicate} × {self.dp_shard}"
-        given = f"{product} does not match {counted(world_size, 'process')}"
-        raise UserError(f"{given}; valid combinations (dp_replicate × dp_shard): {valid}")
 
 
 class Float8(Section):

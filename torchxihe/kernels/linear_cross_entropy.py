@@ -8,9 +8,10 @@ Axes: N rows (tokens), C hidden size, V vocabulary, n rows of one chunk.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -31,8 +32,20 @@ def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> tuple
     returned in float32. targets: int64 [N]. Returns a float32 scalar and float32 [N], which is detached: only
     the sum has a gradient.
     """
+    return vocab_parallel_cross_entropy(x_NC, w_VC, targets_N, vocab_size=w_VC.shape[0], group="")
+
+
+def vocab_parallel_cross_entropy(
+    x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, *, vocab_size: int, group: str
+) -> tuple[Tensor, Tensor]:
+    """The same where each rank of the process group named `group` has its part of the `vocab_size` rows of w.
+
+    x and targets are whole on every rank, and so are the results; dX is this rank's part of a sum over the ranks. No
+    rank ever has the logits of another's rows: per chunk the maximum, and then the sum of the exponentials and the
+    target's logit are reduced. group "": one process.
+    """
     gradients = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
-    loss, losses_N, _, _ = _chunked(x_NC, w_VC, targets_N, gradients)
+    loss, losses_N, _, _ = _chunked(x_NC, w_VC, targets_N, gradients, vocab_size, group)
     return loss, losses_N.detach()
 
 
@@ -62,26 +75,56 @@ def _cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, grad
         logits_nV.copy_(probabilities.mul_(valid_n1))
 
 
+def _vocab_parallel_cross_entropy_(
+    logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, gradients: bool, first: int, group: dist.ProcessGroup
+) -> None:
+    """The same for the logits of the rows of w from `first` on, of which every rank of `group` has others."""
+    logits = logits_nV.float()
+    highest_n1 = logits.amax(-1, keepdim=True)
+    dist.all_reduce(highest_n1, dist.ReduceOp.MAX, group=group)
+    exponentials = torch.exp(logits - highest_n1)
+    valid_n1, index_n1 = (targets_n != IGNORE_INDEX).unsqueeze(-1), (targets_n - first).unsqueeze(-1)
+    mine_n1 = valid_n1 & (index_n1 >= 0) & (index_n1 < logits.shape[1])
+    index_n1 = torch.where(mine_n1, index_n1, 0)
+    target_n1 = torch.where(mine_n1, logits.gather(-1, index_n1) - highest_n1, 0.0)
+    sums_n2 = torch.cat([exponentials.sum(-1, keepdim=True), target_n1], dim=1)
+    dist.all_reduce(sums_n2, group=group)
+    losses_n.copy_(torch.where(valid_n1[:, 0], sums_n2[:, 0].log() - sums_n2[:, 1], 0.0))
+    if gradients:
+        probabilities = exponentials.div_(sums_n2[:, :1])
+        probabilities.scatter_add_(-1, index_n1, -mine_n1.float())
+        logits_nV.copy_(probabilities.mul_(valid_n1))
+
+
 @torch.library.custom_op("torchxihe::linear_cross_entropy", mutates_args=())
-def _chunked(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chunked(
+    x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool, vocab_size: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss (float32 scalar), its terms (float32 [N]), dX [N, C] in x's dtype, dW [V, C] in float32; the gradients
     are empty unless `gradients`."""
-    rows, vocab = x_NC.shape[0], w_VC.shape[0]
+    ranks = dist.distributed_c10d._resolve_process_group(cast("Any", group)) if group else None
+    part = -(-vocab_size // ranks.size()) if ranks else vocab_size  # of the vocabulary; the last rank may have less
+    rows = x_NC.shape[0]
     w = w_VC.to(x_NC.dtype)
     loss = torch.zeros((), dtype=torch.float32, device=x_NC.device)
     losses_N = torch.empty(rows, dtype=torch.float32, device=x_NC.device)
     dx = torch.empty_like(x_NC) if gradients else x_NC.new_empty(0)
     dw = torch.zeros_like(w_VC, dtype=torch.float32) if gradients else w_VC.new_empty(0, dtype=torch.float32)
-    size = -(-rows // -(-rows * vocab // CHUNK_LOGITS))
+    size = -(-rows // -(-rows * part // CHUNK_LOGITS))
     size = -(-size // ROWS_MULTIPLE) * ROWS_MULTIPLE
     for start in range(0, rows, size):
         chunk = slice(start, start + size)
         logits_nV = x_NC[chunk] @ w.t()
-        _cross_entropy_(logits_nV, targets_N[chunk], losses_N[chunk], gradients)
+        if ranks:
+            first = ranks.rank() * part
+            _vocab_parallel_cross_entropy_(logits_nV, targets_N[chunk], losses_N[chunk], gradients, first, ranks)
+        else:
+            _cross_entropy_(logits_nV, targets_N[chunk], losses_N[chunk], gradients)
         loss += losses_N[chunk].sum()
         if gradients:
             torch.mm(logits_nV, w, out=dx[chunk])
             _add_product(dw, logits_nV.t(), x_NC[chunk])
+        del logits_nV  # or two chunks' logits are alive at once
     return loss, losses_N, dx, dw
 
 
@@ -96,7 +139,9 @@ def _add_product(sum_VC: Tensor, a_Vn: Tensor, b_nC: Tensor) -> None:
 
 
 @_chunked.register_fake
-def _(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    x_NC: Tensor, w_VC: Tensor, targets_N: Tensor, gradients: bool, vocab_size: int, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = x_NC.new_empty((), dtype=torch.float32)
     losses_N = x_NC.new_empty(x_NC.shape[0], dtype=torch.float32)
     if not gradients:
@@ -110,14 +155,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*output[2:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     dx, dw = ctx.saved_tensors
-    return (dx.float() * grad).to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None
+    return (dx.float() * grad).to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None, None, None
 
 
 _chunked.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.torchxihe.linear_cross_entropy)
-def _flops(x: tuple[int, int], w: tuple[int, int], targets: Any, gradients: bool, **kwargs: Any) -> int:
+def _flops(x: tuple[int, int], w: tuple[int, int], targets: Any, gradients: bool, *args: Any, **kwargs: Any) -> int:
     return (6 if gradients else 2) * x[0] * w[0] * w[1]  # high enough that no memory budget recomputes it

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchxihe.utils.distributed import local_weight
+
 
 class Norm(Protocol):
     """RMSNorm over a head: `weight` [D], added to the mean square `eps`."""
@@ -56,12 +58,16 @@ def qk_norm_rope_triton(
 ) -> tuple[Tensor, Tensor]:
     """The same on a GPU, in 16-bit; norm and rotation are computed in float32 without rounding in between."""
     assert isinstance(q_proj.weight, Tensor) and isinstance(k_proj.weight, Tensor)
-    weight_EC = torch.cat((q_proj.weight.to(x_BTC.dtype), k_proj.weight.to(x_BTC.dtype)))
+    q_EC, k_EC = local_weight(q_proj.weight), local_weight(k_proj.weight)
+    weight_EC = torch.cat((q_EC.to(x_BTC.dtype), k_EC.to(x_BTC.dtype)))
     qk_BTE = _product(x_BTC, weight_EC, q_proj)
     weight_2D, eps = None, 0.0
     if q_norm is not None and k_norm is not None:
-        weight_2D, eps = torch.stack((q_norm.weight, k_norm.weight)).to(qk_BTE.dtype), q_norm.eps
-    heads = q_proj.weight.shape[0] // (2 * cos_TD.shape[1])
+        weight_2D, eps = (
+            torch.stack((local_weight(q_norm.weight), local_weight(k_norm.weight))).to(qk_BTE.dtype),
+            q_norm.eps,
+        )
+    heads = q_EC.shape[0] // (2 * cos_TD.shape[1])
     q_NHD, k_NKD = normed_rope(qk_BTE.flatten(0, 1), weight_2D, cos_TD, sin_TD, heads, eps)
     return q_NHD.unflatten(0, x_BTC.shape[:2]), k_NKD.unflatten(0, x_BTC.shape[:2])
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from torchxihe.utils.device import compute_capability
+from torchxihe.utils.distributed import local_weight
 
 # Tiles of quack's products on Hopper: the fastest of its candidates at three widths (docs/performance.md). Its own
 # autotuning takes minutes per shape.
@@ -90,8 +91,9 @@ def swiglu_quack(x_BTC: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module)
     """The same with the activation and its gradient inside the products (the extra `[kernels]`; Hopper, 16-bit)."""
     assert isinstance(gate.weight, Tensor) and isinstance(up.weight, Tensor) and isinstance(down.weight, Tensor)
     # Cast before the stack: otherwise each gradient would be a strided slice and be copied once more.
-    gate_up = torch.stack((gate.weight.to(x_BTC.dtype), up.weight.to(x_BTC.dtype)), dim=1).flatten(0, 1)
-    out_NC, _ = _quack_swiglu(x_BTC.flatten(0, 1), gate_up, down.weight.to(x_BTC.dtype))
+    gate_FC, up_FC, down_CF = (local_weight(w).to(x_BTC.dtype) for w in (gate.weight, up.weight, down.weight))
+    gate_up = torch.stack((gate_FC, up_FC), dim=1).flatten(0, 1)
+    out_NC, _ = _quack_swiglu(x_BTC.flatten(0, 1), gate_up, down_CF)
     return out_NC.view_as(x_BTC)
 
 

@@ -10,6 +10,7 @@ D head dimension, F feed-forward width, V vocabulary.
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torchxihe.config.options import Model
 from torchxihe.kernels.select import PORTABLE, Kernels
 from torchxihe.model.norm import RMSNorm, rms_norm
 from torchxihe.model.rope import rope_tables
+from torchxihe.utils.distributed import local_weight
 
 
 class Linear(nn.Linear):
@@ -30,7 +32,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out], in the input's dtype."""
-        return F.linear(input, self.weight.to(input.dtype))
+        return F.linear(input, local_weight(self.weight).to(input.dtype))
 
 
 class SelfAttention(nn.Module):
@@ -71,7 +73,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then feed-forward, each with a pre-norm and a residual connection."""
+    """One decoder layer: attention, then feed-forward, each with a pre-norm and a residual connection.
+
+    Tensor parallelism sets `gather` and `scatter`: between the sublayers x is then sharded over the tokens.
+    """
 
     def __init__(self, config: Model, kernels: Kernels) -> None:
         super().__init__()
@@ -79,12 +84,17 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config, kernels)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, kernels)
+        self.gather: Callable[[Tensor, int], Tensor] = _same  # a sublayer's input, [B, T, C]
+        self.scatter: Callable[[Tensor, Tensor], Tensor] = _same  # its output, laid out as x
         self.checkpoint: Callable[..., Tensor] | None = None  # set from outside: activation checkpointing of `body`
 
     def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """What the block computes: [B, T, C] to [B, T, C]."""
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), cos_TD, sin_TD, cu_seqlens)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        """What the block computes: [B, T, C] to [B, T, C], or what of them this rank has."""
+        x, seq_len = x_BTC, cos_TD.shape[0]
+        h_BTC = self.gather(self.input_layernorm(x), seq_len)
+        x = x + self.scatter(self.self_attn(h_BTC, cos_TD, sin_TD, cu_seqlens), x)
+        h_BTC = self.gather(self.post_attention_layernorm(x), seq_len)
+        return x + self.scatter(self.mlp(h_BTC), x)
 
     def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """`body`, checkpointed if so set."""
@@ -93,21 +103,27 @@ class Block(nn.Module):
         return self.body(x_BTC, cos_TD, sin_TD, cu_seqlens)
 
 
+def _same(x: Tensor, *_: Any) -> Tensor:
+    return x
+
+
 class Head(nn.Module):
     """Final norm, then the summed loss or the logits. It owns no parameters: the decoder passes them, tied or not."""
 
     def __init__(self, eps: float, kernels: Kernels) -> None:
         super().__init__()
         self.eps, self.cross_entropy = eps, kernels.cross_entropy
+        self.gather: Callable[[Tensor, int], Tensor] = _same  # set by tensor parallelism, as a block's
+        self.gather_logits: Callable[[Tensor], Tensor] = _same
 
     def forward(
-        self, x_BTC: Tensor, norm_C: Tensor, w_VC: Tensor, targets_BT: Tensor | None
+        self, x_BTC: Tensor, norm_C: Tensor, w_VC: Tensor, targets_BT: Tensor | None, seq_len: int
     ) -> Tensor | tuple[Tensor, Tensor]:
         """With targets the summed cross-entropy, over all (float32 scalar) and by row (float32 [B], without a
         gradient); without them logits [B, T, V] in x's dtype."""
-        x_BTC = rms_norm(x_BTC, norm_C, self.eps)
+        x_BTC, w_VC = self.gather(rms_norm(x_BTC, local_weight(norm_C), self.eps), seq_len), local_weight(w_VC)
         if targets_BT is None:
-            return F.linear(x_BTC, w_VC.to(x_BTC.dtype))
+            return self.gather_logits(F.linear(x_BTC, w_VC.to(x_BTC.dtype)))
         loss, losses_N = self.cross_entropy(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
         return loss, losses_N.view(targets_BT.shape).sum(1)
 
@@ -129,6 +145,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.seq_len, self.dtype = config, seq_len, dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed: Callable[[Tensor, Tensor], Tensor] = F.embedding  # replaced by tensor parallelism
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config.rms_norm_eps, kernels)
@@ -155,11 +172,11 @@ class Decoder(nn.Module):
         """
         at = slice(tokens_BT.shape[1]) if positions_T is None else positions_T
         cos_TD, sin_TD = self.cos_TD[at], self.sin_TD[at]
-        x_BTC = self.embed_tokens(tokens_BT).to(self.dtype)
+        x_BTC = self.embed(tokens_BT, local_weight(self.embed_tokens.weight)).to(self.dtype)
         for layer in self.layers:
             x_BTC = layer(x_BTC, cos_TD, sin_TD, cu_seqlens)
         w_VC = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return self.head(x_BTC, self.norm.weight, w_VC, targets_BT)
+        return self.head(x_BTC, self.norm.weight, w_VC, targets_BT, cos_TD.shape[0])
 
     def init_tables(self) -> None:
         """Fill RoPE's tables, which are not in checkpoints."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from torchxihe.utils.distributed import local_weight
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis, in float32; the result has x's dtype."""
@@ -14,7 +16,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to [..., size]."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, local_weight(self.weight), self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

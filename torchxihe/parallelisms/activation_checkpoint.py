@@ -11,7 +11,8 @@ from torchxihe.config.options import Parallelism
 from torchxihe.errors import UserError
 from torchxihe.model.decoder import Block, Decoder
 
-# Expensive to recompute: matrix products and attention. Everything else is elementwise.
+# Expensive to recompute: matrix products, attention, and what tensor parallelism sums over its ranks. Everything else
+# is elementwise, or a gather, which is cheaper than the memory of its result.
 _SAVED = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm.default,
@@ -21,6 +22,7 @@ _SAVED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.torchxihe.flash_attention_4.default,
     torch.ops.torchxihe.swiglu.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 
 

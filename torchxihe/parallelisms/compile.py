@@ -1,9 +1,13 @@
 """torch.compile: the entire model in one process, per block under FSDP2 and DDP."""
 
+from typing import Any
+
+import torch
 import torch.compiler
+from torch.distributed.tensor import DTensor
 
 from torchxihe.config.options import Training
-from torchxihe.model.decoder import Decoder
+from torchxihe.model.decoder import Block, Decoder
 from torchxihe.utils.device import compile_obstacle
 
 
@@ -21,5 +25,15 @@ def apply_compile(model: Decoder, *, one_graph: bool) -> None:
     # The number of documents differs between batches: the graph's one dynamic size. Padded to a maximum, the empty
     # documents would cost 6 % of a step (docs/performance.md).
     torch.compiler.config.dynamic_sources = "L['cu_seqlens']"
-    for module in [model] if one_graph else [*model.layers, model.head]:
-        module.compile(fullgraph=True, dynamic=False)
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+    if one_graph:
+        model.compile(**options)
+        return
+    model.head.compile(**options)
+    for block in model.layers:
+        assert isinstance(block, Block)
+        if block.checkpoint is not None and any(isinstance(p, DTensor) for p in block.parameters()):
+            # torch 2.13 cannot compile a checkpoint around DTensors: an eager checkpoint around a compiled body.
+            block.body = torch.compile(block.body, **options)
+        else:
+            block.compile(**options)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from torchxihe.config.checks import data_degrees
 from torchxihe.config.options import Parallelism
 from torchxihe.utils.distributed import mesh_group, rank, use_default_timeout, world_size
 
@@ -66,14 +67,19 @@ class ParallelDims:
         return value
 
     def mesh(self, *axes: str) -> DeviceMesh:
-        """The mesh of those of `axes` that have more than one rank. At least one must have."""
-        return self._mesh[tuple(name for name in axes if getattr(self, name) > 1)]
+        """The mesh of those of `axes` that have more than one rank, and with `tp` of "dp_shard" in any case."""
+        names = self._mesh.mesh_dim_names or ()
+        return self._mesh[tuple(name for name in axes if name in names)]
 
     def describe(self) -> str:
         """The data parallelism, for the log."""
         if self.size("world") == 1:
             return "one process"
-        if self.dp_shard == 1:
+        data = self._describe_data() if self.size("data") > 1 else ""
+        return " × ".join(part for part in (data, f"TP over {self.tp}" * (self.tp > 1)) if part)
+
+    def _describe_data(self) -> str:
+        if self.dp_shard == 1 and self.tp == 1:
             return f"DDP over {self.dp_replicate}"
         return (
             f"FSDP2 over {self.dp_shard}" if self.dp_replicate == 1 else f"HSDP {self.dp_replicate} × {self.dp_shard}"
@@ -86,7 +92,8 @@ class ParallelDims:
     @functools.cached_property
     def _mesh(self) -> DeviceMesh:
         """All axes that have more than one rank."""
-        names = self._spread("world")
+        # FSDP2 holds the parameters under tensor parallelism, also where there is nothing to shard.
+        names = tuple(n for n in AXES["world"] if getattr(self, n) > 1 or (n == "dp_shard" and self.tp > 1))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         mesh = init_device_mesh(device, tuple(getattr(self, name) for name in names), mesh_dim_names=names)
         for group in mesh.get_all_groups():
@@ -96,5 +103,5 @@ class ParallelDims:
 
 def build_dims(parallelism: Parallelism) -> ParallelDims:
     """The layout of all processes that `parallelism` asks for. Raises UserError if its degrees do not fit."""
-    replicate, shard = parallelism.degrees(world_size())
-    return ParallelDims(dp_replicate=replicate, dp_shard=shard)
+    replicate, shard = data_degrees(parallelism, world_size())
+    return ParallelDims(dp_replicate=replicate, dp_shard=shard, tp=parallelism.tp)

@@ -95,6 +95,14 @@ def all_gather_object(value: T) -> list[T]:
     return values
 
 
+def local_weight(weight: Tensor) -> Tensor:
+    """This rank's part of a parameter for use in the forward pass; its gradient has the parameter's own placements.
+
+    A replicated parameter's gradient is a part of the sum then (`sum_replicated_gradients`).
+    """
+    return weight.to_local(grad_placements=weight.placements) if isinstance(weight, DTensor) else weight
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
