@@ -14,7 +14,7 @@ import torch
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.checkpoint.exporter import Exporter
 from torchxihe.components.checkpoint.history import History
-from torchxihe.components.checkpoint.manifest import check_fresh_start, checkpoints_of
+from torchxihe.components.checkpoint.manifest import check_fresh_start, checkpoints_of, step_of
 from torchxihe.components.checkpoint.state import resolve
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.components.observe import (
@@ -169,7 +169,8 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         trainer = Trainer(config, device, prepared.bytes_per_token, dims=dims)
         if start.directory is not None:
             trainer.load(checkpointer, start.directory, start.only)
-            log.info("loaded %s from %s", " and ".join(start.only) or "everything", start.directory)
+            what = "resuming" if start.own else f"starting with the {' and '.join(start.only) or 'state'}"
+            log.info("%s from %s (step %d)", what, start.directory, step_of(start.directory.name))
     saved_stages = [Stage.from_json(stage) for stage in history.stages]
     for line in changed_sources(saved_stages, prepared, trainer.step):
         history.record_sources(line, trainer.step)
