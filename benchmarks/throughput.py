@@ -93,7 +93,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         pairs = next(loader).pairs * trainer.accumulation
     median = float(np.median(seconds))
     per_gpu = config.tokens_per_step / median / world_size()
-    tokens = config.tokens_per_step // world_size()
+    tokens, sharing = config.tokens_per_step // world_size(), world_size() // trainer.dims.size("data")
     peak, palm_flops = peak_flops(device), palm_flops_per_token(config.model, config.data.seq_len)
     memory = [max(values) for values in zip(*all_gather_object(memory_gib(device)), strict=True)]
     return {
@@ -108,7 +108,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         "data": data,
         "dtype": config.training.dtype,
         "tokens_per_second_per_gpu": round(per_gpu),
-        "mfu": round(training_flops(config.model, tokens, pairs) / median / peak, 4) if peak else None,
+        "mfu": round(training_flops(config.model, tokens, pairs // sharing) / median / peak, 4) if peak else None,
         "mfu_palm": round(per_gpu * palm_flops / peak, 4) if peak else None,
         "memory_allocated_gib": round(memory[0], 2),
         "memory_reserved_gib": round(memory[1], 2),

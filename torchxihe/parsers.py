@@ -46,8 +46,8 @@ def config() -> Arguments:
         "config",
         """Print a config as a run would see it, or write the reference of all options.
 
-The config is printed resolved: what it extends, the overrides and the defaults in one TOML file, which can be run as it
-is; or every mistake in it, one a line.""",
+The config is printed resolved: what it extends, the overrides and the defaults in one TOML file, which can be run
+directly. If it has mistakes, they are printed instead, one per line.""",
         "torchxihe config configs/xihe_debug.toml --training.steps=10",
     )
     parser.add_config(required=False)
@@ -66,7 +66,7 @@ it the run reads. Run `torchxihe prepare CONFIG` first.""",
         "torchxihe data configs/xihe_debug.toml --rows 2",
     )
     parser.add_config()
-    text = "also the first N rows of training, decoded; tokens without loss are in ⟦brackets⟧"
+    text = "also show the first N rows of training, decoded; tokens without loss are in ⟦brackets⟧"
     parser.add_argument("--rows", type=int, default=0, metavar="N", help=text)
     parser.add_argument("--first", type=int, default=0, metavar="G", help="with --rows: begin at sample G")
     return parser
@@ -78,7 +78,7 @@ def evaluate() -> Arguments:
         "eval",
         """Measure a checkpoint: loss, perplexity and bits per byte of held-out documents, or lm-eval's tasks.
 
-Runs in one process, on a GPU if there is one. The run itself logs the same measure as validation/loss, of
+Runs in one process, on a GPU if there is one. Training logs the same loss as validation/loss, but on only
 validation.max_tokens tokens. The newest checkpoint of a run is measured, or the step directory that is given.""",
         "torchxihe eval runs/xihe_debug",
         "torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy",
@@ -87,7 +87,7 @@ validation.max_tokens tokens. The newest checkpoint of a run is measured, or the
     text = """measure on the held-out documents of this config instead of the run's own; prepare it with the run's
     tokenizer (torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer) and repeat the overrides here"""
     parser.add_argument("--on", metavar="CONFIG", default="", help=text)
-    text = "tokens of all sources together, and of each validation set; default 0: all that are held out"
+    text = "tokens of all sources together, and of each validation set; default 0: all held-out tokens"
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help=text)
     text = """tasks of lm-eval (pip install 'lm-eval[hf]'; lm_eval ls tasks lists them), through a temporary export in
     $TMPDIR, as large as the model"""
@@ -106,18 +106,18 @@ def export() -> Arguments:
         """Write a run's model as a Hugging Face folder, for AutoModelForCausalLM and AutoTokenizer.
 
 Exports the newest checkpoint of a run, or the step directory that is given, whatever number of processes wrote it.
-Needs no GPU, and memory for one tensor. DIR must not exist; it gets
+Needs no GPU, and memory for only one tensor. DIR must not exist; it gets
 
-  model.safetensors                       several files with an index above --shard-gb
-  config.json  generation_config.json     Llama, or Qwen3 where the run has model.qk_norm
+  model.safetensors                       split into several files with an index above --shard-gb
+  config.json  generation_config.json     Llama, or Qwen3 if the run has model.qk_norm
   tokenizer.json  tokenizer_config.json   and chat_template.jinja, if the tokenizer has one
-  README.md                               a model card with the facts of the run""",
+  README.md                               a model card that describes the run""",
         "torchxihe export runs/xihe_debug --out exported/xihe_debug",
     )
     parser.add_argument("run", metavar="RUN_OR_STEP")
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to make")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to create")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
-    text = "gigabytes of one file at most, default 4"
+    text = "maximum gigabytes per file, default 4"
     parser.add_argument("--shard-gb", type=float, default=4.0, metavar="GB", help=text)
     return parser
 
@@ -140,17 +140,17 @@ Uses the newest checkpoint of a run, or the step directory that is given.""",
     text = """the text is your message, and the model answers in its chat format (docs/sft.md); the lines of standard
     input form one conversation"""
     parser.add_argument("--chat", action="store_true", help=text)
-    text = "print tokens as they are drawn; always on for prompts from standard input"
+    text = "print tokens as they are generated; always on for prompts from standard input"
     parser.add_argument("--stream", action="store_true", help=text)
-    text = "tokens at most, default 200; generation also ends with the document"
+    text = "maximum number of tokens, default 200; generation also stops at the end of the document"
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help=text)
     text = "default 0.8; 0 always takes the most likely token"
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help=text)
-    text = "draw from the K most likely tokens, default 50; 0: all"
+    text = "sample from the K most likely tokens, default 50; 0: all"
     parser.add_argument("--top-k", type=int, default=50, metavar="K", help=text)
-    text = "draw from the most likely tokens of this total probability, default 0.95"
+    text = "sample from the most likely tokens of this total probability, default 0.95"
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help=text)
-    text = "the same seed draws the same text, default 0"
+    text = "the same seed generates the same text, default 0"
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=text)
     return parser
 
@@ -159,11 +159,12 @@ def import_() -> Arguments:
     """Import a Hugging Face model."""
     parser = Arguments(
         "import",
-        """Make a checkpoint of a Hugging Face model (Llama or Qwen3), to continue training from.
+        """Convert a Hugging Face model (Llama or Qwen3) to a checkpoint, to continue training from.
 
-The model comes from a folder, or from the hub (HF_TOKEN in the environment or in .env opens gated ones). Its weights,
-in one or many safetensors files, become float32, which takes 4 bytes of memory per parameter. What the decoder does not
-support (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not exist; it gets
+The model comes from a folder, or from the hub (HF_TOKEN in the environment or in .env is used for gated ones). Its
+weights, in one or several safetensors files, become float32, which takes 4 bytes of memory per parameter. What the
+decoder does not support (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not
+exist; it gets
 
   checkpoints/step-00000000   the weights
   tokenizer/
@@ -172,7 +173,7 @@ support (scaled rotary embeddings, biases, sliding windows, ...) is refused by n
         "torchxihe import exported/xihe_debug --out imported/xihe_debug",
     )
     parser.add_argument("source", metavar="DIR_OR_HUB_ID")
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to make")
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to create")
     parser.add_argument("--revision", default="", help="branch, tag or commit of a hub model")
     return parser
 
@@ -183,15 +184,15 @@ def launch() -> Arguments:
         "launch",
         """Prepare the data and train on every GPU of this machine, or of several (run_train.sh runs this).
 
-A run that was interrupted resumes from its newest valid checkpoint. One process per GPU is started, one on a machine
-without GPUs. Environment variables change that:
+A run that was interrupted resumes from its newest valid checkpoint. One process per GPU is started, or a single one
+without a GPU. Environment variables change that:
 
   NGPU           processes on this machine
   NNODES         number of machines; start the same command on each of them
-  NODE_RANK      number of this machine, from 0 (if left out, the machines agree on numbers)
+  NODE_RANK      number of this machine, from 0 (if unset, the numbers are assigned automatically)
   RDZV_ENDPOINT  host:port of machine 0, at which the machines find each other
 
-torchrun's own variables (PET_NPROC_PER_NODE, PET_NNODES, ..., MASTER_ADDR, MASTER_PORT) mean the same.
+torchrun's own variables (PET_NPROC_PER_NODE, PET_NNODES, ..., MASTER_ADDR, MASTER_PORT) work, too.
 
 SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the training processes. The exit code is 0 if all of them succeed,
 which includes a run that saved a checkpoint on such a signal.""",
@@ -248,7 +249,7 @@ def train() -> Arguments:
         """Train a prepared run: the command that every process executes, usually under torchrun.
 
 Resumes from the run's newest valid checkpoint, if it has one. run_train.sh (torchxihe launch) prepares the data and
-starts one of these per GPU; with a launcher of your own, run torchxihe prepare CONFIG once before it.""",
+starts one of these per GPU; with your own launcher, run torchxihe prepare CONFIG once before it.""",
         "torchxihe train configs/xihe_debug.toml",
         "torchrun --nproc-per-node=2 -m torchxihe train configs/xihe_debug.toml",
     )
@@ -265,11 +266,11 @@ def verify() -> Arguments:
 One line per checkpoint, newest first:
 
   valid        committed, and every file has the content that was written
-  CORRUPT      committed, but a file is damaged or missing (or an earlier start found it so): it is never loaded
+  CORRUPT      committed, but a file is damaged or missing (or an earlier start has marked it): it is never loaded
   unfinished   a save that was interrupted; the next start of the run removes it
 
-The exit code is 0 if the newest committed checkpoint is valid, else 1. Of prepared data, one line per damaged file; the
-exit code is 0 if there is none.""",
+The exit code is 0 if the newest committed checkpoint is valid, else 1. For prepared data, one line per damaged file is
+printed, and the exit code is 0 if there is none.""",
         "torchxihe verify runs/xihe_debug",
         "torchxihe verify configs/xihe_debug.toml",
     )

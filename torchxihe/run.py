@@ -75,7 +75,7 @@ def run(config: Config) -> None:
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's messages
             raise
-        raise UserError("another rank exited; its last message says why") from error
+        raise UserError("another rank exited; see its last message for the reason") from error
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def find_start(config: Config, checkpointer: Checkpointer) -> Start:
     only, saved = config.checkpoint.load_only, checkpointer.train_state(origin)
     start = Start(config if only else resumed(config, saved), origin, only, saved)
     if start.finished:
-        why = f"{origin} has done {counted(saved['step'], 'step')}, all of this run's"
+        why = f"{origin} has completed {counted(saved['step'], 'step')}, so this run has none left"
         weights = """--checkpoint.load_only='["model"]'"""
         longer = f"a larger --training.{config.horizon}=N"
         raise UserError(f"checkpoint.load: {why}; give {longer}, or {weights} to start from its weights only")
@@ -282,7 +282,7 @@ class Loop:
         gc.disable()
         try:
             self._steps()
-            self.watchdog.begin(f"last checkpoint, of step {trainer.step}", slow=True)
+            self.watchdog.begin(f"last checkpoint, at step {trainer.step}", slow=True)
             if trainer.step < self.total:
                 trainer.save(self.checkpointer, self.history)
             self.checkpointer.close()
@@ -343,7 +343,8 @@ class Loop:
         steps = trainer.step - self.window.step
         metrics |= self.window.close(trainer.step, self._tokens(), wait_seconds)
         seconds = steps * metrics.get("step_seconds", 0.0)
-        flops = training_flops(trainer.config.model, tokens, pairs)
+        sharing = trainer.dims.size("world") / trainer.dims.size("data")  # ranks that work on the same rows
+        flops = training_flops(trainer.config.model, tokens, pairs) / sharing
         metrics |= usage(trainer.device, flops / seconds if seconds else 0.0)
         if steps:
             log.debug(

@@ -78,7 +78,7 @@ def test_a_horizon_in_tokens_with_a_ramp_stays(workspace: Workspace) -> None:
 def test_a_checkpoint_with_nothing_left_to_do_is_no_start(workspace: Workspace) -> None:
     workspace.finish(1)
     flags = ("--run.name=b", "--checkpoint.load=runs/config")
-    workspace.run(1, *flags).check_mistake("checkpoint.load: ", "has done 20 steps", "a larger --training.steps=N")
+    workspace.run(1, *flags).check_mistake("checkpoint.load: ", "has completed 20 steps", "a larger --training.steps=N")
     assert "finished   22 steps" in workspace.finish(1, *flags, "--training.steps=22")
     elsewhere = ("--training.steps=24", f"--checkpoint.dir={workspace.root}/disk")
     workspace.run(1, *flags, *elsewhere).check_mistake("checkpoint.dir: there is no checkpoint in", "move them")

@@ -315,14 +315,14 @@ def test_load_model_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="of another shape"):
         load_model_only(tmp_path, toy(width=17)[0])
     flip(tmp_path / "checkpoints" / "step-00000010" / "__0_0.distcp")
-    with pytest.raises(UserError, match="__0_0.distcp has another content"):
+    with pytest.raises(UserError, match="__0_0.distcp differs from what was written"):
         load_model_only(tmp_path, model)
 
 
 def test_load_verifies_what_newest_has_not(tmp_path: Path) -> None:
     saved(tmp_path, 10)
     flip(tmp_path / "step-00000010" / "__0_0.distcp")
-    with pytest.raises(UserError, match="__0_0.distcp has another content"):
+    with pytest.raises(UserError, match="__0_0.distcp differs from what was written"):
         Checkpointer(tmp_path / "other", KEEP_ALL).load(tmp_path / "step-00000010", flat_state(*toy()))
     assert not (tmp_path / "step-00000010" / CORRUPT).exists()  # not our run: nothing is written there
 

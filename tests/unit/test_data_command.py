@@ -60,15 +60,15 @@ def test_a_row_shows_boundaries_and_what_is_masked(config: str, capsys: pytest.C
     rows = capsys.readouterr().out.split("\n\n")[1:]
     heads = {row.splitlines()[0].split(": ", 1)[1]: row.splitlines()[1:] for row in rows}
     assert heads["words, row 0, epoch 0, 3 documents, 17 tokens"] == [
-        "--- document 0: 7 tokens from 0 on",
+        "--- document 0: 7 tokens starting at 0",
         "⟦H⟧ello!⏹",
-        "--- document 1: 4 tokens from 7 on",
+        "--- document 1: 4 tokens starting at 7",
         "⟦t⟧wo⏹",
-        "--- document 2: 6 tokens from 11 on",
+        "--- document 2: 6 tokens starting at 11",
         "⟦x⟧xxxxx …",
     ]
     assert heads["digits, row 0, epoch 1, 2 documents, 6 tokens"][2:] == [
-        "--- document 1: 2 tokens from 4 on",
+        "--- document 1: 2 tokens starting at 4",
         "⟦4⟧⏹",
         "--- ⟦11 tokens of padding⟧",
     ]
@@ -88,9 +88,9 @@ def test_a_conversation_shows_what_the_assistant_says(tmp_path: Path, capsys: py
     data_command.main([str(tmp_path / "config.toml"), "--rows", "1"])
     assert capsys.readouterr().out.split("\n\n")[1].splitlines() == [
         "=== sample 0: a, row 0, epoch 0, 2 documents, 47 tokens",
-        "--- document 0: 26 tokens from 0 on",
+        "--- document 0: 26 tokens starting at 0",
         *("⟦user", "d⏹assistant", "⟧e⏹⟦user", "f⏹⟧"),
-        "--- document 1: 21 tokens from 26 on",
+        "--- document 1: 21 tokens starting at 26",
         *("⟦user", "a", "b⏹assistant", "⟧c⏹"),
         "--- ⟦18 tokens of padding⟧",
     ]

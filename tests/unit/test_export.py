@@ -180,7 +180,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path) -> None:
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(UserError, match="corrupt: __0_0.distcp has another content"):
+    with pytest.raises(UserError, match="corrupt: __0_0.distcp differs from what was written"):
         run(["export", str(config.run_dir), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.glob("out*"))
 

@@ -161,7 +161,7 @@ def test_the_smallest_temperature_takes_the_most_likely() -> None:
     [
         (
             "checkpoints/step-00000007/train_state.json",
-            "corrupt: train_state.json has another content than was written",
+            "corrupt: train_state.json differs from what was written",
         ),
         ("tokenizer/tokenizer.json", "tokenizer/tokenizer.json: damaged: its content differs"),
         ("tokenizer/tokenizer_config.json", "tokenizer/tokenizer_config.json: damaged: its content differs"),

@@ -35,7 +35,7 @@ def test_damage_is_printed_and_nothing_is_changed(tmp_path: Path, capsys: pytest
     states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert "unfinished" in states["40"] and "valid" in states["30"]
     assert "CORRUPT" in states["20"] and "marked by hand" in states["20"]
-    assert "CORRUPT" in states["10"] and "__0_0.distcp has another content" in states["10"]
+    assert "CORRUPT" in states["10"] and "__0_0.distcp differs from what was written" in states["10"]
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "step-00000030" / "MANIFEST.json").unlink()
     with pytest.raises(UserError, match="the newest checkpoint is CORRUPT"):

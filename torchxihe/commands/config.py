@@ -21,12 +21,12 @@ INTRODUCTION = """\
 A run is one TOML file: `./run_train.sh configs/xihe_debug.toml`. It may extend another one with
 `extends = "other.toml"`, a path relative to itself: tables are merged, lists are replaced.
 `--section.key=value` (or `--section.key value`) on the command line takes precedence over both. The value is read as
-TOML, a bare word as a string; a boolean option without a value is true; an entry of a list is named by its number:
+TOML, a bare word as a string; a boolean option without a value is true; an entry of a list is addressed by its index:
 
     --training.steps=100 --run.name=short --data.sources.0.weight=2 --optimizer.betas=[0.9,0.99]
 
 An unknown key or a value of the wrong type is an error, and all errors are reported at once. `torchxihe config CONFIG`
-prints the result; a run keeps it as `config.toml` in its directory, which can be run again as it is.
+prints the result; a run keeps it as `config.toml` in its directory, which is itself a complete config.
 All other paths are relative to the working directory. TOML has no null: 0, -1 or "" means "off".
 """
 

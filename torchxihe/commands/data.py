@@ -85,7 +85,7 @@ def show_row(prepared: Prepared, order: Order, tokenizer: TextTokenizer, g: int,
     for number, length in enumerate(lengths):
         mask[at] = 0
         ids, learned = tokens[at : at + length].tolist(), mask[at : at + length].tolist()
-        lines.append(f"--- document {number}: {counted(length, 'token')} from {at} on")
+        lines.append(f"--- document {number}: {counted(length, 'token')} starting at {at}")
         lines.append(_spell(tokenizer, ids, learned) + ("" if ids[-1] == prepared.eos_id else " …"))
         at += length
     if at <= seq_len:

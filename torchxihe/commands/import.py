@@ -1,4 +1,4 @@
-"""Make a checkpoint of a Hugging Face model, Llama or Qwen3, to continue training from."""
+"""Convert a Hugging Face model, Llama or Qwen3, to a checkpoint to continue training from."""
 
 import json
 import shutil

@@ -55,7 +55,7 @@ class Run(Section):
 
 
 class Model(Section):
-    """The decoder's shape, in the names of a Hugging Face `config.json`."""
+    """The decoder's shape; the names are those of a Hugging Face `config.json`."""
 
     hidden_size: PositiveInt
     """Width of the residual stream."""
@@ -72,7 +72,7 @@ class Model(Section):
     vocab_size: PositiveInt
     """Rows of the embedding table. At least the tokenizer's size; the rows above it are padding."""
     qk_norm: bool = False
-    """RMSNorm on queries and keys, a head at a time. true is Qwen3, false is Llama."""
+    """RMSNorm on the queries and keys of each head. true is Qwen3, false is Llama."""
     tie_word_embeddings: bool = False
     """Use the embedding table as the output head: no head parameter exists."""
     rope_theta: PositiveFloat = 10000.0
@@ -80,34 +80,37 @@ class Model(Section):
     rms_norm_eps: PositiveFloat = 1e-6
     """Added to the mean square inside every RMSNorm."""
     initializer_range: PositiveFloat = 0.02
-    """Standard deviation of the truncated normal (cut at 3 sigma) of the initial weights; for projections into
-    the residual stream divided by sqrt(2 * num_hidden_layers)."""
+    """Standard deviation of the truncated normal (cut at 3 sigma) of the initial weights; divided by sqrt(2 *
+    num_hidden_layers) for projections into the residual stream."""
     attention: Literal["auto", "fa4", "varlen", "sdpa"] = "auto"
     """Attention kernel: FlashAttention 4 (the extra `[kernels]`, Hopper or newer, heads of 32, 64, 96 or 128),
-    PyTorch's variable-length one (a GPU) or PyTorch's own choice. "auto": the fastest that works here."""
+    PyTorch's variable-length attention (GPU only), or PyTorch's scaled_dot_product_attention. "auto": the fastest that
+    works here."""
     mlp: Literal["auto", "quack", "torch"] = "auto"
     """Feed-forward kernel: quack's SwiGLU, fused into the products (the extra `[kernels]`, Hopper), or PyTorch's.
-    "auto": the fastest that works here; with `float8.recipe = "tensorwise"` one of our own, around float8 products."""
+    "auto": the fastest that works here; with `float8.recipe = "tensorwise"` it is torchxihe's kernel around float8
+    products."""
 
 
 class Tokenizer(Section):
     """The tokenizer: an existing one, or a byte-level BPE trained on the run's own sources."""
 
     path: Place = ""
-    """A `tokenizer.json`, a folder that holds one, or a Hugging Face hub id. "": train one on `data.sources`."""
+    """A `tokenizer.json`, a folder that contains one, or a Hugging Face hub id. "": train one on `data.sources`."""
     revision: str = ""
     """Hub revision (branch, tag or commit) of `path`. "": the default branch."""
     vocab_size: Annotated[int, Field(ge=257, le=LARGEST)] = 4096
-    """With `path = ""`: size of the trained vocabulary at most, special token included; a small corpus yields less."""
+    """With `path = ""`: maximum size of the trained vocabulary, special token included; a small corpus yields fewer
+    entries."""
     train_bytes: PositiveInt = 16_000_000
-    """With `path = ""`: bytes of text at most that the tokenizer is trained on, spread evenly over the sources."""
+    """With `path = ""`: maximum bytes of text to train the tokenizer on, taken evenly from the sources."""
     chat_template: Place = ""
-    """A file with the chat template (Jinja). "": the tokenizer's own; with `data.format = "chat"` a plain one for a
-    tokenizer that has none."""
+    """A file with the chat template (Jinja). "": the tokenizer's own; with `data.format = "chat"`, a simple default for
+    a tokenizer that has none."""
 
 
 class Documents(Section):
-    """A validation set: documents that are never trained on. It has a source's options, but for the weight."""
+    """A validation set: documents that are never trained on. It has the options of a source except `weight`."""
 
     path: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
     """A file, a directory, a glob, a hub id, "{stdlib}" (this Python's standard library) or "{site-packages}"."""
@@ -120,11 +123,11 @@ class Documents(Section):
     )
     """How files are read. "auto": by their suffixes (.jsonl, .ndjson and .json, .parquet, .arrow, .csv and .tsv; any
     other file is one text document; a directory written by `save_to_disk` is a "dataset"). "lines": each line is a
-    document; carriage returns at its end are dropped. "json" covers JSON lines. "csv" has a header; a row of another
-    width is bad, and TSV has no quotes. "tokens": token files of nanoGPT, llm.c or Megatron, read in place.
-    "docstrings": the functions of Python files, each a conversation that asks for its docstring. A byte-order mark at
-    the beginning of a text file is dropped. Files with a further suffix .gz or .zst are decompressed. A document has at
-    most 1 GiB."""
+    document; carriage returns at its end are dropped. "json" covers JSON lines. "csv" has a header; a row with a
+    different number of fields is a bad row; TSV has no quoting. "tokens": token files of nanoGPT, llm.c or Megatron,
+    read in place. "docstrings": the functions of Python files, each a conversation that asks for its docstring. A
+    byte-order mark at the beginning of a text file is dropped. Files with the additional suffix .gz or .zst are
+    decompressed. A document is at most 1 GiB."""
     subset: str = ""
     """Hub only: the configuration's name, such as "20231101.en". "": the default one."""
     split: str = "train"
@@ -132,9 +135,9 @@ class Documents(Section):
     revision: str = ""
     """Hub only: branch, tag or commit. "": the default branch."""
     stream: bool = False
-    """Hub only: read over the network without downloading the dataset first; give `max_tokens` with it."""
+    """Hub only: read over the network without downloading the dataset first; set `max_tokens`, too."""
     max_tokens: NonNegativeInt = 0
-    """Stop after the document with which this many tokens are reached. 0: no limit."""
+    """Stop after the document that reaches this many tokens. 0: no limit."""
     template: Annotated[str, AfterValidator(_template)] = "{text}"
     """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
     messages: str = "messages"
@@ -146,7 +149,7 @@ class Source(Documents):
 
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """Share of the training tokens, relative to the other sources' weights. It must amount to one sample in 2,048: a
-    weight that is rounded to none is refused."""
+    weight that rounds to zero samples is refused."""
 
 
 class Data(Section):
@@ -167,11 +170,12 @@ class Data(Section):
     cache_dir: Place = ".cache/torchxihe"
     """Where prepared token stores and trained tokenizers are kept; all nodes must share it."""
     on_bad_rows: Literal["skip", "error"] = "skip"
-    """A row that cannot be read (malformed, not UTF-8, a column missing or no string): skip and count it, or stop."""
+    """A row that cannot be read (malformed, not UTF-8, a column missing or not a string): skip and count it, or
+    stop."""
     max_bad_rows: Fraction = 0.01
-    """With `on_bad_rows = "skip"`: stop all the same if more than this share of a source's rows is bad."""
+    """With `on_bad_rows = "skip"`: still stop if more than this share of a source's rows is bad."""
     max_epochs: NonNegativeInt = 0
-    """Refuse to start a run that would pass over any source more often than this. 0: no limit."""
+    """Refuse to start a run that would read any source more times than this. 0: no limit."""
 
 
 class Validation(Section):
@@ -180,15 +184,16 @@ class Validation(Section):
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
     """Share of the documents held out, chosen by a hash of their content, per source. 0: none."""
     every: NonNegativeInt = 0
-    """Steps between two validations; a run of at least that many steps validates its last one too. 0: never."""
+    """Steps between two validations; a run of at least that many steps also validates after its last step. 0: never."""
     max_tokens: NonNegativeInt = 1_000_000
-    """Tokens at most of each validation, spread over the sources by their size, and of each of the sets. 0: all."""
+    """Maximum tokens of each validation, from all sources in proportion to their size, and of each validation set. 0:
+    all."""
     sets: Annotated[tuple[Documents, ...], Field(strict=False)] = ()
-    """Documents of their own to validate on: one `[[validation.sets]]` table each."""
+    """Separate documents to validate on: one `[[validation.sets]]` table each."""
 
 
 class Training(Section):
-    """The step and the horizon."""
+    """The training step and the length of the run."""
 
     steps: NonNegativeInt = 0
     """Optimizer steps to train for. Give this or `tokens`, not both."""
@@ -199,13 +204,13 @@ class Training(Section):
     batch_ramp: Annotated[
         tuple[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)], ...], Field(strict=False)
     ] = ()
-    """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which they hold.
-    [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
+    """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which this size is
+    used. [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
     micro_batch_size: NonNegativeInt = 1
-    """Sequences per forward pass on one GPU at most; the global batch is divided into as many as needed, whose
-    gradients are accumulated. With a `batch_ramp` it is chosen for `global_batch_size` and constant: smaller batches
-    are padded. 0: as many as fit, found by up to three trial steps at the start, each of which compiles. The loss does
-    not depend on it."""
+    """Maximum sequences per forward pass on one GPU; the global batch is divided into as many micro-batches as needed,
+    whose gradients are accumulated. With a `batch_ramp`, it is chosen for `global_batch_size` and constant: smaller
+    batches are padded. 0: as many as fit, found by up to three trial steps at the start, each of which compiles. The
+    loss does not depend on it."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the data order."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -215,7 +220,7 @@ class Training(Section):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the global gradient norm to this. 0: measure it, never clip."""
     deterministic: bool = False
-    """Bitwise reproducible on a GPU too, at some cost in speed. A CPU always is."""
+    """Bitwise reproducible on a GPU too, at some cost in speed. Runs on a CPU always are."""
     max_skipped: NonNegativeInt = 20
     """Stop, at the next log step, when this many consecutive steps were skipped because loss or gradient norm was not
     finite or beyond `skip_spikes_beyond`. 0: never."""
@@ -248,8 +253,8 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which moments and momentum are kept between steps. "bfloat16" saves 4 bytes a parameter (of AdamW; 2 of
-    Muon) of 16 (12); with betas[1] far above 0.95 AdamW's second moment is not updated in that precision."""
+    """Dtype in which moments and momentum are kept between steps. "bfloat16" saves 4 of 16 bytes per parameter for
+    AdamW and 2 of 12 for Muon; with betas[1] far above 0.95, AdamW's second moment is not updated in this precision."""
 
 
 class LRScheduler(Section):
@@ -275,12 +280,13 @@ class Parallelism(Section):
     dp_shard: Annotated[int, Field(ge=-1, le=LARGEST)] = -1
     """Processes that share one copy of the parameters (FSDP2). -1: all that `dp_replicate` leaves. 1: DDP."""
     tp: PositiveInt = 1
-    """Tensor parallelism: processes that divide every layer's matrices, heads and activations among them, best within
-    one host. Must divide the key-value heads, the feed-forward's width and the tokens of a micro-batch. 1: off."""
+    """Tensor parallelism: number of processes over which every layer's matrices, heads and activations are divided;
+    best within one host. Must divide the key-value heads, the feed-forward's width and the tokens of a micro-batch. 1:
+    off."""
     reshard_after_forward: bool = True
     """FSDP2: free a block's gathered parameters between forward and backward, and shard each micro-batch's gradients at
-    once. false: less traffic, for which every process holds all parameters and, with several micro-batches a step, all
-    gradients."""
+    once. false: less communication, but every process holds all parameters and, with several micro-batches per step,
+    all gradients."""
     activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     """Recompute in the backward pass: nothing, all but matrix products and attention, entire blocks, or what the
     compiler finds cheapest within `activation_budget`."""
@@ -292,9 +298,9 @@ class Float8(Section):
     """Float8 products in the blocks, by torchao (the extra `[float8]`)."""
 
     recipe: Literal["", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = ""
-    """torchao's scaling recipe: a scale for each tensor (fastest; on a GPU the feed-forward's activation has one for
-    each token), or for each row (closest; `_with_gw_hp` leaves the weights' gradients in 16-bit). The head stays in
-    16-bit. "" is off: below about a billion parameters it is slower (docs/performance.md)."""
+    """torchao's scaling recipe: one scale per tensor (fastest; on a GPU the feed-forward's activation has one per
+    token), or per row (most accurate; `_with_gw_hp` keeps the weights' gradients in 16-bit). The head stays in 16-bit.
+    "": off; below about a billion parameters float8 is slower (docs/performance.md)."""
 
 
 class Checkpoint(Section):
@@ -307,25 +313,25 @@ class Checkpoint(Section):
     until the checkpoint is on disk."""
     dir: Place = ""
     """Where checkpoints go instead of the run directory: a directory or an fsspec URL ("s3://bucket/runs", "gs://..."),
-    in which the run gets one of its name. "": `checkpoints/` in the run directory."""
+    in which the run gets a directory with its name. "": `checkpoints/` in the run directory."""
     load: Place = ""
     """Start a new run from this step directory (or the newest in this run or checkpoints directory). "": from scratch.
-    Ignored once the run has a checkpoint of its own."""
+    Ignored once the run has its own checkpoint."""
     load_only: Annotated[tuple[Literal["model"], ...], Field(strict=False)] = ()
-    """What of `load` is used. ["model"]: the weights alone, with a fresh optimizer, from step 0. []: everything."""
+    """What is loaded from `load`. ["model"]: only the weights, with a new optimizer, from step 0. []: everything."""
     export_every: NonNegativeInt = 0
-    """Steps between two exports: the checkpoints of such steps, and the last one, are also written as Hugging Face
+    """Steps between two exports: the checkpoints of these steps, and the last one, are also written as Hugging Face
     folders, to `exports/` in the run directory, while training continues. A multiple of `every`. 0: none."""
     keep_last: NonNegativeInt = 3
-    """Newest checkpoints to keep, and always the newest that a run can resume from. 0: all."""
+    """Number of newest checkpoints to keep; the newest that a run can resume from is always kept. 0: all."""
     keep_every: NonNegativeInt = 0
     """Never delete the checkpoints of steps divisible by this. 0: none beyond `keep_last`."""
     keep_best: NonNegativeInt = 0
-    """Keep this many checkpoints of the lowest validation loss, of those whose step was validated. 0: none."""
+    """Keep this many checkpoints with the lowest validation loss, among those whose step was validated. 0: none."""
     best_by: str = "sources"
-    """Whose validation loss decides which checkpoint is the best (`keep_best`, the manifest, the closing summary):
-    "sources" (all documents held out of `data.sources`; where none are, all validation sets together), or the name of
-    one of `validation.sets`."""
+    """Which validation loss decides which checkpoint is the best (`keep_best`, the manifest, the closing summary):
+    "sources" (all documents held out from `data.sources`; if there are none, all validation sets together), or the name
+    of one of `validation.sets`."""
     final: Literal["full", "model"] = "full"
     """What the last step saves. "model": only the weights, a third of the size; if the run is extended later, it
     resumes from the checkpoint before."""
@@ -340,12 +346,12 @@ class Metrics(Section):
     """What is written while training."""
 
     log_every: PositiveInt = 10
-    """Steps between two lines on the console and in `metrics.jsonl`, where the host waits for the GPU. The first step
-    has a line too."""
+    """Steps between two lines on the console and in `metrics.jsonl`; the host waits for the GPU at each. The first step
+    is also logged."""
     sample_every: NonNegativeInt = 0
-    """Steps between two samples of generated text; a finished run always prints one. 0: only then."""
+    """Steps between two samples of generated text; a finished run always prints one. 0: only at the end."""
     sample_prompt: str = ""
-    """Prompt of the samples, with `data.format = "chat"` a user's message; "" begins a document."""
+    """Prompt of the samples; with `data.format = "chat"`, a user's message. "": the beginning of a document."""
     sample_tokens: NonNegativeInt = 100
     """Tokens of a sample. 0: no samples."""
     tensorboard: bool = False

@@ -210,7 +210,7 @@ def read_file(directory: Location, name: str, limit: int = LIMIT) -> bytes:
     except (FileNotFoundError, IsADirectoryError):
         raise CorruptError(f"{name} is missing") from None
     if (len(content), xxhash.xxh3_128_hexdigest(content)) != entry:
-        raise CorruptError(f"{name} has another content than was written (its hash differs)")
+        raise CorruptError(f"{name} differs from what was written (hash mismatch)")
     return content
 
 
@@ -240,7 +240,7 @@ def step_flaws(
         if actual_size != size:
             found.append(f"{name} has {actual_size:,} bytes instead of {size:,}")
         elif actual_digest != digest:
-            found.append(f"{name} has another content than was written (its hash differs)")
+            found.append(f"{name} differs from what was written (hash mismatch)")
     return found
 
 

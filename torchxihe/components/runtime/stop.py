@@ -78,7 +78,7 @@ class Stop:
                 try:
                     self._work.wait()
                 except RuntimeError:
-                    raise UserError("another rank has ended; its last message is the reason") from None
+                    raise UserError("another rank exited; see its last message for the reason") from None
                 answer = bool(self._flag.item())
             self._flag = torch.tensor([float(bool(self.reason))])
             self._work = dist.all_reduce(self._flag, group=self._group, async_op=True)
