@@ -145,7 +145,7 @@ def is_finished(config: Config, saved: dict[str, Any]) -> bool:
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
     """Find the start, build the trainer, and train."""
     dims = build_dims(config.parallelism)
-    check_memory(config, device, dims.dp_shard * dims.tp, dims.size("data"))
+    check_memory(config, device, dims.size("copy"), dims.size("data"), dims.size("world"))
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
     start = find_start(config, checkpointer)
     config, saved = start.config, start.saved
@@ -185,7 +185,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         trainer.optimizer,
         devices=f"{dims.size('world')} × {device_name(device)}, {dims.describe()}",
         accumulation=trainer.accumulation_at(config.total_steps),
-        shards=dims.dp_shard * dims.tp,
+        shards=dims.size("copy"),
     )
     warn_of_few_rows(config, prepared)
     checkpointer.ranks.on_main(lambda: describe_run(config, prepared))

@@ -29,6 +29,7 @@ from torchxihe.data.tokenizer import load_tokenizer
 from torchxihe.kernels.select import Kernels, select_kernels
 from torchxihe.model.generate import generate
 from torchxihe.parallelisms.compile import compiles
+from torchxihe.parallelisms.context_parallel import cut_batch, full_rows
 from torchxihe.parallelisms.data_parallel import gradient_sync
 from torchxihe.parallelisms.dims import ParallelDims, build_dims
 from torchxihe.parallelisms.parallelize import parallelize
@@ -73,14 +74,14 @@ class Trainer:
 
     def train_step(self, loader: Iterator[Batch]) -> None:
         """One optimizer step on the next `accumulation` micro-batches; the host never waits for the device."""
-        batches = [next(loader) for _ in range(self.accumulation)]
+        batches = [cut_batch(next(loader), self.dims) for _ in range(self.accumulation)]
         tokens = torch.full((), float(sum(batch.valid for batch in batches)), device=self.device)
         tokens = self.dims.sum(tokens, "data").clamp(min=1)  # a batch of prompts only has none
         sources = len(self.config.data.sources)
         sums_S3 = torch.zeros(sources, 3, dtype=torch.float64, device=self.device)
         for i, batch in enumerate(batches):
             with gradient_sync(self.module, last=i == len(batches) - 1, keep_shards=self.keep_shards):
-                loss, losses_B = self.module(batch.tokens, batch.targets, batch.cu_seqlens)
+                loss, losses_B = self.module(batch.tokens, batch.targets, batch.cu_seqlens, batch.positions)
                 (loss / tokens).backward()  # summed over ranks and micro-batches: the global mean over valid targets
             sums_S3 += sums_by_source(losses_B, batch, self.bytes_per_token, sources)
         sum_replicated_gradients(self.model, self.dims)
@@ -116,6 +117,7 @@ class Trainer:
     def validate(self, prepared: Prepared) -> dict[str, float]:
         """Loss on the held-out documents, in total, by source and by set; all ranks must ask together."""
         batches = validation_batches(prepared, self.batch_spec, self.config.validation.max_tokens)
+        batches = (cut_batch(batch, self.dims) for batch in batches)
         sums_S3 = validation_sums(self.module, batches, self.bytes_per_token, len(prepared.held_out))
         return validation_metrics(self.dims.sum(sums_S3, "loss"), prepared)
 
@@ -129,15 +131,16 @@ class Trainer:
             chat = Chat(prepared.tokenizer_dir)
             prompt, stop_id = chat.prompt([{"role": "user", "content": text}]), chat.end_of_turn
             text += "\n"
-        tokens = generate(
-            self.module,
-            prompt,
-            max_tokens=options.sample_tokens,
-            context=self.config.data.seq_len,
-            vocab_size=prepared.vocab_size,
-            stop_id=stop_id,
-        )
-        return text + tokenizer.decode(list(tokens))
+        with full_rows(self.model):
+            tokens = generate(
+                self.module,
+                prompt,
+                max_tokens=options.sample_tokens,
+                context=self.config.data.seq_len,
+                vocab_size=prepared.vocab_size,
+                stop_id=stop_id,
+            )
+            return text + tokenizer.decode(list(tokens))
 
     def load(self, checkpointer: Checkpointer, path: Location, only: tuple[str, ...] = ()) -> None:
         """Load a step directory; with parts in `only`, only these, and start at step 0."""

@@ -104,13 +104,13 @@ def _norm(case: str) -> tuple[float, float]:
     dims = ParallelDims(**grids[case])
     grads: list[Tensor] = list(wholes)
     if case == "two meshes":
-        grid, shards = dims.mesh("dp_replicate", "dp_shard"), dims.mesh("dp_shard")
+        grid, shards = dims.mesh("dp_replicate", "fsdp"), dims.mesh("fsdp")
         grads[:2] = [distribute_tensor(whole, grid, [Replicate(), Shard(0)]) for whole in wholes[:2]]
         # On a mesh of only the shards, no placement describes the replicas; this layout has no such parameters.
         grads[3] = distribute_tensor(wholes[3], grid, [Shard(0), Shard(1)])
         assert shards.ndim == 1
     if case == "tensor parallel":
-        grid = dims.mesh("dp_shard", "tp")
+        grid = dims.mesh("fsdp", "tp")
         placements: list[list[Any]] = [[Shard(0), Shard(1)], [Shard(0), Replicate()], [Replicate(), Replicate()]]
         grads[:3] = [
             distribute_tensor(whole, grid, placed) for whole, placed in zip(wholes[:3], placements, strict=True)
@@ -118,7 +118,7 @@ def _norm(case: str) -> tuple[float, float]:
         grads[3] = distribute_tensor(wholes[3], dims.mesh("tp"), [Shard(0)])
         grads[3] = DTensor.from_local(grads[3].to_local(), grid, [Replicate(), Shard(0)], run_check=False)
     if case == "stages":
-        mesh = dims.mesh("dp_shard")
+        mesh = dims.mesh("fsdp")
         mine = wholes[:2] if dims.rank("pp") == 0 else wholes[2:]
         grads = [distribute_tensor(whole, mesh, [Shard(0)]) for whole in mine]
     parameters = [nn.Parameter(torch.empty_like(grad)) for grad in grads]

@@ -21,8 +21,11 @@ from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.config.options import Checkpoint
 from torchxihe.data.loader import Batch
 from torchxihe.kernels import linear_cross_entropy as lce
+from torchxihe.kernels.attention import sdpa
 from torchxihe.kernels.linear_cross_entropy import linear_cross_entropy_reference, vocab_parallel_cross_entropy
+from torchxihe.model.generate import generate
 from torchxihe.parallelisms import data_parallel
+from torchxihe.parallelisms.context_parallel import full_rows, ulysses
 from torchxihe.trainer import Trainer
 
 STEPS, SEQ_LEN = 10, 24
@@ -42,6 +45,11 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "FSDP2 2 × tp 2": {"dp_shard": 2, "tp": 2},
     "dp_replicate 2 × tp 2": {"dp_replicate": 2, "dp_shard": 1, "tp": 2},
     "HSDP 2 × 2 × tp 2": {"dp_replicate": 2, "dp_shard": 2, "tp": 2},
+    "cp 2": {"cp": 2},
+    "cp 4": {"cp": 4},
+    "FSDP2 2 × cp 2": {"dp_shard": 2, "cp": 2},
+    "tp 2 × cp 2": {"cp": 2, "tp": 2},
+    "dp_replicate 2 × cp 2 × tp 2": {"dp_replicate": 2, "dp_shard": 1, "cp": 2, "tp": 2},
 }
 
 
@@ -87,7 +95,9 @@ def reference(shape: str, optimizer: str) -> tuple[np.ndarray, dict[str, Tensor]
 
 # In CI each layout with one shape and optimizer, all of them with --long.
 SAMPLE = {("tp 2", "llama", "muon"), ("tp 4", "qwen3", "adamw"), ("FSDP2 2 × tp 2", "qwen3", "muon"),
-          ("dp_replicate 2 × tp 2", "llama", "adamw"), ("HSDP 2 × 2 × tp 2", "qwen3", "adamw")}  # fmt: skip
+          ("dp_replicate 2 × tp 2", "llama", "adamw"), ("HSDP 2 × 2 × tp 2", "qwen3", "adamw"),
+          ("cp 2", "qwen3", "muon"), ("cp 4", "llama", "adamw"), ("FSDP2 2 × cp 2", "llama", "muon"),
+          ("tp 2 × cp 2", "qwen3", "adamw"), ("dp_replicate 2 × cp 2 × tp 2", "llama", "muon")}  # fmt: skip
 CASES = [
     pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.long)
     for case in itertools.product(LAYOUTS, SHAPES, OPTIMIZERS)
@@ -108,12 +118,13 @@ def test_a_layout_computes_what_one_process_does(layout: str, shape: str, optimi
         assert max((ours[name] - parameters[name]).abs().max() for name in parameters) < 5e-5
 
 
+@pytest.mark.parametrize("axis", ["tp", "cp"])
 @pytest.mark.parametrize(
     "mode", [pytest.param("none", marks=pytest.mark.long), pytest.param("selective", marks=pytest.mark.long), "full"]
 )
-def test_compiled_and_checkpointed(mode: str) -> None:
+def test_compiled_and_checkpointed(mode: str, axis: str) -> None:
     """Compiled per block, with recomputation: the same numbers."""
-    degrees = {"dp_shard": 2, "tp": 2}
+    degrees = {"dp_shard": 2, axis: 2}
     history, parameters = reference("qwen3", "adamw")
     options = {
         "model": SHAPES["qwen3"],
@@ -124,6 +135,49 @@ def test_compiled_and_checkpointed(mode: str) -> None:
     for found, ours in run_distributed(train, 4, options, 2, timeout=280):
         assert np.abs(found - history).max() < 2e-5
         assert max((ours[name] - parameters[name]).abs().max() for name in parameters) < 5e-5
+
+
+def _ulysses(heads: int, keys: int, documents: bool) -> float:
+    """Largest difference of output and gradients from attention over full rows."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    generator, length = torch.Generator().manual_seed(0), 6
+    rows = [torch.randn(2, length * size, n, 8, generator=generator) for n in (heads, keys, keys, heads)]
+    cu_seqlens = torch.tensor([0, 5, 6, length * size, 2 * length * size], dtype=torch.int32) if documents else None
+    whole = [x.clone().requires_grad_() for x in rows[:3]]
+    part = [x[:, rank * length : (rank + 1) * length].clone().requires_grad_() for x in rows[:3]]
+    expected = sdpa(*whole, cu_seqlens)
+    expected.backward(rows[3])
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    out = ulysses(*part, cu_seqlens, attention=sdpa, size=size, group=group.group_name)
+    out.backward(rows[3][:, rank * length : (rank + 1) * length])
+    pairs = [(out, expected), *((mine.grad, full.grad) for mine, full in zip(part, whole, strict=True))]
+    mine = slice(rank * length, (rank + 1) * length)
+    return max(float((a - b[:, mine]).detach().abs().max()) for a, b in pairs if a is not None and b is not None)
+
+
+@pytest.mark.parametrize(("world", "heads", "keys"), [(2, 4, 4), (2, 4, 2), (4, 8, 2), (3, 6, 1)])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_exchanges_sequence_for_heads(world: int, heads: int, keys: int, documents: bool) -> None:
+    """Also with fewer key-value heads than ranks."""
+    assert max(run_distributed(_ulysses, world, heads, keys, documents)) < 1e-5
+
+
+def _sample() -> list[list[int]]:
+    """Tokens that a model under context parallelism draws in sampling, a prompt as long as a part of a row first."""
+    values = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": {"cp": 2}}
+    if torch.distributed.is_initialized():
+        trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    else:
+        trainer = Trainer(config(**values | {"parallelism": {}}), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    options = {"max_tokens": 8, "context": SEQ_LEN, "vocab_size": VOCAB, "stop_id": VOCAB}
+    with full_rows(trainer.model):
+        return [[*generate(trainer.module, list(range(1, n + 1)), **options)] for n in (12, 5)]
+
+
+def test_sampling_under_context_parallelism() -> None:
+    expected = _sample()
+    assert run_distributed(_sample, 2) == [expected, expected]
 
 
 def _vocab_parallel(vocab: int) -> tuple[float, float, float]:
@@ -181,7 +235,8 @@ def _continue(options: dict[str, Any], root: Path, start: int, steps: int) -> li
     return losses
 
 
-CHAIN = [{"tp": 2, "dp_shard": 2}, {}, {"tp": 4}, {"dp_shard": 2}, {"tp": 2, "dp_replicate": 2, "dp_shard": 1}]
+CHAIN = [{"tp": 2, "dp_shard": 2}, {}, {"tp": 4}, {"dp_shard": 2}, {"tp": 2, "dp_replicate": 2, "dp_shard": 1},
+         {"cp": 4}, {"cp": 2, "tp": 2}]  # fmt: skip
 
 
 def test_a_checkpoint_of_any_layout_loads_in_any_other(tmp_path: Path) -> None:

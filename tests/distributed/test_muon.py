@@ -33,7 +33,7 @@ def steps(dims: ParallelDims, dtype: torch.dtype) -> list[Tensor]:
     def laid_out(whole: Tensor) -> Tensor:
         if dims.dp_shard == 1:
             return whole
-        mesh = dims.mesh("dp_replicate", "dp_shard")
+        mesh = dims.mesh("dp_replicate", "fsdp")
         return distribute_tensor(whole, mesh, [Replicate(), Shard(0)][-mesh.ndim :])
 
     parameters = [nn.Parameter(laid_out(torch.randn(shape, generator=generator))) for shape in SHAPES]
@@ -117,14 +117,14 @@ def test_another_optimizers_checkpoint_is_refused(tmp_path: Path) -> None:
 def tensor_parallel_steps() -> list[Tensor]:
     """Like `steps`, on a mesh of 2 x 2: one shape under two placements, shards cut again by FSDP2, uneven sizes."""
     dims, generator = ParallelDims(dp_shard=2, tp=2), torch.Generator().manual_seed(0)
-    mesh, tp = dims.mesh("dp_shard", "tp"), dims.mesh("tp")
+    mesh, tp = dims.mesh("fsdp", "tp"), dims.mesh("tp")
     parameters, wholes = [], []
     for i, shape in enumerate([(16, 8)] * 4 + [(10, 12)] * 3 + [(7, 5)] * 3):
         model = nn.Linear(shape[1], shape[0], bias=False)
         wholes.append(torch.randn(shape, generator=generator))
         placement = Shard(0) if i % 2 else Shard(1)  # column-parallel, row-parallel
         model.weight = nn.Parameter(distribute_tensor(wholes[-1], tp, [placement], src_data_rank=None))
-        fully_shard(model, mesh=dims.mesh("dp_shard"))
+        fully_shard(model, mesh=dims.mesh("fsdp"))
         parameters.append(model.weight)
     assert {parameter.device_mesh.ndim for parameter in parameters} == {2} and mesh.ndim == 2
     vector = nn.Parameter(torch.randn(16, generator=generator))
@@ -179,7 +179,7 @@ def _rectangles(shape: tuple[int, int]) -> bool:
         whole = torch.arange(shape[0] * shape[1]).float().view(shape)
         model = nn.Linear(shape[1], shape[0], bias=False)
         model.weight = nn.Parameter(distribute_tensor(whole, dims.mesh("tp"), [placement], src_data_rank=None))
-        fully_shard(model, mesh=dims.mesh("dp_shard"))
+        fully_shard(model, mesh=dims.mesh("fsdp"))
         weight = model.weight
         assert isinstance(weight, DTensor)
         rows, columns = shard_rectangles(weight.shape, [2, 2], list(weight.placements))[rank()]

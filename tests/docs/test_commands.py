@@ -83,7 +83,7 @@ SHRUNK: dict[str, dict[str, Any]] = {
         "hidden_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": 2,
         "head_dim": 16,
         "intermediate_size": 64,
         "vocab_size": 512,

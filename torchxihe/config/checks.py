@@ -148,18 +148,20 @@ def _run(config: Config) -> Iterator[Finding]:
 
 def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
     """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the valid ones."""
-    if world_size % parallelism.tp:
-        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-        raise UserError(
-            f"parallelism.tp = {parallelism.tp} does not divide {counted(world_size, 'process')}; valid: {valid}"
-        )
-    data = world_size // parallelism.tp
+    data = world_size
+    for option, degree in (("tp", parallelism.tp), ("cp", parallelism.cp)):
+        if data % degree:
+            left = counted(world_size, "process") + (f" / tp = {data}" if data < world_size else "")
+            valid = ", ".join(str(n) for n in range(1, data + 1) if data % n == 0)
+            raise UserError(f"parallelism.{option} = {degree} does not divide {left}; valid: {valid}")
+        data //= degree
     shard = data // parallelism.dp_replicate if parallelism.dp_shard == -1 else parallelism.dp_shard
     if parallelism.dp_replicate * shard == data:
         return parallelism.dp_replicate, shard
     valid = ", ".join(f"{n} × {data // n}" for n in range(1, data + 1) if data % n == 0)
     product = f"parallelism.dp_replicate × parallelism.dp_shard = {parallelism.dp_replicate} × {parallelism.dp_shard}"
-    product += f" (× tp = {parallelism.tp})" if parallelism.tp > 1 else ""
+    others = [f"{name} = {n}" for name, n in (("cp", parallelism.cp), ("tp", parallelism.tp)) if n > 1]
+    product += f" (× {' × '.join(others)})" if others else ""
     given = f"{product} does not match {counted(world_size, 'process')}"
     raise UserError(f"{given}; valid combinations (dp_replicate × dp_shard): {valid}")
 
@@ -182,6 +184,7 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
         "parallelism.tp",
         f"{tp} ranks are too many for model.vocab_size = {model.vocab_size}: one would have no row",
     )
+    yield from _context_parallelism(config)
     yield (
         tp > 1 and bool(config.float8.recipe),
         "float8.recipe",
@@ -192,8 +195,22 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
             data_degrees(parallelism, world_size)
         except UserError as error:
             option = "dp_replicate" if parallelism.dp_shard == -1 else "dp_shard"
+            option = "cp" if world_size // tp % parallelism.cp else option
             option = "tp" if world_size % tp else option
             yield True, f"parallelism.{option}", str(error)
+
+
+def _context_parallelism(config: Config) -> Iterator[Finding]:
+    model, seq_len, cp, tp = config.model, config.data.seq_len, config.parallelism.cp, config.parallelism.tp
+    heads, keys = model.num_attention_heads // tp, model.num_key_value_heads // tp
+
+    def fits(n: int) -> bool:
+        return seq_len % (n * tp) == 0 and heads % n == 0 and keys > 0 and (keys % n == 0 or n % keys == 0)
+
+    valid = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
+    a_rank = " a tensor-parallel rank" if tp > 1 else ""
+    why = f"does not divide data.seq_len = {seq_len}, {heads} query heads and {keys} key-value heads{a_rank}"
+    yield cp > 1 and not fits(cp), "parallelism.cp", f"{cp} {why} (or a multiple of these); valid: {valid}"
 
 
 def _listed(names: list[str]) -> str:

@@ -273,16 +273,20 @@ class LRScheduler(Section):
 
 
 class Parallelism(Section):
-    """How the model is distributed. `dp_replicate × dp_shard × tp` must equal the number of processes."""
+    """How the model is distributed. `dp_replicate × dp_shard × cp × tp` must equal the number of processes."""
 
     dp_replicate: PositiveInt = 1
     """Full copies of the parameters, whose gradients are summed over the copies (DDP, HSDP)."""
     dp_shard: Annotated[int, Field(ge=-1, le=LARGEST)] = -1
-    """Processes that share one copy of the parameters (FSDP2). -1: all that `dp_replicate` leaves. 1: DDP."""
+    """Processes that share one copy of the parameters (FSDP2). -1: all that the other axes leave. 1: DDP."""
+    cp: PositiveInt = 1
+    """Context parallelism: number of processes over which every row is divided along the sequence, for rows that do not
+    fit on one GPU (Ulysses: attention divides the heads instead). The parameters are sharded over them, too. `cp × tp`
+    must divide `seq_len` and the query heads; `cp` must divide the key-value heads of a tensor-parallel rank, or be a
+    multiple of them. 1: off."""
     tp: PositiveInt = 1
     """Tensor parallelism: number of processes over which every layer's matrices, heads and activations are divided;
-    best within one host. Must divide the key-value heads, the feed-forward's width and the tokens of a micro-batch. 1:
-    off."""
+    best within one host. Must divide the key-value heads, `intermediate_size` and `seq_len`. 1: off."""
     reshard_after_forward: bool = True
     """FSDP2: free a block's gathered parameters between forward and backward, and shard each micro-batch's gradients at
     once. false: less communication, but every process holds all parameters and, with several micro-batches per step,

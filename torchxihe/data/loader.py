@@ -50,6 +50,8 @@ class Batch:
     """Source of each row, int64 [B], on the device; 0 for padding, which has no loss anyway."""
     valid: int
     """Targets that carry a loss."""
+    positions: Tensor | None = None
+    """Positions in the row, int64 [T], on the device, where the batch is a part of its rows; None: 0 to T - 1."""
     pairs: int = 0
     """(query, key) pairs that attention needs: causal and, where documents are masked, inside one; none of padding."""
 
@@ -124,7 +126,7 @@ class _Reader:
             cu_seqlens = torch.tensor([*starts, self._rows * seq_len], dtype=torch.int32, pin_memory=self._pin)
         sources_B = torch.zeros(self._rows, dtype=torch.int64, pin_memory=self._pin)
         sources_B.numpy()[: len(sources)] = sources
-        return Batch(tokens_BT, targets_BT, cu_seqlens, (*samples, *(-1,) * missing), sources_B, valid, pairs)
+        return Batch(tokens_BT, targets_BT, cu_seqlens, (*samples, *(-1,) * missing), sources_B, valid, pairs=pairs)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -158,7 +160,7 @@ def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
     pairs = rows * sum(causal_pairs(end - start) for start, end in itertools.pairwise(edges))
     sources = torch.zeros(rows, dtype=torch.int64, device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return Batch(inputs, targets, cu_seqlens, (-1,) * rows, sources, rows * seq_len, pairs)
+    return Batch(inputs, targets, cu_seqlens, (-1,) * rows, sources, rows * seq_len, pairs=pairs)
 
 
 class Loader:

@@ -16,18 +16,19 @@ from torchxihe.utils.distributed import mesh_group, rank, use_default_timeout, w
 AXES = {
     "data": ("dp_replicate", "dp_shard"),
     "loss": ("dp_replicate", "dp_shard", "cp"),
+    "copy": ("dp_shard", "cp", "tp"),
     "stage": ("dp_replicate", "dp_shard", "cp", "tp"),
     "world": ("pp", "dp_replicate", "dp_shard", "cp", "tp"),
 }
 """Axes that span several axes of the grid. "data": ranks that read different rows. "loss": what sums over tokens run
-over. "stage": all ranks of one pipeline stage."""
+over. "copy": ranks that share one copy of the parameters. "stage": all ranks of one pipeline stage."""
 
 
 @dataclass(frozen=True)
 class ParallelDims:
     """Sizes of the grid's axes, the outermost first; their product is the number of processes. One process: all ones.
 
-    An axis is a field's name or a key of `AXES`. Only `dp_replicate` and `dp_shard` are options so far.
+    An axis is a field's name or a key of `AXES`. `pp` is no option yet.
     """
 
     pp: int = 1
@@ -58,7 +59,7 @@ class ParallelDims:
         names = self._spread(axis)
         if not names:
             return None
-        return dist.group.WORLD if names == self._spread("world") else mesh_group(self._mesh, names)
+        return dist.group.WORLD if names == self._spread("world") else mesh_group(self._grid, names)
 
     def sum(self, value: Tensor, axis: str) -> Tensor:
         """Sum `value` over `axis`, in place and on its device; the host does not wait for a GPU. Returns it."""
@@ -66,8 +67,13 @@ class ParallelDims:
             dist.all_reduce(value, group=group)
         return value
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 holds the parameters; it does under tensor parallelism, also where it has nothing to shard."""
+        return self.dp_shard * self.cp > 1 or self.tp > 1
+
     def mesh(self, *axes: str) -> DeviceMesh:
-        """The mesh of those of `axes` that have more than one rank, and with `tp` of "dp_shard" in any case."""
+        """The mesh of those of "dp_replicate", "fsdp" and "tp" that parameters lie on, "fsdp" being dp_shard × cp."""
         names = self._mesh.mesh_dim_names or ()
         return self._mesh[tuple(name for name in axes if name in names)]
 
@@ -76,10 +82,11 @@ class ParallelDims:
         if self.size("world") == 1:
             return "one process"
         data = self._describe_data() if self.size("data") > 1 else ""
-        return " × ".join(part for part in (data, f"TP over {self.tp}" * (self.tp > 1)) if part)
+        parts = (data, f"CP over {self.cp}" * (self.cp > 1), f"TP over {self.tp}" * (self.tp > 1))
+        return " × ".join(part for part in parts if part)
 
     def _describe_data(self) -> str:
-        if self.dp_shard == 1 and self.tp == 1:
+        if not self.sharded:
             return f"DDP over {self.dp_replicate}"
         return (
             f"FSDP2 over {self.dp_shard}" if self.dp_replicate == 1 else f"HSDP {self.dp_replicate} × {self.dp_shard}"
@@ -90,18 +97,26 @@ class ParallelDims:
         return tuple(dim for dim in AXES.get(axis, (axis,)) if getattr(self, dim) > 1)
 
     @functools.cached_property
-    def _mesh(self) -> DeviceMesh:
+    def _grid(self) -> DeviceMesh:
         """All axes that have more than one rank."""
-        # FSDP2 holds the parameters under tensor parallelism, also where there is nothing to shard.
-        names = tuple(n for n in AXES["world"] if getattr(self, n) > 1 or (n == "dp_shard" and self.tp > 1))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        mesh = init_device_mesh(device, tuple(getattr(self, name) for name in names), mesh_dim_names=names)
-        for group in mesh.get_all_groups():
-            use_default_timeout(group)
-        return mesh
+        return _create_mesh({name: getattr(self, name) for name in self._spread("world")})
+
+    @functools.cached_property
+    def _mesh(self) -> DeviceMesh:
+        """Those that parameters lie on."""
+        sizes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "fsdp": self.dp_shard * self.cp, "tp": self.tp}
+        return _create_mesh({n: size for n, size in sizes.items() if size > 1 or (n == "fsdp" and self.sharded)})
+
+
+def _create_mesh(sizes: dict[str, int]) -> DeviceMesh:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for group in mesh.get_all_groups():
+        use_default_timeout(group)
+    return mesh
 
 
 def build_dims(parallelism: Parallelism) -> ParallelDims:
     """The layout of all processes that `parallelism` asks for. Raises UserError if its degrees do not fit."""
     replicate, shard = data_degrees(parallelism, world_size())
-    return ParallelDims(dp_replicate=replicate, dp_shard=shard, tp=parallelism.tp)
+    return ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=parallelism.cp, tp=parallelism.tp)

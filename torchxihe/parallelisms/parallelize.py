@@ -10,6 +10,7 @@ from torchxihe.kernels.select import Kernels
 from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile, compiles
+from torchxihe.parallelisms.context_parallel import apply_context_parallel
 from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
 from torchxihe.parallelisms.dims import ParallelDims
 from torchxihe.parallelisms.float8 import apply_float8
@@ -22,8 +23,7 @@ log = logging.getLogger(__name__)
 def parallelize(
     config: Config, device: torch.device, dims: ParallelDims, kernels: Kernels
 ) -> tuple[Decoder, nn.Module]:
-    """Build the model on `meta`; apply tensor parallelism, float8, activation checkpointing, compile and data
-    parallelism; initialise it.
+    """Build the model on `meta`; apply every parallelism, float8, activation checkpointing and compile; initialise it.
 
     Returns (the decoder, whose parameters have their own names; the module to call in the step). They differ under
     DDP alone.
@@ -33,6 +33,7 @@ def parallelize(
     with torch.device("meta"):
         model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, kernels=kernels)
     apply_tensor_parallel(model, dims)
+    apply_context_parallel(model, dims)
     apply_float8(model, config.float8.recipe, device)
     compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
@@ -40,12 +41,11 @@ def parallelize(
         log.warning("training.compile: %s: running uncompiled, slower", compile_obstacle())
     elif compiled:
         apply_compile(model, one_graph=dims.size("world") == 1)
-    sharded = dims.dp_shard > 1 or dims.tp > 1
-    if sharded:
-        mesh = dims.mesh("dp_replicate", "dp_shard")
+    if dims.sharded:
+        mesh = dims.mesh("dp_replicate", "fsdp")
         apply_fsdp(model, mesh, dtype, reshard_after_forward=config.parallelism.reshard_after_forward)
     model.to_empty(device=device)
     model.init_weights(config.training.seed)
-    if dims.dp_replicate > 1 and not sharded:
+    if dims.dp_replicate > 1 and not dims.sharded:
         return model, apply_ddp(model, dims.mesh("dp_replicate"))
     return model, model

@@ -24,17 +24,18 @@ Trial = Callable[[Config, torch.device], object]
 """Builds what a step needs, takes one step, and keeps nothing."""
 
 
-def check_memory(config: Config, device: torch.device, shards: int, data_ranks: int) -> None:
+def check_memory(config: Config, device: torch.device, shards: int, data_ranks: int, ranks: int) -> None:
     """Raise UserError if the run cannot fit in the memory of `device`; called before anything is allocated.
 
     A lower bound: weights, gradients and optimizer state (float32, of Muon the momentum alone), divided by `shards`,
-    and one activation of the embedding. It never refuses what fits.
+    and one activation of the embedding, divided by the `ranks` that read the same rows. It never refuses what fits.
     """
     training, model, seq_len = config.training, config.model, config.data.seq_len
     moments = (2 if config.optimizer.name == "adamw" else 1) * (4 if config.optimizer.state_dtype == "float32" else 2)
     state = parameter_counts(model)[0] * (4 + 4 + moments) // shards
     rows = min(training.micro_batch_size or 1, -(-training.global_batch_size // data_ranks))
-    needed = state + rows * seq_len * model.hidden_size * (2 if training.dtype == "bfloat16" else 4)
+    activation = rows * seq_len * model.hidden_size * (2 if training.dtype == "bfloat16" else 4)
+    needed = state + activation * data_ranks // ranks
     if device.type == "cuda":
         available, where = torch.cuda.get_device_properties(device).total_memory, "GPU has"
     else:
