@@ -23,7 +23,6 @@ from torchxihe.data.loader import Batch
 from torchxihe.kernels import linear_cross_entropy as lce
 from torchxihe.kernels.attention import sdpa
 from torchxihe.kernels.linear_cross_entropy import linear_cross_entropy_reference, vocab_parallel_cross_entropy
-from torchxihe.model.generate import generate
 from torchxihe.parallelisms import data_parallel
 from torchxihe.parallelisms.context_parallel import full_rows, ulysses
 from torchxihe.trainer import Trainer
@@ -163,21 +162,21 @@ def test_attention_exchanges_sequence_for_heads(world: int, heads: int, keys: in
     assert max(run_distributed(_ulysses, world, heads, keys, documents)) < 1e-5
 
 
-def _sample() -> list[list[int]]:
-    """Tokens that a model under context parallelism draws in sampling, a prompt as long as a part of a row first."""
-    values = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": {"cp": 2}}
-    if torch.distributed.is_initialized():
-        trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
-    else:
-        trainer = Trainer(config(**values | {"parallelism": {}}), torch.device("cpu"), np.ones(VOCAB, np.int32))
-    options = {"max_tokens": 8, "context": SEQ_LEN, "vocab_size": VOCAB, "stop_id": VOCAB}
-    with full_rows(trainer.model):
-        return [[*generate(trainer.module, list(range(1, n + 1)), **options)] for n in (12, 5)]
+def _logits(degrees: dict[str, int]) -> list[Tensor]:
+    """Of prompts that every rank has all of, one of them as long as a part of a row."""
+    values = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": degrees}
+    trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, VOCAB, (1, length), generator=generator) for length in (12, 5)]
+    with torch.no_grad(), full_rows(trainer.model):
+        return [trainer.module(prompt) for prompt in prompts]
 
 
 def test_sampling_under_context_parallelism() -> None:
-    expected = _sample()
-    assert run_distributed(_sample, 2) == [expected, expected]
+    """Seen to fail with the exchange left in place."""
+    expected = _logits({})
+    for found in run_distributed(_logits, 2, {"cp": 2}):
+        assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-6
 
 
 def _vocab_parallel(vocab: int) -> tuple[float, float, float]:
