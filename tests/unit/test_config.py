@@ -578,9 +578,21 @@ def test_a_budget_needs_the_compiler() -> None:
             4,
             r"(× tp = 2) does not match 4 processes; valid combinations (dp_replicate × dp_shard)",
         ),
+        ("cp=2 tp=2", 6, "parallelism.cp = 2 does not divide 6 processes / tp = 3; valid: 1, 3"),
+        (
+            "cp=8",
+            8,
+            "8 does not divide data.seq_len = 256, 4 query heads and 2 key-value heads (or a multiple of these)",
+        ),
+        (
+            "cp=4 tp=2",
+            8,
+            "2 query heads and 1 key-value heads a tensor-parallel rank (or a multiple of these); valid: 1, 2",
+        ),
+        ("cp=2 dp_shard=3", 4, "(× cp = 2) does not match 4 processes; valid combinations (dp_replicate × dp_shard)"),
     ],
 )
-def test_tensor_parallel_degrees_that_do_not_fit(flags: str, world_size: int, line: str) -> None:
+def test_degrees_of_model_parallelism_that_do_not_fit(flags: str, world_size: int, line: str) -> None:
     overrides = [f"--parallelism.{flag}" for flag in flags.split()]
     with pytest.raises(UserError) as error:
         load_config("configs/xihe_debug.toml", overrides, world_size)

@@ -40,7 +40,7 @@ def vocab_parallel_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The same where each rank of the process group named `group` has its part of the `vocab_size` rows of w.
 
-    x and targets are whole on every rank, and so are the results; dX is this rank's part of a sum over the ranks. No
+    x and targets are the same on every rank, and so are the results; dX is this rank's part of a sum over the ranks. No
     rank ever has the logits of another's rows: per chunk the maximum, and then the sum of the exponentials and the
     target's logit are reduced. group "": one process.
     """

@@ -81,7 +81,7 @@ def sum_replicated_gradients(model: nn.Module, dims: ParallelDims) -> None:
 def gather_tokens(x: Tensor, seq_len: int, *, size: int, group: str) -> Tensor:
     """[n, C] of every rank to [B, T, C]; the gradient is the sum of all ranks' for this rank's tokens.
 
-    What is three-dimensional is whole on every rank already (see `_embed`).
+    A three-dimensional x is replicated already (see `_embed`).
     """
     if x.ndim == 3:
         return x
@@ -89,7 +89,7 @@ def gather_tokens(x: Tensor, seq_len: int, *, size: int, group: str) -> Tensor:
 
 
 def scatter_tokens(y_BTC: Tensor, like: Tensor, *, size: int, group: str) -> Tensor:
-    """The sum over the ranks of their partial results, sharded (or whole) as `like` is."""
+    """The sum over the ranks of their partial results, sharded or replicated as `like` is."""
     if like.ndim == 3:
         return _sum(y_BTC, group)
     out: Tensor = _Scatter.apply(y_BTC.flatten(0, 1), size, group)  # type: ignore[assignment]
