@@ -179,6 +179,25 @@ def test_sampling_under_context_parallelism() -> None:
         assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-6
 
 
+def _long_row(degrees: dict[str, int]) -> float:
+    """The loss of one row of 65,536 tokens."""
+    length = 65_536
+    values = {"model": SHAPES["qwen3"], "data": {"seq_len": length}, "parallelism": degrees}
+    values["training"] = {"micro_batch_size": 1, "global_batch_size": 1}
+    trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    tokens = torch.randint(0, VOCAB, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    row = Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), None, (), torch.zeros(1, dtype=torch.int64), length)
+    trainer.train_step(iter([row]))
+    return trainer.sums.read(NAMES)["loss"]
+
+
+@pytest.mark.long
+def test_a_row_of_65536_tokens() -> None:
+    expected = _long_row({})
+    for found in run_distributed(_long_row, 4, {"cp": 4}, timeout=500):
+        assert abs(found - expected) < 1e-5
+
+
 def _vocab_parallel(vocab: int) -> tuple[float, float, float]:
     """Largest differences of loss, dX and dW from full logits in float64, the vocabulary cut unevenly."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
