@@ -29,7 +29,7 @@ from torchxihe.data.tokenizer import load_tokenizer
 from torchxihe.kernels.select import Kernels, select_kernels
 from torchxihe.model.generate import generate
 from torchxihe.parallelisms.compile import compiles
-from torchxihe.parallelisms.context_parallel import cut_batch, full_rows
+from torchxihe.parallelisms.context_parallel import context_method, cut_for, full_rows
 from torchxihe.parallelisms.data_parallel import gradient_sync
 from torchxihe.parallelisms.dims import ParallelDims, build_dims
 from torchxihe.parallelisms.parallelize import parallelize
@@ -74,7 +74,7 @@ class Trainer:
 
     def train_step(self, loader: Iterator[Batch]) -> None:
         """One optimizer step on the next `accumulation` micro-batches; the host never waits for the device."""
-        batches = [cut_batch(next(loader), self.dims) for _ in range(self.accumulation)]
+        batches = [next(loader) for _ in range(self.accumulation)]
         tokens = torch.full((), float(sum(batch.valid for batch in batches)), device=self.device)
         tokens = self.dims.sum(tokens, "data").clamp(min=1)  # a batch of prompts only has none
         sources = len(self.config.data.sources)
@@ -112,12 +112,12 @@ class Trainer:
         """What a loader needs to know of this process and the model."""
         data, dims = self.config.data, self.dims
         place = dims.rank("data"), dims.size("data")
-        return BatchSpec(data.seq_len, self.micro_batch_size, self.device, data.document_mask, *place)
+        cut = cut_for(dims, context_method(self.config))
+        return BatchSpec(data.seq_len, self.micro_batch_size, self.device, data.document_mask, *place, cut)
 
     def validate(self, prepared: Prepared) -> dict[str, float]:
         """Loss on the held-out documents, in total, by source and by set; all ranks must ask together."""
         batches = validation_batches(prepared, self.batch_spec, self.config.validation.max_tokens)
-        batches = (cut_batch(batch, self.dims) for batch in batches)
         sums_S3 = validation_sums(self.module, batches, self.bytes_per_token, len(prepared.held_out))
         return validation_metrics(self.dims.sum(sums_S3, "loss"), prepared)
 

@@ -6,6 +6,7 @@ A wrong axis can leave the loss right and the gradient halved, and Adam hides a 
 import functools
 import hashlib
 import itertools
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from tests.distributed.test_parity import BATCH, NAMES, VOCAB, config, rows_of
 from tests.unit.saved_runs import state_of
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.config.options import Checkpoint
-from torchxihe.data.loader import Batch
+from torchxihe.data.loader import Batch, BatchSpec
 from torchxihe.kernels import linear_cross_entropy as lce
 from torchxihe.kernels.attention import sdpa
 from torchxihe.kernels.linear_cross_entropy import linear_cross_entropy_reference, vocab_parallel_cross_entropy
 from torchxihe.parallelisms import data_parallel
-from torchxihe.parallelisms.context_parallel import full_rows, ulysses
+from torchxihe.parallelisms.context_parallel import cut_batch, full_rows, gathered, ulysses
 from torchxihe.trainer import Trainer
 
 STEPS, SEQ_LEN = 10, 24
@@ -40,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 # At higher rates FSDP2 alone differs by more than the tolerance after ten steps: rounding grows with the rate.
 OPTIMIZERS = {"adamw": {"name": "adamw", "lr": 2e-3}, "muon": {"name": "muon", "lr": 2e-3}}
 
-LAYOUTS: dict[str, dict[str, int]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2": {"tp": 2},
     "tp 4": {"tp": 4},
     "FSDP2 2 × tp 2": {"dp_shard": 2, "tp": 2},
@@ -48,10 +49,19 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "HSDP 2 × 2 × tp 2": {"dp_replicate": 2, "dp_shard": 2, "tp": 2},
     "cp 2": {"cp": 2},
     "cp 4": {"cp": 4},
+    "cp 2, gather": {"cp": 2, "cp_method": "gather"},
+    "cp 4, gather": {"cp": 4, "cp_method": "gather"},
     "FSDP2 2 × cp 2": {"dp_shard": 2, "cp": 2},
+    "FSDP2 2 × cp 2, gather": {"dp_shard": 2, "cp": 2, "cp_method": "gather"},
     "tp 2 × cp 2": {"cp": 2, "tp": 2},
+    "tp 2 × cp 2, gather": {"cp": 2, "tp": 2, "cp_method": "gather"},
     "dp_replicate 2 × cp 2 × tp 2": {"dp_replicate": 2, "dp_shard": 1, "cp": 2, "tp": 2},
 }
+
+
+def processes(layout: dict[str, Any]) -> int:
+    """How many processes a layout is of."""
+    return math.prod(degree for degree in layout.values() if isinstance(degree, int))
 
 
 def batch_of(step: int, rows: list[int]) -> Batch:
@@ -67,6 +77,11 @@ def batch_of(step: int, rows: list[int]) -> Batch:
     return Batch(torch.from_numpy(tokens[rows]), chosen, cu_seqlens, (), sources, int((chosen >= 0).sum()))
 
 
+def part_of(batch: Batch, spec: BatchSpec) -> Batch:
+    """What this process computes of it, as the loader yields it."""
+    return spec.cut(batch) if spec.cut else batch
+
+
 def train(options: dict[str, Any], micro_batch: int) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Loss, gradient norm and each source's loss of every step, and the parameters after the last."""
     data_parallel.UNIT_PARAMETERS = 1  # every block a unit of its own
@@ -78,7 +93,7 @@ def train(options: dict[str, Any], micro_batch: int) -> tuple[np.ndarray, dict[s
     history = []
     for step in range(STEPS):
         starts = [(i * spec.data_ranks + spec.data_rank) * spec.rows for i in range(trainer.accumulation)]
-        trainer.train_step(iter([batch_of(step, [*range(start, start + spec.rows)]) for start in starts]))
+        trainer.train_step(iter([part_of(batch_of(step, [*range(g, g + spec.rows)]), spec) for g in starts]))
         sums = trainer.sums.read(NAMES)
         history.append([sums[key] for key in ("loss", "grad_norm", "loss/a", "loss/b")])
     parameters = {
@@ -98,6 +113,8 @@ def reference(shape: str, optimizer: str) -> tuple[np.ndarray, dict[str, Tensor]
 SAMPLE = {("tp 2", "llama", "muon"), ("tp 4", "qwen3", "adamw"), ("FSDP2 2 × tp 2", "qwen3", "muon"),
           ("dp_replicate 2 × tp 2", "llama", "adamw"), ("HSDP 2 × 2 × tp 2", "qwen3", "adamw"),
           ("cp 2", "qwen3", "muon"), ("cp 4", "llama", "adamw"), ("FSDP2 2 × cp 2", "llama", "muon"),
+          ("cp 2, gather", "llama", "muon"), ("cp 4, gather", "qwen3", "adamw"),
+          ("FSDP2 2 × cp 2, gather", "qwen3", "muon"), ("tp 2 × cp 2, gather", "llama", "adamw"),
           ("tp 2 × cp 2", "qwen3", "adamw"), ("dp_replicate 2 × cp 2 × tp 2", "llama", "muon")}  # fmt: skip
 CASES = [
     pytest.param(*case, marks=[] if case in SAMPLE else pytest.mark.long)
@@ -108,7 +125,7 @@ CASES = [
 @pytest.mark.parametrize(("layout", "shape", "optimizer"), CASES)
 def test_a_layout_computes_what_one_process_does(layout: str, shape: str, optimizer: str) -> None:
     degrees = LAYOUTS[layout]
-    world = int(np.prod(list(degrees.values())))
+    world = processes(degrees)
     rows = BATCH // (2 * degrees.get("dp_replicate", 1) * degrees.get("dp_shard", 1))  # two micro-batches a step
     options = {"model": SHAPES[shape], "optimizer": OPTIMIZERS[optimizer], "parallelism": degrees}
     history, parameters = reference(shape, optimizer)
@@ -119,13 +136,13 @@ def test_a_layout_computes_what_one_process_does(layout: str, shape: str, optimi
         assert max((ours[name] - parameters[name]).abs().max() for name in parameters) < 5e-5
 
 
-@pytest.mark.parametrize("axis", ["tp", "cp"])
+@pytest.mark.parametrize("axis", [{"tp": 2}, {"cp": 2}, {"cp": 2, "cp_method": "gather"}], ids=str)
 @pytest.mark.parametrize(
     "mode", [pytest.param("none", marks=pytest.mark.long), pytest.param("selective", marks=pytest.mark.long), "full"]
 )
-def test_compiled_and_checkpointed(mode: str, axis: str) -> None:
+def test_compiled_and_checkpointed(mode: str, axis: dict[str, Any]) -> None:
     """Compiled per block, with recomputation: the same numbers."""
-    degrees = {"dp_shard": 2, axis: 2}
+    degrees = {"dp_shard": 2} | axis
     history, parameters = reference("qwen3", "adamw")
     options = {
         "model": SHAPES["qwen3"],
@@ -164,6 +181,45 @@ def test_attention_exchanges_sequence_for_heads(world: int, heads: int, keys: in
     assert max(run_distributed(_ulysses, world, heads, keys, documents)) < 1e-5
 
 
+def _gathered(rows: int, seq_len: int, edges: list[int] | None) -> float:
+    """Largest difference of output and gradients from attention over full rows, in float64."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    full = [torch.randn(rows, seq_len, n, 8, generator=generator).double() for n in (6, 2, 2, 6)]
+    cu_seqlens = None if edges is None else torch.tensor(edges, dtype=torch.int32)
+    whole = [x.clone().requires_grad_() for x in full[:3]]
+    expected = sdpa(*whole, cu_seqlens)
+    expected.backward(full[3])
+    tokens = torch.zeros(rows, seq_len, dtype=torch.int64)
+    batch = cut_batch(Batch(tokens, tokens, cu_seqlens, (), tokens, 0), size=size, rank=rank, method="gather")
+    group, mine = torch.distributed.group.WORLD, batch.positions
+    assert group is not None
+    part = [x[:, mine].clone().requires_grad_() for x in full[:3]]
+    out = gathered(*part, batch.cu_seqlens, attention=sdpa, size=size, rank=rank, group=group.group_name)
+    out.backward(full[3][:, mine])
+    pairs = [(out, expected), *((mine.grad, full.grad) for mine, full in zip(part, whole, strict=True))]
+    return max(float((a - b[:, mine]).detach().abs().max()) for a, b in pairs if a is not None and b is not None)
+
+
+def _gathered_cases(seed: int, count: int) -> float:
+    """Rows of random documents: of one token, of entire rows, with borders on and beside those of the chunks."""
+    draw, size = random.Random(seed), torch.distributed.get_world_size()
+    worst = _gathered(2, 4 * size, None)
+    for _ in range(count):
+        rows, seq_len = draw.randint(1, 3), 2 * size * draw.randint(1, 8)
+        inner = draw.sample(range(1, rows * seq_len), draw.randint(0, min(12, rows * seq_len - 1)))
+        borders = {n * seq_len for n in range(rows + 1)} | set(inner)
+        padding = [rows * seq_len] * draw.randint(0, 2)
+        worst = max(worst, _gathered(rows, seq_len, [*sorted(borders), *padding]))
+    return worst
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_gathered_keys_see_what_full_rows_see(world: int) -> None:
+    """Seen to fail with a chunk too few, with left-aligned queries, and with the gradients of one rank only."""
+    assert max(run_distributed(_gathered_cases, world, world, 40, timeout=120)) < 1e-6
+
+
 def _logits(degrees: dict[str, int]) -> list[Tensor]:
     """Of prompts that every rank has all of, one of them as long as a part of a row."""
     values = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": degrees}
@@ -174,10 +230,11 @@ def _logits(degrees: dict[str, int]) -> list[Tensor]:
         return [trainer.module(prompt) for prompt in prompts]
 
 
-def test_sampling_under_context_parallelism() -> None:
+@pytest.mark.parametrize("method", ["ulysses", "gather"])
+def test_sampling_under_context_parallelism(method: str) -> None:
     """Seen to fail with the exchange left in place."""
     expected = _logits({})
-    for found in run_distributed(_logits, 2, {"cp": 2}):
+    for found in run_distributed(_logits, 2, {"cp": 2, "cp_method": method}):
         assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-6
 
 
@@ -189,7 +246,7 @@ def _long_row(degrees: dict[str, int]) -> float:
     trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
     tokens = torch.randint(0, VOCAB, (1, length + 1), generator=torch.Generator().manual_seed(0))
     row = Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), None, (), torch.zeros(1, dtype=torch.int64), length)
-    trainer.train_step(iter([row]))
+    trainer.train_step(iter([part_of(row, trainer.batch_spec)]))
     return trainer.sums.read(NAMES)["loss"]
 
 
@@ -260,7 +317,7 @@ def _continue(options: dict[str, Any], root: Path, start: int, steps: int) -> tu
     spec, losses = trainer.batch_spec, []
     for step in range(start, start + steps):
         starts = [(i * spec.data_ranks + spec.data_rank) * spec.rows for i in range(trainer.accumulation)]
-        trainer.train_step(iter([batch_of(step, [*range(first, first + spec.rows)]) for first in starts]))
+        trainer.train_step(iter([part_of(batch_of(step, [*range(g, g + spec.rows)]), spec) for g in starts]))
         losses.append(trainer.sums.read(NAMES)["loss"])
     checkpointer.save(trainer.step, trainer.state(), state_of(trainer.step))
     return losses, before, _digest(trainer)
@@ -279,7 +336,7 @@ def test_a_checkpoint_of_any_layout_loads_in_any_other(seed: int, count: int, tm
     losses, last = [], None
     for i, name in enumerate(chain):
         degrees = CHAINED[name]
-        world = int(np.prod([*degrees.values()], dtype=int))
+        world = processes(degrees)
         args = degrees, tmp_path, 2 * i, 2
         taken, first, after = run_distributed(_continue, world, *args, timeout=120)[0] if degrees else _continue(*args)
         assert last in (None, first), f"{chain[i - 1]} to {name}"

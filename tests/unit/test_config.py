@@ -580,14 +580,20 @@ def test_a_budget_needs_the_compiler() -> None:
         ),
         ("cp=2 tp=2", 6, "parallelism.cp = 2 does not divide 6 processes / tp = 3; valid: 1, 3"),
         (
-            "cp=8",
+            "cp=8 cp_method=ulysses",
             8,
             "8 does not divide data.seq_len = 256, 4 query heads and 2 key-value heads (or a multiple of these)",
         ),
         (
-            "cp=4 tp=2",
+            "cp=4 tp=2 cp_method=ulysses",
             8,
             "2 query heads and 1 key-value heads a tensor-parallel rank (or a multiple of these); valid: 1, 2",
+        ),
+        ("cp=3", 3, "3 does not divide data.seq_len = 256; valid: 1, 2, 4, 8, 16, 32, 64, 128"),
+        (
+            "cp=256 cp_method=gather",
+            256,
+            "256 does not divide data.seq_len = 256 into two chunks a rank; valid: 1, 2, 4, 8, 16, 32, 64, 128",
         ),
         ("cp=2 dp_shard=3", 4, "(× cp = 2) does not match 4 processes; valid combinations (dp_replicate × dp_shard)"),
     ],

@@ -8,7 +8,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from torchxihe.config.load import dump_config, load_config
-from torchxihe.config.options import LARGEST, Config, Section
+from torchxihe.config.options import Config, Section
+from torchxihe.config.types import LARGEST
 from torchxihe.parsers import parse
 
 DOCS = Path(__file__).parents[2] / "docs" / "config.md"

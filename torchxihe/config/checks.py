@@ -200,17 +200,36 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
             yield True, f"parallelism.{option}", str(error)
 
 
+def context_methods(config: Config, cp: int) -> list[str]:
+    """The values of `parallelism.cp_method` that work with `cp` ranks, the preferred one first."""
+    tp, seq_len = config.parallelism.tp, config.data.seq_len
+    heads, keys = config.model.num_attention_heads // tp, config.model.num_key_value_heads // tp
+    works = {
+        "ulysses": heads % cp == 0 and keys > 0 and (keys % cp == 0 or cp % keys == 0),
+        "gather": seq_len % (2 * cp) == 0,
+    }
+    order = ("ulysses", "gather") if keys % cp == 0 else ("gather", "ulysses")
+    return [method for method in order if works[method] and seq_len % (cp * tp) == 0]
+
+
 def _context_parallelism(config: Config) -> Iterator[Finding]:
-    model, seq_len, cp, tp = config.model, config.data.seq_len, config.parallelism.cp, config.parallelism.tp
-    heads, keys = model.num_attention_heads // tp, model.num_key_value_heads // tp
+    model, parallelism, seq_len = config.model, config.parallelism, config.data.seq_len
+    cp, tp, method = parallelism.cp, parallelism.tp, parallelism.cp_method
 
     def fits(n: int) -> bool:
-        return seq_len % (n * tp) == 0 and heads % n == 0 and keys > 0 and (keys % n == 0 or n % keys == 0)
+        methods = context_methods(config, n)
+        return bool(methods) if method == "auto" else method in methods
 
-    valid = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
+    valid = ", ".join(str(n) for n in range(1, 1025) if cp > 1 and fits(n))
+    heads, keys = model.num_attention_heads // tp, model.num_key_value_heads // tp
     a_rank = " a tensor-parallel rank" if tp > 1 else ""
-    why = f"does not divide data.seq_len = {seq_len}, {heads} query heads and {keys} key-value heads{a_rank}"
-    yield cp > 1 and not fits(cp), "parallelism.cp", f"{cp} {why} (or a multiple of these); valid: {valid}"
+    why = {
+        "ulysses": f"does not divide data.seq_len = {seq_len}, {heads} query heads and {keys} key-value heads{a_rank} "
+        "(or a multiple of these)",
+        "gather": f"does not divide data.seq_len = {seq_len} into two chunks a rank",
+    }
+    why["auto"] = f"does not divide data.seq_len = {seq_len}" + (f" / tp = {seq_len // tp}" if tp > 1 else "")
+    yield cp > 1 and not fits(cp), "parallelism.cp", f"{cp} {why[method]}; valid: {valid}"
 
 
 def _listed(names: list[str]) -> str:

@@ -8,35 +8,22 @@ reported in milliseconds.
 TOML has no null: no option is ever `None`. 0, -1 or "" means "off", as documented for each option.
 """
 
-import os
-import string
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-LARGEST = 2**53
-"""Of the integers that have no bound of their own: what a float64 holds exactly."""
-NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
-PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path, perhaps a URL or a hub id; "~" is the home directory, which a shell leaves alone in --section.key=~/here."""
-
-
-def _template(text: str) -> str:
-    """Check that a template names a column in braces. Raises ValueError."""
-    try:
-        fields = [field for _, *field in string.Formatter().parse(text) if field[0] is not None]
-    except ValueError as error:
-        raise ValueError(f"{error}; write {{{{ and }}}} for literal braces") from None
-    if not fields:
-        raise ValueError("names no column; write one in braces, such as {text}")
-    if any(not name or spec or conversion for name, spec, conversion in fields):
-        raise ValueError("only column names may be in braces; write {{ and }} for literal braces")
-    return text
+from torchxihe.config.types import (
+    LARGEST,
+    BelowOne,
+    Fraction,
+    GivenPlace,
+    NonNegativeInt,
+    Place,
+    PositiveFloat,
+    PositiveInt,
+    Template,
+)
 
 
 class Section(BaseModel):
@@ -112,7 +99,7 @@ class Tokenizer(Section):
 class Documents(Section):
     """A validation set: documents that are never trained on. It has the options of a source except `weight`."""
 
-    path: Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+    path: GivenPlace
     """A file, a directory, a glob, a hub id, "{stdlib}" (this Python's standard library) or "{site-packages}"."""
     name: str = ""
     """Name in logs and metrics. "": derived from `path` and `subset`."""
@@ -138,7 +125,7 @@ class Documents(Section):
     """Hub only: read over the network without downloading the dataset first; set `max_tokens`, too."""
     max_tokens: NonNegativeInt = 0
     """Stop after the document that reaches this many tokens. 0: no limit."""
-    template: Annotated[str, AfterValidator(_template)] = "{text}"
+    template: Template = "{text}"
     """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
     messages: str = "messages"
     """With `data.format = "chat"`: the column of the conversation, a list of {role, content} or {from, value}."""
@@ -281,9 +268,13 @@ class Parallelism(Section):
     """Processes that share one copy of the parameters (FSDP2). -1: all that the other axes leave. 1: DDP."""
     cp: PositiveInt = 1
     """Context parallelism: number of processes over which every row is divided along the sequence, for rows that do not
-    fit on one GPU (Ulysses: attention divides the heads instead). The parameters are sharded over them, too. `cp × tp`
-    must divide `seq_len` and the query heads; `cp` must divide the key-value heads of a tensor-parallel rank, or be a
-    multiple of them. 1: off."""
+    fit on one GPU. The parameters are sharded over them, too. `cp × tp` must divide `seq_len`; `cp_method` needs more.
+    1: off."""
+    cp_method: Literal["auto", "ulysses", "gather"] = "auto"
+    """How attention sees the other parts of a row. "ulysses": each process attends with some of the heads to full rows
+    (`cp` must divide the query heads of a tensor-parallel rank; and its key-value heads, or be a multiple of them).
+    "gather": each with all heads, to gathered keys and values (`2 × cp` must divide `seq_len`). "auto": "ulysses" while
+    `cp` divides the key-value heads, then "gather"."""
     tp: PositiveInt = 1
     """Tensor parallelism: number of processes over which every layer's matrices, heads and activations are divided;
     best within one host. Must divide the key-value heads, `intermediate_size` and `seq_len`. 1: off."""

@@ -11,7 +11,7 @@ import queue
 import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -69,6 +69,8 @@ class BatchSpec:
     data_rank: int = 0
     """This process's number among those that read different rows."""
     data_ranks: int = 1
+    cut: Callable[[Batch], Batch] | None = None
+    """Reduces a batch in host memory to what this process computes of it, if that is less than all."""
 
 
 class _Reader:
@@ -78,7 +80,7 @@ class _Reader:
         self._rows, self._seq_len = spec.rows, spec.seq_len
         self._pin = spec.device.type == "cuda"
         self._eos = prepared.eos_id
-        self._document_mask = spec.document_mask
+        self._document_mask, self._cut = spec.document_mask, spec.cut
         # Half of the limit of open files; the rest is left to everything else.
         sources = prepared.sources if split == "train" else prepared.held_out
         share = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 // len(sources)
@@ -126,7 +128,9 @@ class _Reader:
             cu_seqlens = torch.tensor([*starts, self._rows * seq_len], dtype=torch.int32, pin_memory=self._pin)
         sources_B = torch.zeros(self._rows, dtype=torch.int64, pin_memory=self._pin)
         sources_B.numpy()[: len(sources)] = sources
-        return Batch(tokens_BT, targets_BT, cu_seqlens, (*samples, *(-1,) * missing), sources_B, valid, pairs=pairs)
+        samples_B = (*samples, *(-1,) * missing)
+        batch = Batch(tokens_BT, targets_BT, cu_seqlens, samples_B, sources_B, valid, pairs=pairs)
+        return self._cut(batch) if self._cut else batch
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
@@ -136,7 +140,7 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
         return batch
     moved = {
         name: value.to(device, non_blocking=True)
-        for name in ("tokens", "targets", "cu_seqlens", "sources")
+        for name in ("tokens", "targets", "cu_seqlens", "sources", "positions")
         if (value := getattr(batch, name)) is not None
     }
     return replace(batch, **moved)
@@ -149,18 +153,19 @@ def causal_pairs(length: int) -> int:
 
 def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
     """A batch of random tokens, with this number of documents in each row if documents are masked: for trial steps."""
-    rows, seq_len, device = spec.rows, spec.seq_len, spec.device
+    rows, seq_len = spec.rows, spec.seq_len
     generator = torch.Generator().manual_seed(spec.data_rank)
-    tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=generator).to(device)
+    tokens = torch.randint(0, vocab_size, (rows, seq_len + 1), generator=generator)
     cu_seqlens = None
     if spec.document_mask:
         starts = [b * seq_len + d * seq_len // documents for b in range(rows) for d in range(documents)]
-        cu_seqlens = torch.tensor([*starts, rows * seq_len], dtype=torch.int32, device=device)
+        cu_seqlens = torch.tensor([*starts, rows * seq_len], dtype=torch.int32)
     edges = [d * seq_len // documents for d in range(documents + 1)] if spec.document_mask else [0, seq_len]
     pairs = rows * sum(causal_pairs(end - start) for start, end in itertools.pairwise(edges))
-    sources = torch.zeros(rows, dtype=torch.int64, device=device)
+    sources = torch.zeros(rows, dtype=torch.int64)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return Batch(inputs, targets, cu_seqlens, (-1,) * rows, sources, rows * seq_len, pairs=pairs)
+    batch = Batch(inputs, targets, cu_seqlens, (-1,) * rows, sources, rows * seq_len, pairs=pairs)
+    return _to_device(spec.cut(batch) if spec.cut else batch, spec.device)
 
 
 class Loader:
@@ -193,7 +198,7 @@ class Loader:
         if isinstance(batch, BaseException):
             self._ready.put(batch)  # every further call raises it too
             raise batch
-        self.tokens += batch.tokens.numel()
+        self.tokens += len(batch.samples) * self._spec.seq_len
         self.pairs += batch.pairs
         return _to_device(batch, self._spec.device)
 

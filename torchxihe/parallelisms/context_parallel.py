@@ -1,15 +1,20 @@
-"""Context parallelism: every row is cut along the sequence, and attention exchanges sequence for heads (Ulysses,
-arXiv:2309.14509).
+"""Context parallelism: every row is cut along the sequence, and only attention sees the other parts. Two methods.
 
-Each rank of the "cp" axis has a contiguous part of every row, [B, T / cp]. Everything but attention works on it
-unchanged. Before attention an all-to-all gives each rank the full sequence of H / cp heads, so any attention kernel
-works, with documents masked as without context parallelism; another one reverses it.
+"ulysses" (arXiv:2309.14509): each rank of the "cp" axis has a contiguous part of every row. Before attention an
+all-to-all gives it the full rows of H / cp heads, so any attention kernel works, with documents masked as without
+context parallelism; another all-to-all reverses that. The work is always balanced.
 
-Axes: B batch, T position in the row, t = T / cp of them, H query heads, K key-value heads, D head dimension.
+"gather" (the way of Llama 3, arXiv:2407.21783): a row is cut into 2·cp chunks, of which rank r has chunk r from the
+head and chunk r from the tail, since later queries attend to more keys. Keys and values of all ranks are gathered;
+each document's keys end where the chunk of queries ends, and the kernels' right-aligned causal mask does the rest. It
+works with any number of heads, and moves less where few ranks share few key-value heads.
+
+Axes: B batch, T position in the row, t = T / cp of them, c = t / 2 a chunk's, S the keys that a rank's queries see, H
+query heads, K key-value heads, D head dimension.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,36 +22,98 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchxihe.config.checks import context_methods
+from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch
 from torchxihe.kernels.attention import Attention
 from torchxihe.model.decoder import Decoder, SelfAttention
 from torchxihe.parallelisms.dims import ParallelDims
 
 
-def cut_batch(batch: Batch, dims: ParallelDims) -> Batch:
-    """This rank's part of every row: tokens and targets [B, t], with their positions; documents stay those of the rows.
+def context_method(config: Config) -> str:
+    """`parallelism.cp_method`, with "auto" decided."""
+    chosen = config.parallelism.cp_method
+    return context_methods(config, config.parallelism.cp)[0] if chosen == "auto" else chosen
 
-    `valid` stays the rows' number of targets: ranks of one "cp" group read the same rows.
+
+def cut_for(dims: ParallelDims, method: str) -> Callable[[Batch], Batch]:
+    """The function that reduces a batch in host memory to this rank's part of every row: tokens and targets [B, t] and
+    their positions.
+
+    `valid` and `pairs` stay those of the rows: ranks of one "cp" group read the same rows.
     """
-    if dims.cp == 1:
+    return functools.partial(cut_batch, size=dims.cp, rank=dims.rank("cp"), method=method)
+
+
+def cut_batch(batch: Batch, *, size: int, rank: int, method: str) -> Batch:
+    """See `cut_for`."""
+    if size == 1:
         return batch
-    length = batch.tokens.shape[1] // dims.cp
-    mine = slice(dims.rank("cp") * length, (dims.rank("cp") + 1) * length)
-    positions = torch.arange(mine.start, mine.stop, device=batch.tokens.device)
-    tokens, targets = batch.tokens[:, mine].contiguous(), batch.targets[:, mine].contiguous()
-    return replace(batch, tokens=tokens, targets=targets, positions=positions)
+    rows, seq_len = batch.tokens.shape
+    positions, cu_seqlens = positions_of(seq_len, size, rank, method), batch.cu_seqlens
+    if method == "gather":
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(0, rows * seq_len + 1, seq_len)
+        cu_seqlens = chunk_cu_seqlens(cu_seqlens, rows, seq_len, size, rank)
+    parts = {
+        "tokens": batch.tokens[:, positions],
+        "targets": batch.targets[:, positions],
+        "positions": positions,
+        "cu_seqlens": cu_seqlens,
+    }
+    if batch.tokens.is_pinned():
+        parts = {name: part if part is None else part.pin_memory() for name, part in parts.items()}
+    return replace(batch, **parts)
 
 
-def apply_context_parallel(model: Decoder, dims: ParallelDims) -> None:
+def positions_of(seq_len: int, size: int, rank: int, method: str) -> Tensor:
+    """Positions in the row of what `rank` has of it: int64 [t]."""
+    if method == "ulysses":
+        return torch.arange(rank * seq_len // size, (rank + 1) * seq_len // size)
+    head, tail = (torch.arange(i * seq_len // (2 * size), (i + 1) * seq_len // (2 * size)) for i in _chunks(rank, size))
+    return torch.cat([head, tail])
+
+
+def _chunks(rank: int, size: int) -> tuple[int, int]:
+    """The chunks of a row that `rank` has, of 2 · size."""
+    return rank, 2 * size - 1 - rank
+
+
+def chunk_cu_seqlens(cu_seqlens: Tensor, rows: int, seq_len: int, size: int, rank: int) -> Tensor:
+    """Cumulative lengths of the pieces of documents in this rank's chunks, and of the keys that these see: int32 [2,
+    pieces + 1], as `kernels/attention.py` defines it, for the keys of `gather_keys`.
+
+    `cu_seqlens`: of the full rows, in host memory. The keys before a chunk's first document belong to a piece without
+    queries, so that the pieces cover all keys; otherwise nothing would write their gradient.
+    """
+    length, borders, queries, keys = seq_len // (2 * size), cu_seqlens.long(), [0], [0]
+    for start in [row * seq_len + i * length for row in range(rows) for i in _chunks(rank, size)]:
+        end, row_start = start + length, start // seq_len * seq_len
+        first = int(torch.searchsorted(borders, start, right=True)) - 1
+        last = int(torch.searchsorted(borders, end))
+        document, at = int(borders[first]), start
+        if document > row_start:
+            queries.append(queries[-1])
+            keys.append(keys[-1] + document - row_start)
+        for stop in [*borders[first + 1 : last].tolist(), end]:
+            queries.append(queries[-1] + stop - at)
+            keys.append(keys[-1] + stop - document)
+            document = at = stop
+    return torch.tensor([queries, keys], dtype=torch.int32)
+
+
+def apply_context_parallel(model: Decoder, dims: ParallelDims, method: str) -> None:
     """Put the exchange around every layer's attention; in place."""
     group = dims.group("cp")
     if group is None:
         return
+    options: dict[str, Any] = {"size": dims.cp, "group": group.group_name}
+    exchange = functools.partial(ulysses, **options)
+    if method == "gather":
+        exchange = functools.partial(gathered, rank=dims.rank("cp"), **options)
     for module in model.modules():
         if isinstance(module, SelfAttention):
-            module.attention = functools.partial(
-                ulysses, attention=module.attention, size=dims.cp, group=group.group_name
-            )
+            module.attention = functools.partial(exchange, attention=module.attention)
 
 
 @contextmanager
@@ -55,7 +122,7 @@ def full_rows(model: Decoder) -> Iterator[None]:
     wrapped = [module for module in model.modules() if isinstance(module, SelfAttention)]
     exchanges = [module.attention for module in wrapped]
     for module, exchange in zip(wrapped, exchanges, strict=True):
-        if isinstance(exchange, functools.partial) and exchange.func is ulysses:
+        if isinstance(exchange, functools.partial) and exchange.func in (ulysses, gathered):
             module.attention = exchange.keywords["attention"]
     try:
         yield
@@ -82,6 +149,49 @@ def ulysses(
         k_BtKD, v_BtKD = (x.repeat_interleave(size // x.shape[2], 2) for x in (k_BtKD, v_BtKD))
     q, k, v = (_to_heads(x, size, group) for x in (q_BtHD, k_BtKD, v_BtKD))
     return _to_sequence(attention(q, k, v, cu_seqlens), size, group)
+
+
+def gathered(
+    q_BtHD: Tensor,
+    k_BtKD: Tensor,
+    v_BtKD: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    attention: Attention,
+    size: int,
+    rank: int,
+    group: str,
+) -> Tensor:
+    """Attention over rows of which this rank has two chunks: [B, t, H, D]. `cu_seqlens`: see `chunk_cu_seqlens`."""
+    seen: Tensor = _GatherKeys.apply(torch.stack([k_BtKD, v_BtKD]), size, rank, group)  # type: ignore[assignment]
+    k_BSKD, v_BSKD = seen.unbind(0)
+    chunks = q_BtHD.unflatten(1, (2, -1)).flatten(0, 1)
+    return attention(chunks, k_BSKD, v_BSKD, cu_seqlens).view_as(q_BtHD)
+
+
+class _GatherKeys(torch.autograd.Function):
+    """Keys and values [2, B, t, K, D] of every rank to [2, B, S, K, D]: those that this rank's first chunk sees, then
+    those that its second does. Gradients are summed in float32 over chunks and ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, rank: int, group: str) -> Tensor:
+        ctx.axis, op = (size, rank, group), torch.ops._c10d_functional
+        parts = op.wait_tensor(op.all_gather_into_tensor(x.contiguous(), size, group)).unflatten(0, (size, 2))
+        heads, tails = parts.unflatten(3, (2, -1)).unbind(3)
+        chunks = [*heads.unbind(0), *tails.flip(0).unbind(0)]  # in the row's order
+        return torch.cat([chunk for last in _chunks(rank, size) for chunk in chunks[: last + 1]], 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        size, rank, group = ctx.axis
+        chunks = grad.unflatten(2, (2 * size + 1, -1)).unbind(2)
+        total = [chunk.float() for chunk in chunks[rank + 1 :]]  # the second chunk's, of which the first sees a prefix
+        total = [x + chunks[i] if i <= rank else x for i, x in enumerate(total)]
+        total += [torch.zeros_like(total[0])] * rank  # nothing of this rank sees the row's last chunks
+        parts = torch.stack([torch.cat([total[i] for i in _chunks(r, size)], 2) for r in range(size)])
+        op = torch.ops._c10d_functional
+        mine = op.wait_tensor(op.reduce_scatter_tensor(parts.flatten(0, 1), "sum", size, group))
+        return mine.to(grad.dtype), None, None, None
 
 
 def _to_heads(x_BtHD: Tensor, size: int, group: str) -> Tensor:

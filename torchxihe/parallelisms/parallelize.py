@@ -10,7 +10,7 @@ from torchxihe.kernels.select import Kernels
 from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile, compiles
-from torchxihe.parallelisms.context_parallel import apply_context_parallel
+from torchxihe.parallelisms.context_parallel import apply_context_parallel, context_method
 from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
 from torchxihe.parallelisms.dims import ParallelDims
 from torchxihe.parallelisms.float8 import apply_float8
@@ -33,7 +33,7 @@ def parallelize(
     with torch.device("meta"):
         model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, kernels=kernels)
     apply_tensor_parallel(model, dims)
-    apply_context_parallel(model, dims)
+    apply_context_parallel(model, dims, context_method(config))
     apply_float8(model, config.float8.recipe, device)
     compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
