@@ -10,6 +10,7 @@ from torchxihe.config.options import Model
 from torchxihe.kernels.attention import Attention, sdpa, varlen
 from torchxihe.kernels.flash_attention_4 import fa4, has_flash_attention_4
 from torchxihe.kernels.select import select_attention
+from torchxihe.parallelisms.context_parallel import chunk_cu_seqlens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -94,3 +95,46 @@ def test_deterministic_gradients_are_bitwise_equal(attention: Attention, documen
         torch.use_deterministic_algorithms(False)
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def _right_aligned(q: Tensor, k: Tensor, v: Tensor, lengths: list[tuple[int, int]]) -> Tensor:
+    """Masked softmax, one document of so many queries and keys at a time: [queries, heads, head_dim]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out, at_q, at_k = [], 0, 0
+    for queries, keys in lengths:
+        mine, seen = slice(at_q, at_q + queries), slice(at_k, at_k + keys)
+        scores = torch.einsum("qhd,khd->hqk", q[mine], k[seen]) / q.shape[-1] ** 0.5
+        hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v[seen]))
+        at_q, at_k = at_q + queries, at_k + keys
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("edges", [[0, 768, 1536], [0, 1, 70, 400, 768, 770, 1534, 1535, 1536, 1536]])
+@pytest.mark.parametrize("attention", [sdpa, varlen, fa4])
+def test_queries_are_the_last_of_more_keys(attention: Attention, edges: list[int], size: int) -> None:
+    """As context parallelism's gathered keys need it: also documents without queries, whose keys have no gradient."""
+    if attention is fa4 and not has_flash_attention_4(torch.device("cuda")):
+        pytest.skip("needs the extra [kernels] and a Hopper GPU")
+    rows, seq_len, generator = 2, 768, torch.Generator("cuda").manual_seed(0)
+    chunk = seq_len // (2 * size)
+    for rank in range(size):
+        cu_2S = chunk_cu_seqlens(torch.tensor(edges), rows, seq_len, size, rank)
+        lengths = [tuple(pair) for pair in cu_2S.diff(dim=1).T.tolist()]
+        shapes = (2 * rows, chunk, 8, 128), *[(rows, (2 * size + 1) * chunk, 2, 128)] * 2
+        inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
+        out = attention(inputs[0], inputs[1], inputs[2], cu_2S.cuda())
+        exact = [x.detach().float().requires_grad_() for x in inputs]
+        flat = [x.flatten(0, 1) for x in exact]
+        expected = _right_aligned(flat[0], flat[1], flat[2], lengths).view_as(out)
+        weight = torch.randn(out.shape, device="cuda", generator=generator)
+        results = [out, *torch.autograd.grad((out.float() * weight).sum(), inputs)]
+        references = [expected, *torch.autograd.grad((expected * weight).sum(), exact)]
+        for ours, theirs in zip(results, references, strict=True):
+            assert (ours.float() - theirs).norm() < 1e-2 * theirs.norm()
+        without = cu_2S.diff(dim=1)[0] == 0
+        for start, end, empty in zip(cu_2S[1, :-1].tolist(), cu_2S[1, 1:].tolist(), without.tolist(), strict=True):
+            if empty:
+                assert all(not grad.flatten(0, 1)[start:end].any() for grad in results[2:])

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from tests.distributed.launch import run_distributed
 from tests.gpu.test_step import ROWS, VOCAB, batches, config
-from torchxihe.data.loader import Batch
+from torchxihe.data.loader import Batch, BatchSpec, to_device
 from torchxihe.parallelisms import data_parallel
 from torchxihe.trainer import Trainer
 
@@ -36,13 +37,26 @@ def shares(part: int, parts: int) -> list[Batch]:
     return made
 
 
+def data_ranks(parallelism: dict[str, Any], world_size: int) -> int:
+    """How many ranks read different rows."""
+    return world_size // parallelism.get("tp", 1) // parallelism.get("cp", 1)
+
+
+def of_rank(batch: Batch, spec: BatchSpec) -> Batch:
+    """What this rank computes of it, as the loader yields it."""
+    tensors = {name: value.cpu() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    batch = replace(batch, **tensors)
+    return to_device(spec.cut(batch) if spec.cut else batch, spec.device)
+
+
 def history(options: dict[str, Any], rank: int = 0, world_size: int = 1) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step; with several ranks, each takes two micro-batches per step."""
     device = torch.device("cuda", rank)
-    parts = 1 if world_size == 1 else 2 * world_size
+    parts = 1 if world_size == 1 else 2 * data_ranks(options.get("parallelism", {}), world_size)
     training = options.get("training", {}) | {"micro_batch_size": ROWS // parts}
     trainer = Trainer(config(**(options | {"training": training})), device, np.ones(VOCAB, np.int32))
-    made = [shares(part, parts) for part in range(rank, parts, world_size)]
+    spec = trainer.batch_spec
+    made = [[of_rank(batch, spec) for batch in shares(i, parts)] for i in range(spec.data_rank, parts, spec.data_ranks)]
     values = []
     for step in range(STEPS):
         trainer.train_step(iter([of_part[step % len(of_part)] for of_part in made]))
@@ -71,6 +85,13 @@ LAYOUTS = [
     (2, {"dp_shard": 2, "reshard_after_forward": False}),
     (4, {"dp_shard": 2, "dp_replicate": 2}),
     (4, {"dp_shard": 4}),
+    (2, {"tp": 2}),
+    (2, {"cp": 2}),
+    (2, {"cp": 2, "cp_method": "gather"}),
+    (4, {"dp_shard": 2, "tp": 2}),
+    (4, {"dp_shard": 2, "cp": 2}),
+    (4, {"cp": 2, "cp_method": "gather", "tp": 2}),
+    (4, {"cp": 4}),
 ]
 
 

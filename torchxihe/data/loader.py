@@ -133,7 +133,7 @@ class _Reader:
         return self._cut(batch) if self._cut else batch
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` on the device, copied asynchronously. Pinned memory is not reused before the copy is done: its allocator
     has recorded an event on the copy's stream."""
     if device.type == "cpu":
@@ -165,7 +165,7 @@ def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
     sources = torch.zeros(rows, dtype=torch.int64)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     batch = Batch(inputs, targets, cu_seqlens, (-1,) * rows, sources, rows * seq_len, pairs=pairs)
-    return _to_device(spec.cut(batch) if spec.cut else batch, spec.device)
+    return to_device(spec.cut(batch) if spec.cut else batch, spec.device)
 
 
 class Loader:
@@ -200,7 +200,7 @@ class Loader:
             raise batch
         self.tokens += len(batch.samples) * self._spec.seq_len
         self.pairs += batch.pairs
-        return _to_device(batch, self._spec.device)
+        return to_device(batch, self._spec.device)
 
     def read_counts(self) -> tuple[float, int, int]:
         """Seconds waited, tokens (padding included) and attention pairs of this rank since it was last called."""
@@ -283,7 +283,7 @@ def validation_batches(prepared: Prepared, spec: BatchSpec, max_tokens: int) -> 
         start = (i * spec.data_ranks + spec.data_rank) * spec.rows
         mine = chosen[start : start + spec.rows]
         samples = list(range(start, start + len(mine)))
-        yield _to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), spec.device)
+        yield to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), spec.device)
 
 
 def micro_batches(global_batch: int, data_ranks: int, rows: int) -> int:
