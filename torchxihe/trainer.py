@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.checkpoint.history import History
@@ -21,11 +22,13 @@ from torchxihe.components.optimizer import (
     optimizer_step,
 )
 from torchxihe.components.validation import validation_metrics, validation_sums
+from torchxihe.config.checks import pipeline_mistake
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch, BatchSpec, micro_batch_rows, micro_batches, random_batch, validation_batches
 from torchxihe.data.prepare.chat import Chat
 from torchxihe.data.store import Prepared
 from torchxihe.data.tokenizer import load_tokenizer
+from torchxihe.errors import UserError
 from torchxihe.kernels.select import Kernels, select_kernels
 from torchxihe.model.generate import generate
 from torchxihe.parallelisms.compile import compiles
@@ -33,6 +36,7 @@ from torchxihe.parallelisms.context_parallel import context_method, cut_for, ful
 from torchxihe.parallelisms.data_parallel import gradient_sync
 from torchxihe.parallelisms.dims import ParallelDims, build_dims
 from torchxihe.parallelisms.parallelize import parallelize
+from torchxihe.parallelisms.pipeline_parallel import Pipeline
 from torchxihe.parallelisms.tensor_parallel import sum_replicated_gradients
 
 log = logging.getLogger(__name__)
@@ -59,13 +63,18 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         self.config, self.device = config, device
         self.dims = dims or build_dims(config.parallelism)
+        if wrong := pipeline_mistake(config, self.dims.size("data")):
+            raise UserError(f"training.micro_batch_size: {wrong}")
         self.model, self.module = parallelize(config, device, self.dims, kernels or select_kernels(config, device))
         replicas = self.dims.group("dp_replicate")
-        self.optimizer = build_optimizer(self.model, config.optimizer, replicas, compile=compiles(config.training))
         training = config.training
+        dtype = getattr(torch, training.dtype)
+        self.optimizer = build_optimizer(self.model, config.optimizer, replicas, dtype, compile=compiles(training))
         self.micro_batch_size = micro_batch_rows(
             training.global_batch_size, self.dims.size("data"), training.micro_batch_size
         )
+        copied = self.model.copied if isinstance(self.model, Pipeline) else frozenset()
+        self.own_parameters = [p for name, p in self.model.named_parameters() if name not in copied]
         self.bytes_per_token = torch.from_numpy(bytes_per_token).to(device)
         self.sums = StepSums(device, len(config.data.sources))
         self.keep_shards = config.parallelism.reshard_after_forward  # less memory, more traffic
@@ -77,21 +86,31 @@ class Trainer:
         batches = [next(loader) for _ in range(self.accumulation)]
         tokens = torch.full((), float(sum(batch.valid for batch in batches)), device=self.device)
         tokens = self.dims.sum(tokens, "data").clamp(min=1)  # a batch of prompts only has none
+        losses = self._forward_backward(batches, tokens)
         sources = len(self.config.data.sources)
         sums_S3 = torch.zeros(sources, 3, dtype=torch.float64, device=self.device)
-        for i, batch in enumerate(batches):
-            with gradient_sync(self.module, last=i == len(batches) - 1, keep_shards=self.keep_shards):
-                loss, losses_B = self.module(batch.tokens, batch.targets, batch.cu_seqlens, batch.positions)
-                (loss / tokens).backward()  # summed over ranks and micro-batches: the global mean over valid targets
+        for losses_B, batch in zip(losses, batches, strict=False):  # a pipeline's last stage has them, the others none
             sums_S3 += sums_by_source(losses_B, batch, self.bytes_per_token, sources)
         sum_replicated_gradients(self.model, self.dims)
         sums_S3 = self.dims.sum(sums_S3, "loss")
         loss = sums_S3[:, 0].sum() / tokens
-        grad_norm = gradient_norm(self.model.parameters(), self.dims.sum, self.dims.size("stage"))
+        grad_norm = gradient_norm(self.own_parameters, self.dims.sum, self.dims.size("stage"))
         skip = self.bad_steps.judge(loss, grad_norm)  # the same on all ranks; data and step are consumed
         optimizer_step(self.optimizer, self.lr, grad_norm, self.config.training.max_grad_norm, skip)
         self.sums.add(sums_S3, grad_norm, skip)
         self.step += 1
+
+    def _forward_backward(self, batches: list[Batch], tokens: Tensor) -> list[Tensor]:
+        """The passes of a step; returns each micro-batch's losses by row (float32 [B])."""
+        if isinstance(self.model, Pipeline):
+            return self.model.forward_backward(batches, tokens)
+        losses = []
+        for i, batch in enumerate(batches):
+            with gradient_sync(self.module, last=i == len(batches) - 1, keep_shards=self.keep_shards):
+                loss, losses_B = self.module(batch.tokens, batch.targets, batch.cu_seqlens, batch.positions)
+                (loss / tokens).backward()  # summed over ranks and micro-batches: the global mean over valid targets
+            losses.append(losses_B)
+        return losses
 
     @property
     def accumulation(self) -> int:
@@ -150,13 +169,19 @@ class Trainer:
     def save(self, checkpointer: Checkpointer, history: History, validation_loss: float | None = None) -> None:
         """Save the run's state; after the last step, with `checkpoint.final = "model"`, the model only."""
         full = self.step < self.config.total_steps or self.config.checkpoint.final == "full"
-        checkpointer.save(self.step, self.state(full), history.to_json(self.step), validation_loss)
+        train_state = history.to_json(self.step)
+        checkpointer.save(self.step, self.state(full), train_state, validation_loss, expected=self.expected)
 
-    def state(self, full: bool = True) -> dict[str, torch.Tensor]:
-        """Every tensor of the run's state by name; with `full = False` those of the model only."""
+    def state(self, full: bool = True) -> dict[str, Tensor]:
+        """Every tensor of this rank's part of the run's state by name; with `full = False` those of the model only."""
         if not full:
             return flat_state(self.model, None)
         return flat_state(self.model, self.optimizer) | self.bad_steps.state()
+
+    @property
+    def expected(self) -> set[str] | None:
+        """Names that some rank's state must have; None: every rank's state has all names."""
+        return self.model.expected if isinstance(self.model, Pipeline) else None
 
 
 def trial_step(config: Config, device: torch.device) -> None:

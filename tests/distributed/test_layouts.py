@@ -33,9 +33,9 @@ from torchxihe.trainer import Trainer
 STEPS, SEQ_LEN = 10, 24
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3": {"num_key_value_heads": 4, "vocab_size": VOCAB},  # QK-norm, tied
-    "llama": {"qk_norm": False, "tie_word_embeddings": False, "num_attention_heads": 8, "num_key_value_heads": 4,
-              "head_dim": 4, "rms_norm_eps": 1e-5},
+    "qwen3": {"num_hidden_layers": 4, "num_key_value_heads": 4, "vocab_size": VOCAB},  # QK-norm, tied
+    "llama": {"num_hidden_layers": 4, "qk_norm": False, "tie_word_embeddings": False, "num_attention_heads": 8,
+              "num_key_value_heads": 4, "head_dim": 4, "rms_norm_eps": 1e-5},
 }  # fmt: skip
 
 # At higher rates FSDP2 alone differs by more than the tolerance after ten steps: rounding grows with the rate.
@@ -53,6 +53,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp 4, gather": {"cp": 4, "cp_method": "gather"},
     "FSDP2 2 × cp 2": {"dp_shard": 2, "cp": 2},
     "FSDP2 2 × cp 2, gather": {"dp_shard": 2, "cp": 2, "cp_method": "gather"},
+    "pp 2": {"pp": 2},
+    "pp 4": {"pp": 4},
+    "pp 2, interleaved": {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2},
+    "pp 2 × FSDP2 2": {"pp": 2, "dp_shard": 2},
+    "pp 2 × tp 2": {"pp": 2, "tp": 2},
+    "pp 2 × cp 2 × tp 2": {"pp": 2, "cp": 2, "tp": 2},
     "tp 2 × cp 2": {"cp": 2, "tp": 2},
     "tp 2 × cp 2, gather": {"cp": 2, "tp": 2, "cp_method": "gather"},
     "dp_replicate 2 × cp 2 × tp 2": {"dp_replicate": 2, "dp_shard": 1, "cp": 2, "tp": 2},
@@ -61,7 +67,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def processes(layout: dict[str, Any]) -> int:
     """How many processes a layout is of."""
-    return math.prod(degree for degree in layout.values() if isinstance(degree, int))
+    return math.prod(layout.get(axis, 1) for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"))
+
+
+def micro_batch(layout: dict[str, Any]) -> int:
+    """Rows of a micro-batch, for two of them a step, or as many as a pipeline needs."""
+    return BATCH // (max(2, layout.get("pp", 1)) * layout.get("dp_replicate", 1) * layout.get("dp_shard", 1))
 
 
 def batch_of(step: int, rows: list[int]) -> Batch:
@@ -126,14 +137,15 @@ CASES = [
 def test_a_layout_computes_what_one_process_does(layout: str, shape: str, optimizer: str) -> None:
     degrees = LAYOUTS[layout]
     world = processes(degrees)
-    rows = BATCH // (2 * degrees.get("dp_replicate", 1) * degrees.get("dp_shard", 1))  # two micro-batches a step
     options = {"model": SHAPES[shape], "optimizer": OPTIMIZERS[optimizer], "parallelism": degrees}
     history, parameters = reference(shape, optimizer)
-    for found, ours in run_distributed(train, world, options, rows, timeout=120):
+    names = set[str]()
+    for found, ours in run_distributed(train, world, options, micro_batch(degrees), timeout=120):
         assert np.abs(found[:, [0, 2, 3]] - history[:, [0, 2, 3]]).max() < 1e-5
         assert (np.abs(found[:, 1] - history[:, 1]) / history[:, 1]).max() < 1e-5
-        assert ours.keys() == parameters.keys()
-        assert max((ours[name] - parameters[name]).abs().max() for name in parameters) < 5e-5
+        assert max((ours[name] - parameters[name]).abs().max() for name in ours) < 5e-5
+        names |= ours.keys()
+    assert names == parameters.keys()
 
 
 @pytest.mark.parametrize("axis", [{"tp": 2}, {"cp": 2}, {"cp": 2, "cp_method": "gather"}], ids=str)
@@ -295,32 +307,35 @@ def _small_chunks(vocab: int) -> tuple[float, float, float]:
     return _vocab_parallel(vocab)
 
 
-def _digest(trainer: Trainer) -> str:
-    """Of all parameters, gathered."""
-    state = hashlib.sha256()
+def _digests(trainer: Trainer) -> dict[str, str]:
+    """Of each parameter of this rank, gathered."""
+    digests = {}
     for name, parameter in trainer.model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        state.update(name.encode() + full.detach().contiguous().numpy().tobytes())
-    return state.hexdigest()
+        digests[name] = hashlib.sha256(full.detach().contiguous().numpy().tobytes()).hexdigest()
+    return digests
 
 
-def _continue(options: dict[str, Any], root: Path, start: int, steps: int) -> tuple[list[float], str, str]:
+Digests = dict[str, str]
+
+
+def _continue(options: dict[str, Any], root: Path, start: int, steps: int) -> tuple[list[float], Digests, Digests]:
     """The losses of some steps from the checkpoint `start` (0: from the initial weights) on, saved at their end; the
     parameters' digests before the first and after the last."""
     values = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": options}
-    values |= {"optimizer": OPTIMIZERS["muon"], "training": {"micro_batch_size": 2}}
+    values |= {"optimizer": OPTIMIZERS["muon"], "training": {"micro_batch_size": min(2, micro_batch(options))}}
     trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
     checkpointer = Checkpointer(root, Checkpoint(mode="sync"))
     if start:
         trainer.load(checkpointer, checkpointer.directory / f"step-{start:08}")
-    before = _digest(trainer)
+    before = _digests(trainer)
     spec, losses = trainer.batch_spec, []
     for step in range(start, start + steps):
         starts = [(i * spec.data_ranks + spec.data_rank) * spec.rows for i in range(trainer.accumulation)]
         trainer.train_step(iter([part_of(batch_of(step, [*range(g, g + spec.rows)]), spec) for g in starts]))
         losses.append(trainer.sums.read(NAMES)["loss"])
-    checkpointer.save(trainer.step, trainer.state(), state_of(trainer.step))
-    return losses, before, _digest(trainer)
+    checkpointer.save(trainer.step, trainer.state(), state_of(trainer.step), expected=trainer.expected)
+    return losses, before, _digests(trainer)
 
 
 CHAINED = {"one process": {}, "FSDP2 2": {"dp_shard": 2}, **LAYOUTS}
@@ -338,7 +353,9 @@ def test_a_checkpoint_of_any_layout_loads_in_any_other(seed: int, count: int, tm
         degrees = CHAINED[name]
         world = processes(degrees)
         args = degrees, tmp_path, 2 * i, 2
-        taken, first, after = run_distributed(_continue, world, *args, timeout=120)[0] if degrees else _continue(*args)
-        assert last in (None, first), f"{chain[i - 1]} to {name}"
-        losses, last = losses + taken, after
+        ranks = run_distributed(_continue, world, *args, timeout=120) if degrees else [_continue(*args)]
+        before, after = ({key: digest for rank in ranks for key, digest in rank[at].items()} for at in (1, 2))
+        assert all(rank[at].items() <= merged.items() for rank in ranks for at, merged in ((1, before), (2, after)))
+        assert last in (None, before), f"{chain[i - 1]} to {name}"
+        losses, last = losses + ranks[0][0], after
     assert np.abs(np.array(losses) - unbroken).max() < 1e-5, chain

@@ -38,7 +38,7 @@ def test_every_parameter_has_one_place(name: str, tied: bool) -> None:
     config = tiny(f"--optimizer.name={name}", f"--model.tie_word_embeddings={str(tied).lower()}")
     model = Decoder(config.model, seq_len=8, dtype=torch.float32)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, config.optimizer, None, compile=False)
+    optimizer = build_optimizer(model, config.optimizer, None, torch.float32, compile=False)
     places = [
         (names[parameter], "momentum" in group, group["weight_decay"])
         for group in optimizer.param_groups

@@ -28,7 +28,8 @@ def validation_sums(model: nn.Module, batches: Iterable[Batch], bytes_per_token_
     sums_S3 = torch.zeros(sets, 3, dtype=torch.float64, device=bytes_per_token_V.device)
     for batch in batches:
         _, losses_B = model(batch.tokens, batch.targets, batch.cu_seqlens, batch.positions)
-        sums_S3 += sums_by_source(losses_B, batch, bytes_per_token_V, sets)
+        if losses_B is not None:  # a pipeline's last stage has them
+            sums_S3 += sums_by_source(losses_B, batch, bytes_per_token_V, sets)
     return sums_S3
 
 

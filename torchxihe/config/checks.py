@@ -1,6 +1,7 @@
 """Options that are valid alone and wrong, or without effect, together."""
 
 import math
+import re
 from collections.abc import Iterator
 
 from torchxihe.config.options import Config, Documents, Parallelism, Source, documents_of
@@ -148,19 +149,20 @@ def _run(config: Config) -> Iterator[Finding]:
 
 def data_degrees(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
     """`dp_replicate` and `dp_shard` on `world_size` processes. Raises UserError that lists the valid ones."""
-    data = world_size
-    for option, degree in (("tp", parallelism.tp), ("cp", parallelism.cp)):
+    data, divided = world_size, list[str]()
+    for option, degree in (("tp", parallelism.tp), ("cp", parallelism.cp), ("pp", parallelism.pp)):
         if data % degree:
-            left = counted(world_size, "process") + (f" / tp = {data}" if data < world_size else "")
+            left = counted(world_size, "process") + (f" / {' / '.join(divided)} = {data}" if divided else "")
             valid = ", ".join(str(n) for n in range(1, data + 1) if data % n == 0)
             raise UserError(f"parallelism.{option} = {degree} does not divide {left}; valid: {valid}")
         data //= degree
+        divided += [option] if degree > 1 else []
     shard = data // parallelism.dp_replicate if parallelism.dp_shard == -1 else parallelism.dp_shard
     if parallelism.dp_replicate * shard == data:
         return parallelism.dp_replicate, shard
     valid = ", ".join(f"{n} × {data // n}" for n in range(1, data + 1) if data % n == 0)
     product = f"parallelism.dp_replicate × parallelism.dp_shard = {parallelism.dp_replicate} × {parallelism.dp_shard}"
-    others = [f"{name} = {n}" for name, n in (("cp", parallelism.cp), ("tp", parallelism.tp)) if n > 1]
+    others = [f"{name} = {n}" for name in ("pp", "cp", "tp") if (n := getattr(parallelism, name)) > 1]
     product += f" (× {' × '.join(others)})" if others else ""
     given = f"{product} does not match {counted(world_size, 'process')}"
     raise UserError(f"{given}; valid combinations (dp_replicate × dp_shard): {valid}")
@@ -185,6 +187,7 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
         f"{tp} ranks are too many for model.vocab_size = {model.vocab_size}: one would have no row",
     )
     yield from _context_parallelism(config)
+    yield from _pipeline_parallelism(config)
     yield (
         tp > 1 and bool(config.float8.recipe),
         "float8.recipe",
@@ -194,10 +197,12 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
         try:
             data_degrees(parallelism, world_size)
         except UserError as error:
-            option = "dp_replicate" if parallelism.dp_shard == -1 else "dp_shard"
-            option = "cp" if world_size // tp % parallelism.cp else option
-            option = "tp" if world_size % tp else option
+            given = re.match(r"parallelism\.(tp|cp|pp) = ", str(error))
+            option = given[1] if given else "dp_replicate" if parallelism.dp_shard == -1 else "dp_shard"
             yield True, f"parallelism.{option}", str(error)
+        else:
+            wrong = pipeline_mistake(config, math.prod(data_degrees(parallelism, world_size)))
+            yield bool(wrong), "training.micro_batch_size", wrong
 
 
 def context_methods(config: Config, cp: int) -> list[str]:
@@ -230,6 +235,41 @@ def _context_parallelism(config: Config) -> Iterator[Finding]:
     }
     why["auto"] = f"does not divide data.seq_len = {seq_len}" + (f" / tp = {seq_len // tp}" if tp > 1 else "")
     yield cp > 1 and not fits(cp), "parallelism.cp", f"{cp} {why[method]}; valid: {valid}"
+
+
+def _pipeline_parallelism(config: Config) -> Iterator[Finding]:
+    parallelism, layers = config.parallelism, config.model.num_hidden_layers
+    pp, per_rank = parallelism.pp, parallelism.pp_stages_per_rank
+    product = f"{pp} × pp_stages_per_rank = {pp * per_rank}" if per_rank > 1 else f"{pp}"
+    yield (
+        pp * per_rank > layers and pp > 1,
+        "parallelism.pp",
+        f"{product} stages need as many layers, model.num_hidden_layers = {layers}",
+    )
+    interleaved = parallelism.pp_schedule == "interleaved"
+    yield (
+        interleaved != (per_rank > 1),
+        "parallelism.pp_stages_per_rank",
+        f'must be {"at least 2" if interleaved else "1"} with pp_schedule = "{parallelism.pp_schedule}", '
+        f"got {per_rank}",
+    )
+
+
+def pipeline_mistake(config: Config, data_ranks: int) -> str:
+    """Why the pipeline cannot run a step's micro-batches, or ""; `data_ranks` read different rows."""
+    training, pp = config.training, config.parallelism.pp
+    if pp == 1 or not training.micro_batch_size:
+        return ""
+    most = -(-training.global_batch_size // (data_ranks * training.micro_batch_size))
+    rows = -(-training.global_batch_size // (data_ranks * most))
+    for size in (training.global_batch_size, *(size for size, _ in training.batch_ramp)):
+        count = -(-size // (data_ranks * rows))
+        made = f"{rows} rows make {counted(count, 'micro-batch')} of a batch of {size}"
+        if count < pp:
+            return f"{made}, fewer than parallelism.pp = {pp}; at most {size // (data_ranks * pp)} rows make enough"
+        if config.parallelism.pp_schedule == "interleaved" and count % (count // pp):
+            return f"{made}; the interleaved schedule needs a multiple of parallelism.pp = {pp}"
+    return ""
 
 
 def _listed(names: list[str]) -> str:

@@ -260,7 +260,7 @@ class LRScheduler(Section):
 
 
 class Parallelism(Section):
-    """How the model is distributed. `dp_replicate × dp_shard × cp × tp` must equal the number of processes."""
+    """How the model is distributed. `pp × dp_replicate × dp_shard × cp × tp` must equal the number of processes."""
 
     dp_replicate: PositiveInt = 1
     """Full copies of the parameters, whose gradients are summed over the copies (DDP, HSDP)."""
@@ -278,6 +278,14 @@ class Parallelism(Section):
     tp: PositiveInt = 1
     """Tensor parallelism: number of processes over which every layer's matrices, heads and activations are divided;
     best within one host. Must divide the key-value heads, `intermediate_size` and `seq_len`. 1: off."""
+    pp: PositiveInt = 1
+    """Pipeline parallelism: number of stages that divide the layers, for models that sharding alone does not carry and
+    for slow links between hosts. A step needs at least `pp` micro-batches. 1: off."""
+    pp_schedule: Literal["1F1B", "interleaved"] = "1F1B"
+    """Order of the passes: "1F1B", one stage per process, or "interleaved", several. Of a step, (p - 1) / (v · m +
+    p - 1) is idle, with p processes of v stages and m micro-batches."""
+    pp_stages_per_rank: PositiveInt = 1
+    """Stages of each process: 1 with "1F1B", at least 2 with "interleaved"."""
     reshard_after_forward: bool = True
     """FSDP2: free a block's gathered parameters between forward and backward, and shard each micro-batch's gradients at
     once. false: less communication, but every process holds all parameters and, with several micro-batches per step,

@@ -144,6 +144,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.seq_len, self.dtype = config, seq_len, dtype
+        self.first, self.last = True, True  # of a pipeline's stages, which embeds the tokens and which has the head
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed: Callable[[Tensor, Tensor], Tensor] = F.embedding  # replaced by tensor parallelism
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.num_hidden_layers))
@@ -161,6 +162,7 @@ class Decoder(nn.Module):
         targets_BT: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         positions_T: Tensor | None = None,
+        x_BTC: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(cross-entropy summed over the valid targets, the same by row); without targets logits [B, T, V].
 
@@ -169,12 +171,17 @@ class Decoder(nn.Module):
         The first is a float32 scalar, the second float32 [B], for reports, without a gradient.
         positions: int64 [T], each token's position in its row; None: 0 to T - 1.
         The loss is computed inside, so that FSDP2 gathers the head's weight with the root module.
+        A stage of a pipeline takes x, what the stage before it has returned, and returns x unless it is the last.
         """
         at = slice(tokens_BT.shape[1]) if positions_T is None else positions_T
         cos_TD, sin_TD = self.cos_TD[at], self.sin_TD[at]
-        x_BTC = self.embed(tokens_BT, local_weight(self.embed_tokens.weight)).to(self.dtype)
+        if x_BTC is None:
+            x_BTC = self.embed(tokens_BT, local_weight(self.embed_tokens.weight)).to(self.dtype)
         for layer in self.layers:
             x_BTC = layer(x_BTC, cos_TD, sin_TD, cu_seqlens)
+        assert x_BTC is not None
+        if not self.last:
+            return x_BTC
         w_VC = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return self.head(x_BTC, self.norm.weight, w_VC, targets_BT, cos_TD.shape[0])
 

@@ -33,3 +33,10 @@ def palm_flops_per_token(config: Model, seq_len: int) -> float:
     There every token attends to all `seq_len` positions of its row, masked or not.
     """
     return training_flops(config, 1, seq_len)
+
+
+def head_in_layers(config: Model, seq_len: int) -> float:
+    """How many layers need as many FLOPs as the head, in rows of one document of `seq_len` tokens."""
+    head = config.vocab_size * config.hidden_size
+    products = (parameter_counts(config)[1] - head) / config.num_hidden_layers
+    return head / (products + config.num_attention_heads * config.head_dim * seq_len)

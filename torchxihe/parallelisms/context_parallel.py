@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchxihe.config.checks import context_methods
 from torchxihe.config.options import Config
@@ -117,7 +117,7 @@ def apply_context_parallel(model: Decoder, dims: ParallelDims, method: str) -> N
 
 
 @contextmanager
-def full_rows(model: Decoder) -> Iterator[None]:
+def full_rows(model: nn.Module) -> Iterator[None]:
     """Context in which each rank's input is full rows, as in sampling: no exchange."""
     wrapped = [module for module in model.modules() if isinstance(module, SelfAttention)]
     exchanges = [module.attention for module in wrapped]

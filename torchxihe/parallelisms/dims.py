@@ -15,20 +15,21 @@ from torchxihe.utils.distributed import mesh_group, rank, use_default_timeout, w
 
 AXES = {
     "data": ("dp_replicate", "dp_shard"),
-    "loss": ("dp_replicate", "dp_shard", "cp"),
-    "copy": ("dp_shard", "cp", "tp"),
+    "loss": ("pp", "dp_replicate", "dp_shard", "cp"),
+    "copy": ("pp", "dp_shard", "cp", "tp"),
     "stage": ("dp_replicate", "dp_shard", "cp", "tp"),
     "world": ("pp", "dp_replicate", "dp_shard", "cp", "tp"),
 }
 """Axes that span several axes of the grid. "data": ranks that read different rows. "loss": what sums over tokens run
-over. "copy": ranks that share one copy of the parameters. "stage": all ranks of one pipeline stage."""
+over; of a pipeline, the last stage alone has something to add. "copy": ranks that share one copy of the parameters.
+"stage": all ranks of one pipeline stage."""
 
 
 @dataclass(frozen=True)
 class ParallelDims:
     """Sizes of the grid's axes, the outermost first; their product is the number of processes. One process: all ones.
 
-    An axis is a field's name or a key of `AXES`. `pp` is no option yet.
+    An axis is a field's name or a key of `AXES`.
     """
 
     pp: int = 1
@@ -69,8 +70,8 @@ class ParallelDims:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 holds the parameters; it does under tensor parallelism, also where it has nothing to shard."""
-        return self.dp_shard * self.cp > 1 or self.tp > 1
+        """Whether FSDP2 holds the parameters; with "tp" or "pp" it does also where it has nothing to shard."""
+        return self.dp_shard * self.cp > 1 or self.tp > 1 or self.pp > 1
 
     def mesh(self, *axes: str) -> DeviceMesh:
         """The mesh of those of "dp_replicate", "fsdp" and "tp" that parameters lie on, "fsdp" being dp_shard × cp."""
@@ -82,8 +83,8 @@ class ParallelDims:
         if self.size("world") == 1:
             return "one process"
         data = self._describe_data() if self.size("data") > 1 else ""
-        parts = (data, f"CP over {self.cp}" * (self.cp > 1), f"TP over {self.tp}" * (self.tp > 1))
-        return " × ".join(part for part in parts if part)
+        others = [f"{name.upper()} over {n}" for name in ("pp", "cp", "tp") if (n := getattr(self, name)) > 1]
+        return " × ".join(part for part in (data, *others) if part)
 
     def _describe_data(self) -> str:
         if not self.sharded:
@@ -119,4 +120,4 @@ def _create_mesh(sizes: dict[str, int]) -> DeviceMesh:
 def build_dims(parallelism: Parallelism) -> ParallelDims:
     """The layout of all processes that `parallelism` asks for. Raises UserError if its degrees do not fit."""
     replicate, shard = data_degrees(parallelism, world_size())
-    return ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=parallelism.cp, tp=parallelism.tp)
+    return ParallelDims(parallelism.pp, replicate, shard, parallelism.cp, parallelism.tp)

@@ -76,7 +76,7 @@ class Checkpointer:
     ) -> Location:
         """Save and commit `step`, unless it is committed already. Returns its directory.
 
-        `expected`: the names of all tensors, each of which some rank must have; None: every rank has all of them.
+        `expected`: names of tensors that some rank must have; None: every rank has the tensors of all ranks.
         `train_state` is JSON. With mode "async" the values have been copied when this returns and are written later:
         `poll` raises the errors. Raises UserError when the disk is full, broken or read-only.
         """

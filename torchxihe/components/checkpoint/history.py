@@ -33,7 +33,8 @@ KINDS: dict[Kind, dict[str, str]] = {
         "model": "attention mlp",
         "data": "cache_dir max_epochs",
         "training": "micro_batch_size compile deterministic time_limit init_timeout step_timeout",
-        "parallelism": "dp_replicate dp_shard cp cp_method tp reshard_after_forward activation_checkpointing "
+        "parallelism": "dp_replicate dp_shard cp cp_method tp pp pp_schedule pp_stages_per_rank "
+        "reshard_after_forward activation_checkpointing "
         "activation_budget",
         "checkpoint": "every mode dir load load_only export_every keep_last keep_every keep_best best_by final",
         "metrics": "log_every sample_every sample_prompt sample_tokens tensorboard wandb wandb_project",

@@ -9,15 +9,14 @@ from torch import nn
 from torchxihe.components.optimizer.adamw import BFloat16AdamW, create_state
 from torchxihe.components.optimizer.muon import Muon
 from torchxihe.config.options import Optimizer
-from torchxihe.model.decoder import Decoder
 
 
 def build_optimizer(
-    model: Decoder, config: Optimizer, replicas: dist.ProcessGroup | None, *, compile: bool
+    model: nn.Module, config: Optimizer, replicas: dist.ProcessGroup | None, dtype: torch.dtype, *, compile: bool
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names. Matrices have weight decay, embeddings and norms have none.
 
-    `replicas`: the ranks that hold this rank's plain parameters too; None: it alone.
+    `replicas`: the ranks that hold this rank's plain parameters too; None: it alone. `dtype`: what Muon computes in.
     """
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -42,7 +41,7 @@ def build_optimizer(
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
-        dtype=model.dtype,
+        dtype=dtype,
         state_dtype=getattr(torch, config.state_dtype),
         replicas=replicas,
         compile=compile,

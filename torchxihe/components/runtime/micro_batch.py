@@ -59,7 +59,12 @@ def fit_micro_batch(config: Config, device: torch.device, trial: Trial, data_ran
         return config
     if device.type != "cuda":
         raise UserError("training.micro_batch_size: 0 searches for what fits on a GPU; on a CPU give a number")
-    most = -(-config.training.global_batch_size // data_ranks)
+    training, pp = config.training, config.parallelism.pp
+    most = -(-training.global_batch_size // data_ranks)
+    if pp > 1:  # a pipeline needs so many micro-batches
+        most = max(
+            1, min([training.global_batch_size, *(rows for rows, _ in training.batch_ramp)]) // (data_ranks * pp)
+        )
     peaks = {1: peak_memory(config, device, trial, 1, data_ranks)}
     if most > 1 and peaks[1] < math.inf:
         peaks[2] = peak_memory(config, device, trial, 2, data_ranks)
@@ -88,14 +93,15 @@ def rows_that_fit(peaks: dict[int, float], limit: float, most: int) -> int:
 
 
 def peak_memory(config: Config, device: torch.device, trial: Trial, rows: int, data_ranks: int) -> float:
-    """Peak bytes allocated, by any rank, in a step of two micro-batches of `rows` rows, with model and optimizer.
+    """Peak bytes allocated, by any rank, in a step of two micro-batches (as many as a pipeline has stages) of `rows`
+    rows, with model and optimizer.
 
     Infinite if a single process runs out of memory. Several cannot continue then: some may wait in a collective.
     """
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        two = 2 * rows * data_ranks
-        trial(_changed(config, micro_batch_size=rows, global_batch_size=two, batch_ramp=()), device)
+        batch = max(2, config.parallelism.pp) * rows * data_ranks
+        trial(_changed(config, micro_batch_size=rows, global_batch_size=batch, batch_ramp=()), device)
         peak = float(torch.cuda.max_memory_allocated(device))
     except torch.OutOfMemoryError:
         if dist.is_initialized():
