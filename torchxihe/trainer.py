@@ -22,13 +22,12 @@ from torchxihe.components.optimizer import (
     optimizer_step,
 )
 from torchxihe.components.validation import validation_metrics, validation_sums
-from torchxihe.config.checks import pipeline_mistake
+from torchxihe.config.checks import micro_batch_limit
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch, BatchSpec, micro_batch_rows, micro_batches, random_batch, validation_batches
 from torchxihe.data.prepare.chat import Chat
 from torchxihe.data.store import Prepared
 from torchxihe.data.tokenizer import load_tokenizer
-from torchxihe.errors import UserError
 from torchxihe.kernels.select import Kernels, select_kernels
 from torchxihe.model.generate import generate
 from torchxihe.parallelisms.compile import compiles
@@ -63,15 +62,14 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         self.config, self.device = config, device
         self.dims = dims or build_dims(config.parallelism)
-        if wrong := pipeline_mistake(config, self.dims.size("data")):
-            raise UserError(f"training.micro_batch_size: {wrong}")
         self.model, self.module = parallelize(config, device, self.dims, kernels or select_kernels(config, device))
         replicas = self.dims.group("dp_replicate")
         training = config.training
         dtype = getattr(torch, training.dtype)
         self.optimizer = build_optimizer(self.model, config.optimizer, replicas, dtype, compile=compiles(training))
+        data_ranks = self.dims.size("data")
         self.micro_batch_size = micro_batch_rows(
-            training.global_batch_size, self.dims.size("data"), training.micro_batch_size
+            training.global_batch_size, data_ranks, micro_batch_limit(config, data_ranks)
         )
         copied = self.model.copied if isinstance(self.model, Pipeline) else frozenset()
         self.own_parameters = [p for name, p in self.model.named_parameters() if name not in copied]

@@ -21,11 +21,14 @@ from tests.distributed.launch import run_distributed
 from tests.distributed.test_parity import BATCH, NAMES, VOCAB, config, rows_of
 from tests.unit.saved_runs import state_of
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
+from torchxihe.components.validation import validation_sums
 from torchxihe.config.options import Checkpoint
 from torchxihe.data.loader import Batch, BatchSpec
+from torchxihe.errors import UserError
 from torchxihe.kernels import linear_cross_entropy as lce
 from torchxihe.kernels.attention import sdpa
 from torchxihe.kernels.linear_cross_entropy import linear_cross_entropy_reference, vocab_parallel_cross_entropy
+from torchxihe.model.generate import cached
 from torchxihe.parallelisms import data_parallel
 from torchxihe.parallelisms.context_parallel import cut_batch, full_rows, gathered, ulysses
 from torchxihe.trainer import Trainer
@@ -232,22 +235,88 @@ def test_gathered_keys_see_what_full_rows_see(world: int) -> None:
     assert max(run_distributed(_gathered_cases, world, world, 40, timeout=120)) < 1e-6
 
 
-def _logits(degrees: dict[str, int]) -> list[Tensor]:
-    """Of prompts that every rank has all of, one of them as long as a part of a row."""
+def _logits(degrees: dict[str, Any]) -> list[Tensor]:
+    """Of prompts that every rank has all of, one of them as long as a part of a row; from all positions at once, then
+    as sampling computes them, with keys and values cached."""
     values = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": degrees}
+    values["training"] = {"micro_batch_size": micro_batch(degrees)}
     trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, VOCAB, (1, length), generator=generator) for length in (12, 5)]
     with torch.no_grad(), full_rows(trainer.model):
-        return [trainer.module(prompt) for prompt in prompts]
+        logits = [trainer.module(prompt) for prompt in prompts]
+        with cached(trainer.module, SEQ_LEN):
+            logits += [trainer.module(prompts[0][:, i : i + 1], positions_T=torch.tensor([i])) for i in range(4)]
+        return logits
 
 
-@pytest.mark.parametrize("method", ["ulysses", "gather"])
-def test_sampling_under_context_parallelism(method: str) -> None:
-    """Seen to fail with the exchange left in place."""
+SAMPLED = ["tp 2", "cp 2", "cp 2, gather", "pp 2", "pp 2, interleaved", "pp 2 × cp 2 × tp 2"]
+
+
+@pytest.mark.parametrize("layout", SAMPLED)
+def test_sampling_in_a_layout(layout: str) -> None:
+    """Seen to fail with context parallelism's exchange left in place, and with logits of the last stage alone."""
     expected = _logits({})
-    for found in run_distributed(_logits, 2, {"cp": 2, "cp_method": method}):
+    for found in run_distributed(_logits, processes(LAYOUTS[layout]), LAYOUTS[layout]):
         assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-6
+
+
+def _validate(degrees: dict[str, Any]) -> Tensor:
+    """Sums over all ranks of the loss, the tokens and the bytes of three batches."""
+    values = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": degrees}
+    values["training"] = {"micro_batch_size": micro_batch(degrees)}
+    trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    spec = trainer.batch_spec
+    share = BATCH // spec.data_ranks
+    mine = range(spec.data_rank * share, (spec.data_rank + 1) * share, spec.rows)
+    batches = [part_of(batch_of(0, [*range(first, first + spec.rows)]), spec) for first in mine]
+    return trainer.dims.sum(validation_sums(trainer.module, batches, trainer.bytes_per_token, 3), "loss")
+
+
+@pytest.mark.parametrize("layout", ["FSDP2 2 × cp 2, gather", "pp 2, interleaved", "pp 2 × FSDP2 2"])
+def test_validation_in_a_layout(layout: str) -> None:
+    """Without gradients, with any number of batches."""
+    expected = _validate({})
+    for found in run_distributed(_validate, processes(LAYOUTS[layout]), LAYOUTS[layout]):
+        assert torch.equal(found[:, 1:], expected[:, 1:])
+        assert float((found - expected).abs().max()) < 1e-3 * 1e-2
+
+
+def _failing_stage() -> None:
+    """A user's mistake that shows in the second stage's forward pass."""
+    values: dict[str, Any] = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": {"pp": 2}}
+    trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    if trainer.dims.rank("pp") == 1:
+        next(iter(trainer.model.children())).register_forward_pre_hook(_raise)
+    trainer.train_step(iter([batch_of(0, [first, first + 1]) for first in range(0, BATCH, 2)]))
+
+
+def _raise(*_: Any) -> None:
+    raise UserError("a user's mistake")
+
+
+def test_an_error_in_a_stage_keeps_its_type() -> None:
+    """The schedule wraps it in a RuntimeError, which would be a traceback. Seen to fail without the unwrapping."""
+    with pytest.raises(AssertionError) as failure:
+        run_distributed(_failing_stage, 2)
+    assert str(failure.value).rstrip().endswith("UserError: a user's mistake")
+
+
+def _without_a_layer(root: Path) -> str:
+    values: dict[str, Any] = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": {"pp": 2}}
+    trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
+    state = {key: value for key, value in trainer.state().items() if "layers.3.mlp" not in key}
+    try:
+        Checkpointer(root, Checkpoint(mode="sync")).save(1, state, state_of(1), expected=trainer.expected)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def test_what_no_stage_has_is_not_left_out_of_a_checkpoint(tmp_path: Path) -> None:
+    for message in run_distributed(_without_a_layer, 2, tmp_path):
+        assert "not every tensor would be saved" in message and "model.layers.3.mlp.down_proj.weight" in message
+    assert not [*tmp_path.glob("step-*[0-9]")]
 
 
 def _long_row(degrees: dict[str, int]) -> float:

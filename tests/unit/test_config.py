@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import torchxihe
 from torchxihe.__main__ import run as run_here
 from torchxihe.commands.config import DOCS, reference
-from torchxihe.config.checks import data_degrees, find_warnings
+from torchxihe.config.checks import data_degrees, find_warnings, micro_batch_limit
 from torchxihe.config.load import dump_config, join_values, load_config
 from torchxihe.config.options import Config, Parallelism
 from torchxihe.errors import UserError
@@ -595,6 +595,16 @@ def test_a_budget_needs_the_compiler() -> None:
             256,
             "256 does not divide data.seq_len = 256 into two chunks a rank; valid: 1, 2, 4, 8, 16, 32, 64, 128",
         ),
+        ("pp=3", 4, "parallelism.pp = 3 does not divide 4 processes; valid: 1, 2, 4"),
+        ("pp=3 tp=2 cp=2", 8, "parallelism.pp = 3 does not divide 8 processes / tp / cp = 2; valid: 1, 2"),
+        ("pp=8", 8, "8 stages need as many layers, model.num_hidden_layers = 4"),
+        ("pp=2 pp_stages_per_rank=2", 2, 'must be 1 with pp_schedule = "1F1B", got 2'),
+        ("pp=2 pp_schedule=interleaved", 2, 'must be at least 2 with pp_schedule = "interleaved", got 1'),
+        (
+            "pp=4 pp_schedule=interleaved pp_stages_per_rank=2",
+            4,
+            "4 × pp_stages_per_rank = 8 stages need as many layers, model.num_hidden_layers = 4",
+        ),
         ("cp=2 dp_shard=3", 4, "(× cp = 2) does not match 4 processes; valid combinations (dp_replicate × dp_shard)"),
     ],
 )
@@ -603,6 +613,33 @@ def test_degrees_of_model_parallelism_that_do_not_fit(flags: str, world_size: in
     with pytest.raises(UserError) as error:
         load_config("configs/xihe_debug.toml", overrides, world_size)
     assert any(found.startswith("--parallelism") and line in found for found in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("flags", "data_ranks", "rows"),
+    [
+        ([], 1, 8),  # no pipeline
+        (["--parallelism.pp=2"], 1, 4),
+        (["--parallelism.pp=2"], 4, 1),
+        (["--parallelism.pp=2", "--training.micro_batch_size=3"], 1, 3),  # three micro-batches, the last padded
+        (["--parallelism.pp=2", "--training.batch_ramp=[[4, 9]]"], 1, 2),
+        (["--parallelism.pp=4"], 4, 0),
+    ],
+)
+def test_a_pipeline_gets_enough_micro_batches(flags: list[str], data_ranks: int, rows: int) -> None:
+    assert micro_batch_limit(load_config(DEBUG, flags), data_ranks) == rows
+
+
+def test_the_interleaved_schedule_gets_full_rounds() -> None:
+    """Of 24 rows in micro-batches of at most 5 rows: 6 of 4 rows (5 would be no multiple of two)."""
+    flags = ["pp=2", "pp_schedule=interleaved", "pp_stages_per_rank=2"]
+    overrides = [f"--parallelism.{flag}" for flag in flags] + ["--training.global_batch_size=24"]
+    assert micro_batch_limit(load_config(DEBUG, [*overrides, "--training.micro_batch_size=5"]), 1) == 4
+
+
+def test_a_batch_too_small_for_the_pipeline_is_refused() -> None:
+    with pytest.raises(UserError, match=r"training.global_batch_size: a step of 8 sequences on 4 data-par"):
+        load_config(DEBUG, ["--parallelism.pp=4"], 16)
 
 
 def test_float8_is_refused_with_tensor_parallelism() -> None:

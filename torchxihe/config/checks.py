@@ -8,6 +8,8 @@ from torchxihe.config.options import Config, Documents, Parallelism, Source, doc
 from torchxihe.errors import UserError
 from torchxihe.utils.words import counted
 
+CANDIDATES = 4096
+"""Sizes of a micro-batch that are tried at most."""
 Key = tuple[str, ...]
 Finding = tuple[bool, str, str]
 """Whether the mistake is there, the dotted key, and the message."""
@@ -201,8 +203,15 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
             option = given[1] if given else "dp_replicate" if parallelism.dp_shard == -1 else "dp_shard"
             yield True, f"parallelism.{option}", str(error)
         else:
-            wrong = pipeline_mistake(config, math.prod(data_degrees(parallelism, world_size)))
-            yield bool(wrong), "training.micro_batch_size", wrong
+            data, pp = math.prod(data_degrees(parallelism, world_size)), parallelism.pp
+            sizes = [config.training.global_batch_size, *(size for size, _ in config.training.batch_ramp)]
+            multiple = ", and the interleaved schedule a multiple of pp" * (parallelism.pp_schedule == "interleaved")
+            yield (
+                not micro_batch_limit(config, data),
+                "training.global_batch_size",
+                f"a step of {min(sizes)} sequences on {counted(data, 'data-parallel rank')} has too few micro-batches: "
+                f"a pipeline needs at least parallelism.pp = {pp} of them{multiple}",
+            )
 
 
 def context_methods(config: Config, cp: int) -> list[str]:
@@ -255,21 +264,23 @@ def _pipeline_parallelism(config: Config) -> Iterator[Finding]:
     )
 
 
-def pipeline_mistake(config: Config, data_ranks: int) -> str:
-    """Why the pipeline cannot run a step's micro-batches, or ""; `data_ranks` read different rows."""
-    training, pp = config.training, config.parallelism.pp
-    if pp == 1 or not training.micro_batch_size:
-        return ""
-    most = -(-training.global_batch_size // (data_ranks * training.micro_batch_size))
-    rows = -(-training.global_batch_size // (data_ranks * most))
-    for size in (training.global_batch_size, *(size for size, _ in training.batch_ramp)):
-        count = -(-size // (data_ranks * rows))
-        made = f"{rows} rows make {counted(count, 'micro-batch')} of a batch of {size}"
-        if count < pp:
-            return f"{made}, fewer than parallelism.pp = {pp}; at most {size // (data_ranks * pp)} rows make enough"
-        if config.parallelism.pp_schedule == "interleaved" and count % (count // pp):
-            return f"{made}; the interleaved schedule needs a multiple of parallelism.pp = {pp}"
-    return ""
+def micro_batch_limit(config: Config, data_ranks: int) -> int:
+    """The largest micro-batch, of at most `training.micro_batch_size` (0: any) rows, with which a pipeline can run
+    every step, as each needs `parallelism.pp` micro-batches; 0: none. `data_ranks` read different rows."""
+    training, parallelism = config.training, config.parallelism
+    pp, interleaved = parallelism.pp, parallelism.pp_schedule == "interleaved"
+    sizes = [training.global_batch_size, *(size for size, _ in training.batch_ramp)]
+    most = training.micro_batch_size or max(sizes)
+    if pp == 1:
+        return most
+
+    def runs(rows: int) -> bool:
+        rows = -(-sizes[0] // (data_ranks * -(-sizes[0] // (data_ranks * rows))))  # as few as need no more
+        counts = [-(-size // (data_ranks * rows)) for size in sizes]
+        return all(n >= pp and not (interleaved and n % (n // pp)) for n in counts)
+
+    candidates = range(min(most, min(sizes) // (data_ranks * pp)), 0, -1)[:CANDIDATES]
+    return next((rows for rows in candidates if runs(rows)), 0)
 
 
 def _listed(names: list[str]) -> str:

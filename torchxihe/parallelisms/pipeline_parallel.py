@@ -177,7 +177,9 @@ class Pipeline(nn.ModuleList):
         last: Decoder = self[-1]  # type: ignore[assignment]
         if targets_BT is not None:
             return out if last.last else (None, None)
-        if not last.last:
+        if last.last:
+            out = out.contiguous()  # a broadcast would send the memory of a view's first elements
+        else:
             out = tokens_BT.new_empty(*tokens_BT.shape, last.config.vocab_size, dtype=last.dtype)
         dist.broadcast(out, group=self._group, group_src=pp - 1)
         return out
@@ -187,6 +189,7 @@ class Pipeline(nn.ModuleList):
         work, _ = self._sent
         if work is not None:
             work.wait()
+        x = x.contiguous()
         self._sent = dist.isend(x, group=self._group, group_dst=to), x
 
     def _sum_tied_gradients(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from torchxihe.config.checks import micro_batch_limit
 from torchxihe.config.options import Config
 from torchxihe.errors import UserError
 from torchxihe.model.flops import parameter_counts
@@ -59,12 +60,7 @@ def fit_micro_batch(config: Config, device: torch.device, trial: Trial, data_ran
         return config
     if device.type != "cuda":
         raise UserError("training.micro_batch_size: 0 searches for what fits on a GPU; on a CPU give a number")
-    training, pp = config.training, config.parallelism.pp
-    most = -(-training.global_batch_size // data_ranks)
-    if pp > 1:  # a pipeline needs so many micro-batches
-        most = max(
-            1, min([training.global_batch_size, *(rows for rows, _ in training.batch_ramp)]) // (data_ranks * pp)
-        )
+    most = min(-(-config.training.global_batch_size // data_ranks), micro_batch_limit(config, data_ranks))
     peaks = {1: peak_memory(config, device, trial, 1, data_ranks)}
     if most > 1 and peaks[1] < math.inf:
         peaks[2] = peak_memory(config, device, trial, 2, data_ranks)
