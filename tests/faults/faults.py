@@ -73,7 +73,8 @@ def _arm_step(fault: Fault) -> None:
         handle = None
         if due and fault.where == "loss":
             factor = torch.nan if fault.what == "nan" else 1e4
-            handle = self.module.register_forward_hook(lambda module, args, losses: (losses[0] * factor, losses[1]))
+            stages = [*self.module] if isinstance(self.module, torch.nn.ModuleList) else [self.module]
+            handle = stages[-1].register_forward_hook(lambda module, args, losses: (losses[0] * factor, losses[1]))
         if due and fault.where == "mid-step":
             judge = self.bad_steps.judge
 

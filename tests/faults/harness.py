@@ -255,17 +255,28 @@ def _rank(root: Path, argv: list[str], env: dict[str, str], fault: Fault | None,
 def _keep_ledger(path: Path) -> None:
     """Write a line a step from now on."""
     from torchxihe.components.optimizer.bad_steps import BadSteps
+    from torchxihe.parallelisms import context_parallel
     from torchxihe.trainer import Trainer
 
     entry: dict[str, Any] = {}
-    train_step, judge = Trainer.train_step, BadSteps.judge
+    full_rows: dict[int, str] = {}  # of rows that are about to be cut
+    train_step, judge, cut_batch = Trainer.train_step, BadSteps.judge, context_parallel.cut_batch
+
+    def hashed_rows(batch: Any) -> dict[int, str]:
+        rows = {}
+        for i, g in enumerate(batch.samples):
+            row = batch.tokens[i].cpu().numpy().tobytes() + batch.targets[i].cpu().numpy().tobytes()
+            rows[g] = hashlib.sha256(row).hexdigest()[:16]
+        return rows
+
+    def noted_cut(batch: Any, **options: Any) -> Any:
+        full_rows.update(hashed_rows(batch))
+        return cut_batch(batch, **options)
 
     def noted_batches(loader: Iterator[Any]) -> Iterator[Any]:
         for batch in loader:
-            for i, g in enumerate(batch.samples):
-                if g >= 0:
-                    row = batch.tokens[i].cpu().numpy().tobytes() + batch.targets[i].cpu().numpy().tobytes()
-                    entry["rows"][g] = hashlib.sha256(row).hexdigest()[:16]
+            rows = hashed_rows(batch) if batch.positions is None else {g: full_rows.pop(g) for g in batch.samples}
+            entry["rows"] |= {g: digest for g, digest in rows.items() if g >= 0}
             yield batch
 
     def noted_judge(self: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
@@ -287,6 +298,7 @@ def _keep_ledger(path: Path) -> None:
 
     Trainer.train_step = noted_step  # type: ignore[method-assign]
     BadSteps.judge = noted_judge  # type: ignore[method-assign]
+    context_parallel.cut_batch = noted_cut
 
 
 def _digest(state: dict[str, torch.Tensor]) -> str:
