@@ -21,6 +21,7 @@ from torchxihe.data.loader import Batch
 from torchxihe.errors import UserError
 from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms import data_parallel
+from torchxihe.parallelisms.dims import ParallelDims
 from torchxihe.parallelisms.float8 import apply_float8
 from torchxihe.trainer import Trainer
 from torchxihe.utils.device import compile_obstacle
@@ -264,7 +265,7 @@ def test_float8_needs_rows_that_its_units_can_sum_over(monkeypatch: pytest.Monke
     with torch.device("meta"):
         model = Decoder(config().model, seq_len=40, dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"data.seq_len: 40 must be a multiple of 16 with float8.recipe"):
-        apply_float8(model, "tensorwise", torch.device("cuda"))
+        apply_float8(model, "tensorwise", torch.device("cuda"), ParallelDims())
 
 
 def test_float8_keeps_its_numbers_under_activation_checkpointing() -> None:

@@ -642,6 +642,7 @@ def test_a_batch_too_small_for_the_pipeline_is_refused() -> None:
         load_config(DEBUG, ["--parallelism.pp=4"], 16)
 
 
-def test_float8_is_refused_with_tensor_parallelism() -> None:
-    with pytest.raises(UserError, match=r"float8.recipe: is not supported with parallelism.tp > 1"):
-        load_config("configs/llama_1b.toml", ["--parallelism.tp=2", "--float8.recipe=tensorwise"])
+def test_float8_with_a_scale_per_row_is_refused_with_tensor_parallelism() -> None:
+    load_config("configs/llama_1b.toml", ["--parallelism.tp=2", "--float8.recipe=tensorwise"])
+    with pytest.raises(UserError, match=r'float8.recipe: "rowwise" is not supported with parallelism.tp > 1; use'):
+        load_config("configs/llama_1b.toml", ["--parallelism.tp=2", "--float8.recipe=rowwise"])

@@ -191,9 +191,9 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
     yield from _context_parallelism(config)
     yield from _pipeline_parallelism(config)
     yield (
-        tp > 1 and bool(config.float8.recipe),
+        tp > 1 and config.float8.recipe not in ("", "tensorwise"),
         "float8.recipe",
-        'is not supported with parallelism.tp > 1; set it to ""',
+        f'"{config.float8.recipe}" is not supported with parallelism.tp > 1; use "tensorwise"',
     )
     if world_size and parallelism.dp_shard:
         try:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchxihe.kernels.float8_product import float8_product, is_float8
 from torchxihe.utils.distributed import local_weight
 
 
@@ -60,7 +61,8 @@ def qk_norm_rope_triton(
     assert isinstance(q_proj.weight, Tensor) and isinstance(k_proj.weight, Tensor)
     q_EC, k_EC = local_weight(q_proj.weight), local_weight(k_proj.weight)
     weight_EC = torch.cat((q_EC.to(x_BTC.dtype), k_EC.to(x_BTC.dtype)))
-    qk_BTE = _product(x_BTC, weight_EC, q_proj)
+    float8 = is_float8(q_proj)  # with one scale for all of E
+    qk_BTE = float8_product(x_BTC, weight_EC, q_proj) if float8 else F.linear(x_BTC, weight_EC)
     weight_2D, eps = None, 0.0
     if q_norm is not None and k_norm is not None:
         weight_2D, eps = (
@@ -70,16 +72,6 @@ def qk_norm_rope_triton(
     heads = q_EC.shape[0] // (2 * cos_TD.shape[1])
     q_NHD, k_NKD = normed_rope(qk_BTE.flatten(0, 1), weight_2D, cos_TD, sin_TD, heads, eps)
     return q_NHD.unflatten(0, x_BTC.shape[:2]), k_NKD.unflatten(0, x_BTC.shape[:2])
-
-
-def _product(x_BTC: Tensor, weight_EC: Tensor, like: nn.Module) -> Tensor:
-    """[B, T, C] to [B, T, E], in float8 if the module `like` is torchao's (one scale for all of E)."""
-    if not hasattr(like, "linear_mm_config"):
-        return F.linear(x_BTC, weight_EC)
-    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args  # slow, and optional
-
-    out: Tensor = matmul_with_hp_or_float8_args.apply(x_BTC, weight_EC.t(), like.linear_mm_config, like.config)
-    return out
 
 
 @torch.library.custom_op("torchxihe::normed_rope", mutates_args=())

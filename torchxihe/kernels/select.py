@@ -64,7 +64,7 @@ def select_kernels(config: Config, device: torch.device) -> Kernels:
     return Kernels(
         select_attention(model, device, dtype, config.data.document_mask),
         select_qk_norm_rope(model.head_dim, device, dtype),
-        select_swiglu(model, device, dtype, config.float8.recipe),
+        select_swiglu(model, device, dtype, config.float8.recipe, config.parallelism.tp),
         linear_cross_entropy,
     )
 
@@ -95,13 +95,14 @@ def select_qk_norm_rope(head_dim: int, device: torch.device, dtype: torch.dtype)
     return qk_norm_rope_triton if works and not compile_obstacle() else qk_norm_rope_reference
 
 
-def select_swiglu(model: Model, device: torch.device, dtype: torch.dtype, recipe: str) -> SwiGLU:
+def select_swiglu(model: Model, device: torch.device, dtype: torch.dtype, recipe: str, tp: int = 1) -> SwiGLU:
     """quack's, our own around float8 products, or PyTorch's, by `model.mlp`. Raises UserError.
 
-    recipe: `float8.recipe`; with `model.mlp = "torch"` torchao computes the products, around PyTorch's activation.
+    recipe: `float8.recipe`. With `model.mlp = "torch"`, and with `tp` > 1, as our own kernel does not agree on scales,
+    torchao computes the products, around PyTorch's activation.
     """
     sizes = model.hidden_size, model.intermediate_size
-    if recipe and model.mlp == "auto" and has_float8(device, dtype, recipe, *sizes):
+    if recipe and tp == 1 and model.mlp == "auto" and has_float8(device, dtype, recipe, *sizes):
         return swiglu_float8
     aligned = all(n % SIZE_MULTIPLE == 0 for n in sizes)
     usable = dtype != torch.float32 and aligned and not recipe and has_quack(device)
