@@ -72,6 +72,21 @@ it the run reads. Run `torchxihe prepare CONFIG` first.""",
     return parser
 
 
+def doctor() -> Arguments:
+    """Check the kernels of this machine."""
+    parser = Arguments(
+        "doctor",
+        """Compare every kernel that a config would use on this machine with its reference, and time both.
+
+For each operation of the model: the largest relative error of output and gradients against the reference in float32,
+beside that of the reference in the run's dtype; milliseconds of forward and backward of both; a verdict. Says also why
+faster kernels are not used. The exit code is 1 if a kernel is wrong here.""",
+        "torchxihe doctor configs/xihe_debug.toml",
+    )
+    parser.add_config()
+    return parser
+
+
 def evaluate() -> Arguments:
     """Measure a checkpoint."""
     parser = Arguments(
@@ -285,6 +300,7 @@ PARSERS: dict[str, Callable[[], Arguments]] = {
     "completion": completion,
     "config": config,
     "data": data,
+    "doctor": doctor,
     "eval": evaluate,
     "export": export,
     "generate": generate,

@@ -1,6 +1,7 @@
 """The choice of kernels: one value, chosen in one place, the references among its choices."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,6 +62,12 @@ def select_kernels(config: Config, device: torch.device) -> Kernels:
     Raises UserError if a named one does not work here.
     """
     model, dtype = config.model, getattr(torch, config.training.dtype)
+    if device.type == "cuda" and dtype == torch.bfloat16 and compute_capability(device) < (8, 0):
+        found = ".".join(map(str, compute_capability(device)))
+        raise UserError(
+            f'training.dtype: "bfloat16" needs an Ampere GPU or newer (compute capability 8.0), this one has {found}; '
+            'use "float32"'
+        )
     return Kernels(
         select_attention(model, device, dtype, config.data.document_mask),
         select_qk_norm_rope(model.head_dim, device, dtype),
@@ -112,3 +119,42 @@ def select_swiglu(model: Model, device: torch.device, dtype: torch.dtype, recipe
             f'torchxihe[kernels], and sizes that are multiples of {SIZE_MULTIPLE}; use "auto"'
         )
     return swiglu_quack if usable and model.mlp != "torch" else swiglu_reference
+
+
+def not_chosen(config: Config, device: torch.device, kernels: Kernels) -> list[str]:
+    """Faster kernels that `kernels` does without, each with the first reason: "quack: not installed ..."."""
+    model, capability, float32 = config.model, compute_capability(device), config.training.dtype == "float32"
+    if device.type != "cuda":
+        return ["any of the faster kernels: they need an NVIDIA GPU"]
+    number = ".".join(map(str, capability))
+    install = "not installed (pip install 'torchxihe[kernels]')"
+    dtype = 'training.dtype is "float32"'
+    asked = {"attention": f'model.attention is "{model.attention}"', "mlp": f'model.mlp is "{model.mlp}"'}
+    reasons: dict[Any, list[tuple[bool, str]]] = {
+        fa4: [
+            (model.attention not in ("auto", "fa4"), asked["attention"]),
+            (capability < (9, 0), f"needs a Hopper GPU or newer (compute capability 9.0, this one has {number})"),
+            (float32, dtype),
+            (model.head_dim not in FA4_HEAD_DIMS, f"has no head_dim of {model.head_dim}"),
+            (not has_flash_attention_4(device), install),
+        ],
+        qk_norm_rope_triton: [
+            (float32, dtype),
+            (bool(compile_obstacle()), compile_obstacle()),
+            (True, f"needs a head_dim that is a power of two, at least 16, not {model.head_dim}"),
+        ],
+        swiglu_quack: [
+            (model.mlp not in ("auto", "quack"), asked["mlp"]),
+            (bool(config.float8.recipe), "float8.recipe is set"),
+            (capability[0] != 9, f"its tiles were chosen for Hopper (compute capability 9.0, this one has {number})"),
+            (float32, dtype),
+            (not has_quack(device), install),
+            (True, f"needs sizes that are multiples of {SIZE_MULTIPLE}"),
+        ],
+    }
+    chosen = (kernels.attention, kernels.qk_norm_rope, kernels.swiglu)
+    return [
+        f"{LABELS[kernel]}: {next((why for holds, why in found if holds), 'not the fastest here')}"
+        for kernel, found in reasons.items()
+        if kernel not in chosen and not (kernel is swiglu_quack and kernels.swiglu is swiglu_float8)
+    ]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchxihe.config.options import Config
-from torchxihe.kernels.select import Kernels
+from torchxihe.kernels.select import Kernels, not_chosen
 from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile, compiles
@@ -31,6 +31,8 @@ def parallelize(
     They differ under DDP alone.
     """
     log.info("%-10s %s", "kernels", kernels.describe())
+    for line in not_chosen(config, device, kernels) if device.type == "cuda" else []:
+        log.info("%-10s not %s", "", line)
     if config.training.compile and not compiles(config.training):
         log.warning("training.compile: %s: running uncompiled, slower", compile_obstacle())
     if dims.pp > 1:
