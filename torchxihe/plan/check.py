@@ -1,0 +1,59 @@
+"""A run that cannot fit is refused before anything is allocated or compiled, with the nearest settings that do."""
+
+import dataclasses
+import os
+
+import torch
+
+from torchxihe.config.options import Config
+from torchxihe.errors import UserError
+from torchxihe.plan.hardware import Gpu, find_gpu, known_gpu
+from torchxihe.plan.layout import layout_of
+from torchxihe.plan.search import nearest, plan_of, usable_memory
+from torchxihe.utils.device import device_name, host_memory_bytes
+from torchxihe.utils.words import BYTES, scaled
+
+DEFAULT_GPU = "H100 80GB HBM3"
+"""Whose speeds a device without a datasheet is given; the ranking needs some."""
+CERTAIN = 1.02
+"""By how much the estimate must exceed the memory: it was up to 1 % above what was measured."""
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU of this process, or its share of this machine's memory."""
+    gpu = known_gpu(device_name(device)) or find_gpu(DEFAULT_GPU)
+    if device.type == "cuda":
+        return dataclasses.replace(gpu, memory=float(torch.cuda.get_device_properties(device).total_memory))
+    share = host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return dataclasses.replace(gpu, name="CPU", memory=float(share))
+
+
+def check_memory(config: Config, device: torch.device, gpus: int) -> None:
+    """Raise UserError if the run cannot fit in the memory of `device`, one of `gpus`.
+
+    The estimate is what compiled kernels need, so anything else needs more: what fits is not refused.
+    """
+    gpu, layout = gpu_of(device), layout_of(config.parallelism, gpus)
+    asked = plan_of(config, layout, gpu)
+    needed = asked.memory.total
+    mode = config.parallelism.activation_checkpointing
+    if mode == "budget" or (mode == "selective" and layout.tp > 1):  # how much they keep is up to the compiler
+        needed = plan_of(_with_mode(config, "full"), layout, gpu).memory.total
+    if needed <= CERTAIN * gpu.memory:
+        return
+    state = asked.memory.parameters + asked.memory.gradients + asked.memory.optimizer
+    where = "GPU has" if device.type == "cuda" else "process has here"
+    why = (
+        f"a process needs at least {scaled(needed, BYTES)} ({scaled(state, BYTES)} for weights, gradients and "
+        f"optimizer), more than the {scaled(gpu.memory, BYTES)} that a {where}"
+    )
+    fitting = nearest(config, asked, gpu, usable_memory(gpu, gpus))
+    if fitting is None:
+        raise UserError(f"model: {why}; no other layout fits either: make it smaller, or use more GPUs")
+    flags = " ".join(fitting.flags(config))
+    raise UserError(f"model: {why}; what fits, in {scaled(fitting.memory.total, BYTES)}: {flags}")
+
+
+def _with_mode(config: Config, mode: str) -> Config:
+    changed = config.parallelism.model_copy(update={"activation_checkpointing": mode})
+    return config.model_copy(update={"parallelism": changed})
