@@ -16,7 +16,7 @@ from torchxihe.parsers import parse
 from torchxihe.plan.check import DEFAULT_GPU, gpu_of
 from torchxihe.plan.hardware import Gpu, find_gpu
 from torchxihe.plan.layout import layout_of
-from torchxihe.plan.search import NAMES, Plan, Ranked, nearest, plan_of, plans, rank, usable_memory
+from torchxihe.plan.search import NAMES, Plan, Ranked, distinct, nearest, plan_of, plans, rank, usable_memory
 from torchxihe.utils.device import default_device, device_name
 from torchxihe.utils.words import counted, duration, scaled
 
@@ -33,7 +33,7 @@ def main(args: list[str]) -> None:
     gpu, gpus = _machine(options)
     limit = usable_memory(gpu, gpus)
     asked, why = _asked(config, gpus, gpu)
-    ranked = rank(list(plans(config, gpus, gpu)), limit)[:SHOWN]
+    ranked = distinct(rank(list(plans(config, gpus, gpu)), limit))[:SHOWN]
     if options.json:
         print(json.dumps(_as_json(config, gpu, gpus, limit, asked, ranked, options.price)))
         return

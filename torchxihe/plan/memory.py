@@ -213,7 +213,8 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
     mode = config.parallelism.activation_checkpointing
     if mode == "full":
         return s.a * s.n * s.C
-    products = (2 * s.H + 2 * s.K) * s.D + 2 * s.F  # q, k, v and attention's output; gate and up
+    keys = max(s.K, layout.cp)  # context parallelism repeats them where there are fewer than its ranks
+    products = (2 * s.H + 2 * keys) * s.D + 2 * s.F  # q, k, v and attention's output; gate and up
     inputs, residuals = 2, 2  # normalised inputs of the sublayers, residual stream
     if mode == "selective" and layout.tp > 1:
         residuals = 3  # an eager checkpoint keeps the output of every product and every scatter
@@ -245,5 +246,6 @@ def layer_backward(config: Config, layout: Layout, s: Sizes, *, fused: bool) -> 
     )
     everything = saved_activations(none, layout, s, fused=fused)
     recomputed = everything - saved_activations(config, layout, s, fused=fused)
-    # Gradients of gate and up, the activation again, the norm's float32 intermediates.
-    return recomputed, s.a * (s.N * 3 * s.F + s.n * s.C)
+    # Gradients of gate and up, the activation again, gradients of the residual stream.
+    residuals = 4 if config.parallelism.activation_checkpointing == "full" else 1
+    return recomputed, s.a * (s.N * 3 * s.F + s.n * residuals * s.C)

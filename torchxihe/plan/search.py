@@ -12,6 +12,8 @@ from torchxihe.plan.layout import Layout, layout_of, legal_layouts, with_layout
 from torchxihe.plan.memory import Memory, peak_memory
 from torchxihe.plan.time import Seconds, model_flops_utilization, step_seconds, tokens_per_second
 
+ALIKE = 1.02
+"""Times whose ratio is below this are equal within the error."""
 MODES = ("none", "selective", "full")
 SEARCHED = ("dp_replicate", "dp_shard", "cp", "tp", "activation_checkpointing", "reshard_after_forward")
 """Options of the parallelism that are chosen, in the order of the flags."""
@@ -109,6 +111,19 @@ def rank(found: list[Plan], limit: float) -> list[Ranked]:
             best[key] = plan
     ranked = sorted(best, key=lambda key: best[key].seconds.total)
     return [Ranked(best[key], _limits(best[key], fastest[key])) for key in ranked]
+
+
+def distinct(ranked: list[Ranked]) -> list[Ranked]:
+    """Without those that differ from a faster one in data parallelism alone, and in speed by less than `ALIKE`."""
+    kept: list[Ranked] = []
+    for entry in ranked:
+        layout, seconds = entry.plan.layout, entry.plan.seconds.total
+        faster = (
+            other.plan for other in kept if (other.plan.layout.cp, other.plan.layout.tp) == (layout.cp, layout.tp)
+        )
+        if layout.gpus == 1 or all(seconds > ALIKE * other.seconds.total for other in faster):
+            kept.append(entry)
+    return kept
 
 
 def _limits(plan: Plan, fastest: float) -> tuple[str, ...]:

@@ -160,8 +160,8 @@ def _communication(config: Config, layout: Layout, s: Sizes, gpu: Gpu, count: in
         waits += count * s.layers * (8 + again) * each.alone
     if layout.cp > 1:
         keys = max(s.K, layout.cp)
-        each = Collective(s.a * s.N * (2 * s.H + 2 * keys) * s.D, layout.cp, layout.tp, gpu)
-        waits += count * s.layers * (3 if mode in ("full", "selective") else 2) * each.alone
+        moved = Collective(s.a * s.N * (2 * s.H + 2 * keys) * s.D, layout.cp, layout.tp, gpu)
+        waits += count * s.layers * (3 if mode in ("full", "selective") else 2) * moved.all_to_all
     beside = 0.0
     waiting = 0.0
     units = s.layers * s.block / s.unit + 1
@@ -202,9 +202,20 @@ class Collective:
         return self.moved / self.gpu.link
 
     @property
+    def local(self) -> int:
+        """Its ranks on one host."""
+        return max(1, min(self.ranks, HOST_GPUS // self.inner))
+
+    @property
+    def all_to_all(self) -> float:
+        """Seconds of an exchange of `size` bytes in all: what leaves the host goes through the GPU's own adapter."""
+        remote = self.size * max(0, self.ranks - self.local) / self.ranks
+        return (self.moved - remote) / self.gpu.link + remote / NETWORK
+
+    @property
     def alone(self) -> float:
         """Seconds that it takes by itself: a ring, through one network adapter for each GPU of the group and host."""
-        local = max(1, min(self.ranks, HOST_GPUS // self.inner))
+        local = self.local
         hosts = math.ceil(self.ranks / local)
         bandwidth = self.gpu.link if hosts == 1 else min(self.gpu.link, local * NETWORK)
         hops = hosts * (local - 1) * HOST_HOP + (hosts - 1) * NETWORK_HOP
