@@ -33,13 +33,13 @@ HOPPER = ("H100", "H200", "GH200")
 
 
 # Fitted to 20 measured settings on one and two H100s, 120 M to 8 B (benchmarks/results/plan_h100_2026-11-27.md).
-H100_PRODUCTS = 673e12
+H100_PRODUCTS = 672e12
 H100_ATTENTION = {0: 430e12, 128: 440e12}
-H100_TRAFFIC = 3.23e12
-H100_LINK = 278e9
-HALF_WIDTH = 136
+H100_TRAFFIC = 3.2e12
+H100_LINK = 290e9
+HALF_WIDTH = 130
 """Width k of a product at which it reaches half of the rate of a large one: k / (k + HALF_WIDTH)."""
-FLOAT8_GAIN = 1.37
+FLOAT8_GAIN = 1.36
 """Of the blocks' products."""
 
 # Assumed: nothing here has been measured.
@@ -77,14 +77,14 @@ class Gpu:
 def find_gpu(name: str) -> Gpu:
     """The GPU whose name has all words of `name`: "H100 80GB". Raises UserError."""
     words = name.lower().replace("-", " ").split()
-    found = [known for known in DATASHEETS if all(word in known.lower() for word in words)]
-    exact = [known for known in found if known.lower() == name.lower() or known.lower().split()[-1] == words[-1]]
-    if not words or (len(found) != 1 and len(exact) != 1):
-        among = found if words and found else list(DATASHEETS)
-        what = "fits several GPUs" if words and found else "unknown GPU"
-        known = ", ".join(known.removeprefix("NVIDIA ") for known in among)
+    found = [known for known in DATASHEETS if words and all(word in known.lower() for word in words)]
+    if len(found) > 1:  # "H200" is one, and part of another's name
+        found = [known for known in found if known.lower().endswith(name.lower())] or found
+    if len(found) != 1:
+        what = "fits several GPUs" if found else "unknown GPU"
+        known = ", ".join(known.removeprefix("NVIDIA ") for known in found or DATASHEETS)
         raise UserError(f"--gpu: {name}: {what}; choose one of: {known}")
-    return _gpu((found if len(found) == 1 else exact)[0])
+    return _gpu(found[0])
 
 
 def known_gpu(name: str) -> Gpu | None:

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torchxihe.components.runtime.micro_batch import MEMORY_SHARE
-from torchxihe.config.options import Config, Parallelism
+from torchxihe.config.options import Config
 from torchxihe.data.loader import micro_batch_rows
-from torchxihe.errors import UserError
 from torchxihe.plan.hardware import CHANNELS, CONTEXT, Gpu
-from torchxihe.plan.layout import Layout, layout_of, legal_layouts, with_layout
+from torchxihe.plan.layout import Layout, legal_layouts, with_layout
 from torchxihe.plan.memory import Memory, peak_memory
 from torchxihe.plan.time import Seconds, model_flops_utilization, step_seconds, tokens_per_second
 
@@ -29,14 +28,6 @@ NAMES = {
 """Of the parts of `Seconds`, for people."""
 
 
-def _resolved(parallelism: Parallelism, layout: Layout) -> Layout | None:
-    """The layout of the same number of GPUs that `parallelism` means; None: its degrees do not fit them."""
-    try:
-        return layout_of(parallelism, layout.gpus)
-    except UserError:
-        return None
-
-
 @dataclass(frozen=True)
 class Plan:
     """One choice of settings, with what it needs."""
@@ -52,8 +43,8 @@ class Plan:
         """The overrides that make it of the config `given`; none where nothing changes."""
         now, before = self.config.parallelism, given.parallelism
         changed = {name: getattr(now, name) for name in SEARCHED if getattr(now, name) != getattr(before, name)}
-        if not {"cp", "tp"} & changed.keys() and _resolved(before, self.layout) == self.layout:
-            changed = {name: value for name, value in changed.items() if name not in ("dp_replicate", "dp_shard")}
+        if before.dp_shard == -1:  # which takes what the others leave
+            changed.pop("dp_shard", None)
         flags = [f"--parallelism.{name}={str(value).lower()}" for name, value in changed.items()]
         rows = [] if self.rows == given.training.micro_batch_size else [f"--training.micro_batch_size={self.rows}"]
         return flags + rows

@@ -24,11 +24,11 @@ from torchxihe.plan.layout import Layout
 from torchxihe.plan.memory import FLOAT, Sizes, sizes_of
 
 # Fitted, as the rates in `hardware.py`.
-NORMS = 17
+NORMS = 16
 """Elements per token and hidden size that norms and residual additions of a layer read and write, both passes."""
 ROPE = 6
 """The same per width of queries and keys."""
-ATTENTION = 16
+ATTENTION = 17
 """The same of attention per width of the queries."""
 AGAIN = 0.4
 """Share of this traffic that activation checkpointing repeats: the forward pass's."""
@@ -36,11 +36,11 @@ TILE = 128
 """Keys per query that a tile at the diagonal adds."""
 SWIGLU = 9
 """The same per feed-forward width, where the activation is not fused into the products."""
-WEIGHTS, WEIGHTS_FSDP = 10, 20
+WEIGHTS, WEIGHTS_FSDP = 9, 23
 """Bytes per parameter and micro-batch: casts and gradient additions; under FSDP2 also copies around collectives."""
-BLOCK_SECONDS = 2.7e-4
+BLOCK_SECONDS = 2.8e-4
 """Per layer and micro-batch, where every block is a graph of its own."""
-UPDATE, UPDATE_16BIT = 30, 46
+UPDATE, UPDATE_16BIT = 31, 47
 """Bytes per parameter of AdamW and the gradient norm; with moments in bfloat16."""
 HOST_SECONDS = 1e-3
 """Of every step, in which no kernel runs."""
@@ -162,19 +162,20 @@ def _communication(config: Config, layout: Layout, s: Sizes, gpu: Gpu, count: in
         keys = max(s.K, layout.cp)
         moved = Collective(s.a * s.N * (2 * s.H + 2 * keys) * s.D, layout.cp, layout.tp, gpu)
         waits += count * s.layers * (3 if mode in ("full", "selective") else 2) * moved.all_to_all
-    beside = 0.0
-    waiting = 0.0
-    units = s.layers * s.block / s.unit + 1
+    beside = waiting = 0.0
+    units = s.layers * s.block // s.unit + 1
     if layout.shards > 1:
-        inner = layout.tp
-        gathers = Collective(s.a * s.layers * s.block + FLOAT * s.root, layout.shards, inner, gpu, int(units))
-        scatters = Collective(FLOAT * s.parameters, layout.shards, inner, gpu, int(units))
-        for collective, times in ((gathers, count * (2 if reshard else 1)), (scatters, count if reshard else 1)):
+        for size, times, calls in (
+            (s.a * s.layers * s.block, count * (2 if reshard else 1), units - 1),  # all-gathers, again for backward
+            (FLOAT * s.root, count, 1),
+            (FLOAT * s.parameters, count if reshard else 1, units),  # reduce-scatters
+        ):
+            collective = Collective(size, layout.shards, layout.tp, gpu, calls)
             beside += times * collective.cost
             waiting += times * collective.alone
     if layout.dp_replicate > 1:
         reduced = 2 * FLOAT * s.parameters / s.S
-        sums = Collective(reduced, layout.dp_replicate, layout.tp * layout.shards, gpu, 2 * int(units))
+        sums = Collective(reduced, layout.dp_replicate, layout.tp * layout.shards, gpu, 2 * units)
         beside += sums.cost
         # Under HSDP and DDP they begin with the last micro-batch's backward pass.
         waiting = max(waiting, sums.alone + compute * (1 - 2 / 3 / count))
