@@ -173,7 +173,10 @@ def _in_place(*_: Any) -> None:
 
 
 def fake_step(config: Config, gpus: int) -> int:
-    """Peak bytes of one of `gpus` GPUs in two steps of `config`, compiled, with one document per row."""
+    """Peak bytes of one of `gpus` GPUs in two steps of `config`, compiled, with one document per row.
+
+    Not for DDP, whose reducer needs real memory.
+    """
     storages = Storages()
     graphs = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     torch._dynamo.reset()

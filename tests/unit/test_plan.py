@@ -85,7 +85,7 @@ def test_closed_forms_against_h100s(row: Measured) -> None:
 
 def test_the_table_is_read() -> None:
     rows = list(measured())
-    assert len(rows) == 23 and sum(row.gib > 0 for row in rows) == 23 and sum(row.speed > 0 for row in rows) == 20
+    assert len(rows) == 24 and sum(row.gib > 0 for row in rows) == 24 and sum(row.speed > 0 for row in rows) == 21
 
 
 def test_the_predicted_fastest_is_within_3_percent_of_the_measured() -> None:
@@ -247,7 +247,7 @@ def test_70b_on_512_gpus_takes_seconds(capsys: pytest.CaptureFixture[str]) -> No
         (["--gpus", "999999999999"], r"^--gpus: must be 1 to"),
         (["--memory", "-3"], r"^--memory and --price must be positive"),
         (["--gpu", "abacus"], r"^--gpu: abacus: unknown GPU"),
-        (["--gpus", "1"], r"^plan: nothing fits on 1 GPU of 72\.3 GiB; the least is .* with .*=full; use more GPUs$"),
+        (["--gpus", "1"], r"^plan: nothing fits on 1 GPU of 72\.3 GiB; the least is .* with .*=full; it fits on 4$"),
         (["--gpus", "two"], r"^plan: argument --gpus: invalid int value"),
         (["--parallelism.tp=3"], r"parallelism\.tp: 3 does not divide"),
     ],
@@ -284,6 +284,9 @@ def test_a_run_that_cannot_fit_is_refused_with_the_nearest_that_does(monkeypatch
     check.check_memory(config("xihe_120m", "--training.micro_batch_size=32"), torch.device("cpu"), 1)
     with pytest.raises(UserError, match="no other layout fits either: make it smaller, or use more GPUs"):
         check.check_memory(config("llama_70b"), torch.device("cpu"), 2)
+    monkeypatch.setattr(check, "gpu_of", lambda device: H100)
+    with pytest.raises(UserError, match=r"no other layout fits either: use 16 GPUs \(torchxihe plan\)$"):
+        check.check_memory(config("llama_70b"), torch.device("cuda"), 8)
 
 
 def test_what_was_measured_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

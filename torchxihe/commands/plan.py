@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from argparse import Namespace
 from typing import Any
 
@@ -16,8 +15,19 @@ from torchxihe.parsers import parse
 from torchxihe.plan.check import DEFAULT_GPU, gpu_of
 from torchxihe.plan.hardware import Gpu, find_gpu
 from torchxihe.plan.layout import layout_of
-from torchxihe.plan.search import NAMES, Plan, Ranked, distinct, nearest, plan_of, plans, rank, usable_memory
-from torchxihe.utils.device import default_device, device_name
+from torchxihe.plan.search import (
+    NAMES,
+    Plan,
+    Ranked,
+    distinct,
+    fewest_gpus,
+    nearest,
+    plan_of,
+    plans,
+    rank,
+    usable_memory,
+)
+from torchxihe.utils.device import default_device
 from torchxihe.utils.words import counted, duration, scaled
 
 GIB = 2**30
@@ -45,7 +55,9 @@ def main(args: list[str]) -> None:
     if not ranked:
         least = min(plans(config, gpus, gpu), key=lambda plan: plan.memory.total, default=None)
         needs = f"the least is {_gib(least.memory.total)} with {' '.join(least.flags(config))}" if least else why
-        raise UserError(f"plan: nothing fits on {counted(gpus, 'GPU')} of {_gib(limit)}; {needs}; use more GPUs")
+        more = fewest_gpus(config, gpus, gpu)
+        remedy = f"it fits on {more}" if more else "make the model or its rows smaller"
+        raise UserError(f"plan: nothing fits on {counted(gpus, 'GPU')} of {_gib(limit)}; {needs}; {remedy}")
     _print_ranked(config, ranked, gpu, options.price)
 
 
@@ -62,8 +74,6 @@ def _machine(options: Namespace) -> tuple[Gpu, int]:
         if not options.gpu and here.type == "cpu":  # of any make: without quack's kernels
             gpu = dataclasses.replace(gpu, name=f"GPU of {options.memory:g} GiB, speeds of an {gpu.name}", hopper=False)
     gpus = options.gpus or (torch.cuda.device_count() if here.type == "cuda" and not options.gpu else 1)
-    if here.type == "cuda" and not options.gpu and gpu.name not in device_name(here):
-        logging.warning("%s has no datasheet here: speeds are those of an %s", device_name(here), DEFAULT_GPU)
     return gpu, gpus
 
 

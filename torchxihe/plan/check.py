@@ -9,7 +9,7 @@ from torchxihe.config.options import Config
 from torchxihe.errors import UserError
 from torchxihe.plan.hardware import Gpu, find_gpu, known_gpu
 from torchxihe.plan.layout import layout_of
-from torchxihe.plan.search import nearest, plan_of, usable_memory
+from torchxihe.plan.search import fewest_gpus, nearest, plan_of, usable_memory
 from torchxihe.utils.device import device_name, host_memory_bytes
 from torchxihe.utils.words import BYTES, scaled
 
@@ -21,11 +21,12 @@ CERTAIN = 1.04
 
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU of this process, or its share of this machine's memory."""
-    gpu = known_gpu(device_name(device)) or find_gpu(DEFAULT_GPU)
+    name = device_name(device)
+    gpu = known_gpu(name) or dataclasses.replace(find_gpu(DEFAULT_GPU), name=f"{name}, speeds of an H100")
     if device.type == "cuda":
         return dataclasses.replace(gpu, memory=float(torch.cuda.get_device_properties(device).total_memory))
     share = host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return dataclasses.replace(gpu, name="CPU", memory=float(share))
+    return dataclasses.replace(gpu, memory=float(share))
 
 
 def check_memory(config: Config, device: torch.device, gpus: int) -> None:
@@ -49,7 +50,9 @@ def check_memory(config: Config, device: torch.device, gpus: int) -> None:
     )
     fitting = nearest(config, asked, gpu, usable_memory(gpu, gpus))
     if fitting is None:
-        raise UserError(f"model: {why}; no other layout fits either: make it smaller, or use more GPUs")
+        more = fewest_gpus(config, gpus, gpu) if device.type == "cuda" else 0  # processes share the host's memory
+        remedy = f"use {more} GPUs (torchxihe plan)" if more else "make it smaller, or use more GPUs"
+        raise UserError(f"model: {why}; no other layout fits either: {remedy}")
     flags = " ".join(fitting.flags(config))
     raise UserError(f"model: {why}; what fits, in {scaled(fitting.memory.total, BYTES)}: {flags}")
 

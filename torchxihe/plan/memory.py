@@ -209,7 +209,7 @@ def update_bytes(config: Config, layout: Layout, s: Sizes) -> float:
 
 
 def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) -> float:
-    """Bytes of activations that one layer keeps for the backward pass."""
+    """Bytes of activations that one layer keeps for the backward pass; with "budget" at most."""
     mode = config.parallelism.activation_checkpointing
     if mode == "full":
         return s.a * s.n * s.C

@@ -13,6 +13,8 @@ from torchxihe.plan.time import Seconds, model_flops_utilization, step_seconds, 
 
 ALIKE = 1.02
 """Times whose ratio is below this are equal within the error."""
+MOST_TRIED = 1024
+"""GPUs, where a config that does not fit is tried on more."""
 MODES = ("none", "selective", "full")
 SEARCHED = ("dp_replicate", "dp_shard", "cp", "tp", "activation_checkpointing", "reshard_after_forward")
 """Options of the parallelism that are chosen, in the order of the flags."""
@@ -129,6 +131,16 @@ def nearest(config: Config, asked: Plan, gpu: Gpu, limit: float) -> Plan | None:
     """The plan within `limit` bytes that differs in the fewest settings, of these the fastest; None: nothing fits."""
     fitting = [plan for plan in plans(config, asked.layout.gpus, gpu) if plan.memory.total <= limit]
     return min(fitting, key=lambda plan: (_changes(plan, asked), plan.seconds.total), default=None)
+
+
+def fewest_gpus(config: Config, gpus: int, gpu: Gpu) -> int:
+    """GPUs on which something fits: the first of 2, 4, 8, ... times `gpus`, at most about MOST_TRIED; 0: none."""
+    while gpus <= MOST_TRIED // 2:
+        gpus *= 2
+        limit = usable_memory(gpu, gpus)
+        if any(plan.memory.total <= limit for plan in plans(config, gpus, gpu)):
+            return gpus
+    return 0
 
 
 def _changes(plan: Plan, asked: Plan) -> int:
