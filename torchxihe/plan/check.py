@@ -36,17 +36,18 @@ def check_memory(config: Config, device: torch.device, gpus: int) -> None:
     """
     gpu, layout = gpu_of(device), layout_of(config.parallelism, gpus)
     asked = plan_of(config, layout, gpu)
-    needed = asked.memory.total
+    memory = asked.memory
     mode = config.parallelism.activation_checkpointing
     if mode == "budget" or (mode == "selective" and layout.tp > 1):  # how much they keep is up to the compiler
-        needed = plan_of(_with_mode(config, "full"), layout, gpu).memory.total
-    if needed <= CERTAIN * gpu.memory:
+        memory = plan_of(_with_mode(config, "full"), layout, gpu).memory
+    if memory.total <= CERTAIN * gpu.memory:
         return
-    state = asked.memory.parameters + asked.memory.gradients + asked.memory.optimizer
+    sizes = (memory.total, memory.parameters + memory.optimizer, memory.activations, gpu.memory)
+    total, state, activations, available = (scaled(size, BYTES) for size in sizes)
     where = "GPU has" if device.type == "cuda" else "process has here"
     why = (
-        f"a process needs at least {scaled(needed, BYTES)} ({scaled(state, BYTES)} for weights, gradients and "
-        f"optimizer), more than the {scaled(gpu.memory, BYTES)} that a {where}"
+        f"a process needs at least {total} ({state} for weights and optimizer, {activations} for activations), more than "
+        f"the {available} that a {where}"
     )
     fitting = nearest(config, asked, gpu, usable_memory(gpu, gpus))
     if fitting is None:
