@@ -45,10 +45,8 @@ def check_memory(config: Config, device: torch.device, gpus: int) -> None:
     sizes = (memory.total, memory.parameters + memory.optimizer, memory.activations, gpu.memory)
     total, state, activations, available = (scaled(size, BYTES) for size in sizes)
     where = "GPU has" if device.type == "cuda" else "process has here"
-    why = (
-        f"a process needs at least {total} ({state} for weights and optimizer, {activations} for activations), more than "
-        f"the {available} that a {where}"
-    )
+    what = f"{total} ({state} for weights and optimizer, {activations} for activations)"
+    why = f"a process needs at least {what}, more than the {available} that a {where}"
     fitting = nearest(config, asked, gpu, usable_memory(gpu, gpus))
     if fitting is None:
         more = fewest_gpus(config, gpus, gpu) if device.type == "cuda" else 0  # processes share the host's memory
