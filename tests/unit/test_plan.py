@@ -177,6 +177,7 @@ def test_memory_and_time_follow_the_settings() -> None:
     assert both("--parallelism.reshard_after_forward=false")[0] > memory
     assert both("--model.mlp=torch", "--parallelism.activation_checkpointing=none")[0] > memory
     assert both(gpus=16)[1] < 0.6 * seconds
+    assert both("--training.dtype=float32")[0] > memory and both("--training.dtype=float32")[1] > 5 * seconds
     # Beyond a host, tensor parallelism waits for the network, too.
     wide = config("llama_8b", "--model.num_key_value_heads=32", "--parallelism.tp=16")
     narrow = config("llama_8b", "--model.num_key_value_heads=32", "--parallelism.tp=8")

@@ -43,6 +43,8 @@ FLOAT8_GAIN = 1.36
 """Of the blocks' products."""
 
 # Assumed: nothing here has been measured.
+FLOAT32_LOSS = 15
+"""Of products with training.dtype = "float32", which do not use tensor cores: an H100's datasheet."""
 HOST_GPUS = 8
 """GPUs of one host."""
 NETWORK = 40e9

@@ -13,6 +13,7 @@ from torchxihe.data.loader import causal_pairs, micro_batches
 from torchxihe.model.flops import training_flops
 from torchxihe.plan.hardware import (
     FLOAT8_GAIN,
+    FLOAT32_LOSS,
     HALF_WIDTH,
     HOST_GPUS,
     HOST_HOP,
@@ -87,6 +88,8 @@ def step_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: int
     attention_rate = gpu.attention[max(dim for dim in gpu.attention if dim <= s.D)]
     tiles = pairs + s.N * TILE  # at the diagonal, tiles are computed whole
     attention = 12 * s.layers * s.H * s.D * tiles / attention_rate  # 4 forward, 8 backward
+    if s.a == FLOAT:
+        blocks, head, attention = (FLOAT32_LOSS * seconds for seconds in (blocks, head, attention))
     attention += s.a * s.layers * s.N * ATTENTION * s.H * s.D / traffic
     elementwise = s.a * s.layers * (s.n * NORMS * s.C + s.N * ROPE * s.E + (0 if gpu.hopper else s.N * SWIGLU * s.F))
     softmax = 2 * s.a * s.N * s.V * (1 if layout.tp == 1 else 3)
