@@ -218,6 +218,30 @@ which includes a run that saved a checkpoint on such a signal.""",
     return parser
 
 
+def plan() -> Arguments:
+    """Plan a run."""
+    parser = Arguments(
+        "plan",
+        """Predict memory, speed and cost of a config on any number of GPUs, and rank the layouts that fit.
+
+Needs no GPU and takes seconds. It prints the peak memory per GPU and the time of a step by part, first of the config as
+it is, then of the fastest settings of every layout (dp_replicate × dp_shard × cp × tp, activation checkpointing,
+micro-batch, resharding), each with what limits it and as flags for run_train.sh.""",
+        'torchxihe plan configs/llama_8b.toml --gpus 64 --gpu "H100 80GB" --price 2.5',
+        "torchxihe plan configs/xihe_120m.toml --memory 24",
+    )
+    parser.add_config()
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="default: as many as this machine has, or 1")
+    text = 'words of the GPU\'s name, such as "H100 80GB" or "4090"; default: this machine\'s, else an H100 of 80 GB'
+    parser.add_argument("--gpu", default="", metavar="NAME", help=text)
+    text = "its memory, if that is not the GPU's own"
+    parser.add_argument("--memory", type=float, default=0.0, metavar="GIB", help=text)
+    text = "dollars per GPU and hour, for the cost of the run"
+    parser.add_argument("--price", type=float, default=0.0, metavar="DOLLARS", help=text)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
 def plot() -> Arguments:
     """Draw curves."""
     parser = Arguments(
@@ -306,6 +330,7 @@ PARSERS: dict[str, Callable[[], Arguments]] = {
     "generate": generate,
     "import": import_,
     "launch": launch,
+    "plan": plan,
     "plot": plot,
     "prepare": prepare,
     "train": train,

@@ -32,7 +32,6 @@ from torchxihe.components.runtime import (
     Ranks,
     Stop,
     Watchdog,
-    check_memory,
     fit_micro_batch,
     run_lock,
     share_run_directory,
@@ -47,6 +46,7 @@ from torchxihe.errors import UserError, explained
 from torchxihe.model.flops import training_flops
 from torchxihe.parallelisms.compile import compiles
 from torchxihe.parallelisms.dims import build_dims
+from torchxihe.plan.check import check_memory
 from torchxihe.trainer import Trainer, trial_step
 from torchxihe.utils.device import device_name
 from torchxihe.utils.distributed import is_main, process_group, rank
@@ -145,7 +145,7 @@ def is_finished(config: Config, saved: dict[str, Any]) -> bool:
 def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
     """Find the start, build the trainer, and train."""
     dims = build_dims(config.parallelism)
-    check_memory(config, device, dims.size("copy"), dims.size("data"), dims.size("world"))
+    check_memory(config, device, dims.size("world"))
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
     start = find_start(config, checkpointer)
     config, saved = start.config, start.saved

@@ -19,6 +19,7 @@ FLOORS = {
     "data": 1,
     "parallelisms": 2,
     "components": 2,
+    "plan": 3,
     "trainer": 3,
     "run": 3,
     "parsers": 4,

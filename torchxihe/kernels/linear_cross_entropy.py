@@ -56,6 +56,12 @@ def linear_cross_entropy_reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor
     return losses_N.sum(), losses_N.detach()
 
 
+def chunk_rows(rows: int, vocab: int) -> int:
+    """Rows of one chunk, of `rows` with `vocab` logits each: equal chunks of about CHUNK_LOGITS at most."""
+    size = -(-rows // -(-rows * vocab // CHUNK_LOGITS))
+    return -(-size // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
 def _cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, gradients: bool) -> None:
     """Write a chunk's losses (float32 [n]); with `gradients`, overwrite the logits by the sum's gradient."""
     if logits_nV.is_cuda and not compile_obstacle():
@@ -110,8 +116,7 @@ def _chunked(
     losses_N = torch.empty(rows, dtype=torch.float32, device=x_NC.device)
     dx = torch.empty_like(x_NC) if gradients else x_NC.new_empty(0)
     dw = torch.zeros_like(w_VC, dtype=torch.float32) if gradients else w_VC.new_empty(0, dtype=torch.float32)
-    size = -(-rows // -(-rows * part // CHUNK_LOGITS))
-    size = -(-size // ROWS_MULTIPLE) * ROWS_MULTIPLE
+    size = chunk_rows(rows, part)
     for start in range(0, rows, size):
         chunk = slice(start, start + size)
         logits_nV = x_NC[chunk] @ w.t()

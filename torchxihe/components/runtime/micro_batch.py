@@ -1,9 +1,8 @@
-"""Memory: a model that cannot fit is refused, and the largest micro-batch that fits is found by trial steps."""
+"""The largest micro-batch that fits into memory, found by trial steps."""
 
 import gc
 import logging
 import math
-import os
 from collections.abc import Callable
 
 import torch
@@ -12,10 +11,7 @@ import torch.distributed as dist
 from torchxihe.config.checks import micro_batch_limit
 from torchxihe.config.options import Config
 from torchxihe.errors import UserError
-from torchxihe.model.flops import parameter_counts
-from torchxihe.utils.device import host_memory_bytes
 from torchxihe.utils.distributed import all_gather_object
-from torchxihe.utils.words import BYTES, scaled
 
 log = logging.getLogger(__name__)
 
@@ -23,30 +19,6 @@ MEMORY_SHARE = 0.92  # of the free memory; the rest is for fragmentation and wor
 
 Trial = Callable[[Config, torch.device], object]
 """Builds what a step needs, takes one step, and keeps nothing."""
-
-
-def check_memory(config: Config, device: torch.device, shards: int, data_ranks: int, ranks: int) -> None:
-    """Raise UserError if the run cannot fit in the memory of `device`; called before anything is allocated.
-
-    A lower bound: weights, gradients and optimizer state (float32, of Muon the momentum alone), divided by `shards`,
-    and one activation of the embedding, divided by the `ranks` that read the same rows. It never refuses what fits.
-    """
-    training, model, seq_len = config.training, config.model, config.data.seq_len
-    moments = (2 if config.optimizer.name == "adamw" else 1) * (4 if config.optimizer.state_dtype == "float32" else 2)
-    state = parameter_counts(model)[0] * (4 + 4 + moments) // shards
-    rows = min(training.micro_batch_size or 1, -(-training.global_batch_size // data_ranks))
-    activation = rows * seq_len * model.hidden_size * (2 if training.dtype == "bfloat16" else 4)
-    needed = state + activation * data_ranks // ranks
-    if device.type == "cuda":
-        available, where = torch.cuda.get_device_properties(device).total_memory, "GPU has"
-    else:
-        available, where = host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "process has here"
-    if needed > available:
-        what = f"{scaled(state, BYTES)} for weights, gradients and optimizer"
-        raise UserError(
-            f"model: a process needs at least {scaled(needed, BYTES)} ({what}), more than the "
-            f"{scaled(available, BYTES)} that a {where}; make it smaller, or use more GPUs"
-        )
 
 
 def fit_micro_batch(config: Config, device: torch.device, trial: Trial, data_ranks: int) -> Config:
