@@ -79,11 +79,11 @@ def evaluate() -> Arguments:
         """Measure a checkpoint: loss, perplexity and bits per byte of held-out documents, or lm-eval's tasks.
 
 Runs in one process, on a GPU if there is one. Training logs the same loss as validation/loss, but on only
-validation.max_tokens tokens. The newest checkpoint of a run is measured, or the step directory that is given.""",
+validation.max_tokens tokens. An export has no data of its own: name some with --on.""",
         "torchxihe eval runs/xihe_debug",
         "torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy",
     )
-    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_model()
     text = """measure on the held-out documents of this config instead of the run's own; prepare it with the run's
     tokenizer (torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer) and repeat the overrides here"""
     parser.add_argument("--on", metavar="CONFIG", default="", help=text)
@@ -105,8 +105,8 @@ def export() -> Arguments:
         "export",
         """Write a run's model as a Hugging Face folder, for AutoModelForCausalLM and AutoTokenizer.
 
-Exports the newest checkpoint of a run, or the step directory that is given, whatever number of processes wrote it.
-Needs no GPU, and memory for only one tensor. DIR must not exist; it gets
+Whatever number of processes wrote the checkpoint, it needs no GPU, and memory for only one tensor. DIR must not exist;
+it gets
 
   model.safetensors                       split into several files with an index above --shard-gb
   config.json  generation_config.json     Llama, or Qwen3 if the run has model.qk_norm
@@ -114,7 +114,7 @@ Needs no GPU, and memory for only one tensor. DIR must not exist; it gets
   README.md                               a model card that describes the run""",
         "torchxihe export runs/xihe_debug --out exported/xihe_debug",
     )
-    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_model()
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to create")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     text = "maximum gigabytes per file, default 4"
@@ -126,14 +126,14 @@ def generate() -> Arguments:
     """Continue a text."""
     parser = Arguments(
         "generate",
-        """Continue a text with a run's model.
+        """Continue a text with a run's model, or answer in its chat format.
 
-Uses the newest checkpoint of a run, or the step directory that is given.""",
+Generation stops at the end of the document or of the answer, or after --max-tokens.""",
         'torchxihe generate runs/xihe_debug --prompt "import " --stream',
         'torchxihe generate runs/xihe_debug --prompt "def main" --temperature 0',
         "torchxihe generate runs/xihe_debug_sft --chat",
     )
-    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_model()
     text = """text to continue; "" begins a document. Without it, every line of standard input is a prompt, until
     Ctrl-D"""
     parser.add_argument("--prompt", metavar="TEXT", help=text)
@@ -142,7 +142,7 @@ Uses the newest checkpoint of a run, or the step directory that is given.""",
     parser.add_argument("--chat", action="store_true", help=text)
     text = "print tokens as they are generated; always on for prompts from standard input"
     parser.add_argument("--stream", action="store_true", help=text)
-    text = "maximum number of tokens, default 200; generation also stops at the end of the document"
+    text = "maximum number of tokens, default 200"
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help=text)
     text = "default 0.8; 0 always takes the most likely token"
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help=text)
@@ -162,9 +162,8 @@ def import_() -> Arguments:
         """Convert a Hugging Face model (Llama or Qwen3) to a checkpoint, to continue training from.
 
 The model comes from a folder, or from the hub (HF_TOKEN in the environment or in .env is used for gated ones). Its
-weights, in one or several safetensors files, become float32, which takes 4 bytes of memory per parameter. What the
-decoder does not support (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not
-exist; it gets
+weights, in one or several safetensors files, become float32, one tensor in memory at a time. What the decoder does not
+support (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not exist; it gets
 
   checkpoints/step-00000000   the weights
   tokenizer/

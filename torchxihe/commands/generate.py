@@ -21,7 +21,7 @@ def main(args: list[str]) -> None:
         raise UserError("generate: --temperature, --top-k and --max-tokens are 0 or more, --top-p is in (0, 1]")
     if not 0 <= options.seed < 2**63:
         raise UserError("generate: --seed is 0 or more, and below 2^63")
-    saved = open_saved(options.run)
+    saved = open_saved(options.model)
     tokenizer = load_tokenizer(saved.tokenizer_dir)
     chat = Chat(saved.tokenizer_dir) if options.chat else None
     device = default_device()

@@ -29,6 +29,11 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("config", metavar="CONFIG", help="a TOML file, such as configs/xihe_debug.toml", **needed)
         self.add_overrides()
 
+    def add_model(self) -> None:
+        """Add MODEL, what `open_saved` takes: the namespace's `model`."""
+        text = "a run (its newest checkpoint), one of its step directories, or an export (a Hugging Face folder)"
+        self.add_argument("model", metavar="MODEL", help=text)
+
     def add_overrides(self) -> None:
         """Add `--section.key=value ...`: the namespace's `overrides`."""
         text = "any option of docs/config.md; takes precedence over the file"
