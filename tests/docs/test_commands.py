@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,16 @@ def test_a_document_after_the_first_run(trained: Path, tmp_path: Path, document:
     folder = tmp_path / "checkout"
     shutil.copytree(trained, folder)
     execute(folder, commands_of(document))
+
+
+def test_python_blocks_in_one_namespace(trained: Path, tmp_path: Path) -> None:
+    """As the cells of a notebook."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(trained, folder)
+    cells = [block for language, block in blocks((ROOT / "docs/python.md").read_text()) if language == "python"]
+    (folder / "notebook.py").write_text('if __name__ == "__main__":\n' + textwrap.indent("\n".join(cells), "    "))
+    execute(folder, ["python notebook.py"])
+    assert len(cells) >= 3 and (folder / "runs" / "notebook" / "checkpoints" / "step-00000020").is_dir()
 
 
 def test_examples_of_the_help(trained: Path, tmp_path: Path) -> None:

@@ -252,6 +252,13 @@ def _rank(root: Path, argv: list[str], env: dict[str, str], fault: Fault | None,
     main()
 
 
+def digests(batch: Any) -> dict[int, str]:
+    """The hash of every row of a batch, by its sample number."""
+    tokens, targets = batch.tokens.cpu().numpy(), batch.targets.cpu().numpy()
+    rows = {g: tokens[i].tobytes() + targets[i].tobytes() for i, g in enumerate(batch.samples) if g >= 0}
+    return {g: hashlib.sha256(row).hexdigest()[:16] for g, row in rows.items()}
+
+
 def _keep_ledger(path: Path) -> None:
     """Write a line a step from now on."""
     from torchxihe.components.optimizer.bad_steps import BadSteps
@@ -262,10 +269,7 @@ def _keep_ledger(path: Path) -> None:
 
     def noted_batches(loader: Iterator[Any]) -> Iterator[Any]:
         for batch in loader:
-            for i, g in enumerate(batch.samples):
-                if g >= 0:
-                    row = batch.tokens[i].cpu().numpy().tobytes() + batch.targets[i].cpu().numpy().tobytes()
-                    entry["rows"][g] = hashlib.sha256(row).hexdigest()[:16]
+            entry["rows"].update(digests(batch))
             yield batch
 
     def noted_judge(self: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:

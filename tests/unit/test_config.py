@@ -511,7 +511,7 @@ def test_unknown_commands_and_help() -> None:
     [
         ("verify", "verify: the following arguments are required: PATH; see torchxihe verify --help"),
         ("verify a b", "verify: unknown argument b; see torchxihe verify --help"),
-        ("generate", "generate: the following arguments are required: RUN_OR_STEP; "),
+        ("generate", "generate: the following arguments are required: MODEL; "),
         ("generate a --seed x", "generate: argument --seed: invalid int value: 'x'; "),
         ("plot a --b step", "plot: unknown argument --b; did you mean --by?"),
         ("data --row 2 a.toml", "data: unknown argument --row; did you mean --rows?"),

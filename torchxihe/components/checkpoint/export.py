@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import torchxihe
 from torchxihe.components.checkpoint.export_tokenizer import write_tokenizer
 from torchxihe.components.checkpoint.manifest import read_manifest
 from torchxihe.components.checkpoint.saved_run import SavedRun, open_weights
@@ -22,6 +21,7 @@ from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.flops import parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
+from torchxihe.version import __version__
 
 SHARD_BYTES = 4 * 10**9
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -187,7 +187,7 @@ def model_card(saved: SavedRun) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     name = saved.train_state["config"]["run"]["name"]
     kind = "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
-    made = f"with torchxihe {torchxihe.__version__}"
+    made = f"with torchxihe {__version__}"
     what = f"A base language model (`{kind}`), pre-trained {made}. It continues text; it has\nnot been tuned to follow"
     what, inputs = f"{what} instructions.", 'tokenizer("Once", return_tensors="pt")'
     if is_chat(saved):
