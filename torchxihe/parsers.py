@@ -202,6 +202,30 @@ which includes a run that saved a checkpoint on such a signal.""",
     return parser
 
 
+def merge() -> Arguments:
+    """Average checkpoints."""
+    parser = Arguments(
+        "merge",
+        """Average the weights of checkpoints, such as the last ones of a run.
+
+They must have one architecture and one tokenizer. Every element of the result is the sum of weight × value in the
+order of the arguments, divided by the sum of the weights, all in float64 and rounded to float32 at the end. One tensor
+of each model is in memory at a time. DIR must not exist; it gets
+
+  checkpoints/step-N   the weights; N is the largest step of the models
+  tokenizer/
+  model.toml           for training from it: see torchxihe import --help
+
+DIR is named like a run in eval, generate, export, and in --checkpoint.load with --checkpoint.load_only='["model"]'.""",
+        "torchxihe merge runs/xihe_debug/checkpoints/step-00000100 runs/xihe_debug --out runs/merged --weights 1,3",
+    )
+    text = "runs (their newest checkpoints), step directories or exports"
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to create")
+    parser.add_argument("--weights", default="", metavar="W,W,...", help="of each model, default: equal ones")
+    return parser
+
+
 def plot() -> Arguments:
     """Draw curves."""
     parser = Arguments(
@@ -289,6 +313,7 @@ PARSERS: dict[str, Callable[[], Arguments]] = {
     "generate": generate,
     "import": import_,
     "launch": launch,
+    "merge": merge,
     "plot": plot,
     "prepare": prepare,
     "train": train,

@@ -18,9 +18,9 @@ from tests.unit.test_checkpoint import replace_file
 from tests.unit.test_model import Shape, model_config
 from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
-from torchxihe.components.checkpoint.export import draft_of, export
+from torchxihe.components.checkpoint.export import export
 from torchxihe.components.checkpoint.export_tokenizer import write_tokenizer
-from torchxihe.components.checkpoint.saved_run import load_decoder, open_saved
+from torchxihe.components.checkpoint.saved_run import draft_of, load_decoder, open_saved
 from torchxihe.components.checkpoint.state import resolve
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.config.load import load_config

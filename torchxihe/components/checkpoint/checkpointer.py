@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from torchxihe.components.checkpoint.history import read_train_state
@@ -242,10 +240,9 @@ class Checkpointer:
 
         start = time.perf_counter()
         self.ranks.on_main(prepare)
-        writer = TensorWriter(draft)
+        writer = TensorWriter(draft, make)
         try:
-            planner = _MakingPlanner(make) if make else None
-            dcp_errors(lambda: dcp_save(state, storage_writer=writer, planner=planner, process_group=self.ranks.group))
+            dcp_errors(lambda: dcp_save(state, storage_writer=writer, process_group=self.ranks.group))
         except OSError as error:
             raise explained(error) from None
         written = self.ranks.gather(lambda: writer.files)
@@ -285,18 +282,6 @@ class Checkpointer:
         for directory, committed, marked in older:
             if not committed and not marked:
                 directory.remove()
-
-
-class _MakingPlanner(DefaultSavePlanner):
-    """Makes each tensor when it is written."""
-
-    def __init__(self, make: Callable[[str], Tensor]) -> None:
-        super().__init__()
-        self._make = make
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The tensor of that name."""
-        return self._make(index.fqn)
 
 
 def _has_optimizer(directory: Location) -> bool:

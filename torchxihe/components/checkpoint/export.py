@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchxihe.components.checkpoint.export_tokenizer import write_tokenizer
 from torchxihe.components.checkpoint.manifest import read_manifest
-from torchxihe.components.checkpoint.saved_run import SavedRun, open_weights
+from torchxihe.components.checkpoint.saved_run import SavedRun, draft_of, open_weights
 from torchxihe.components.checkpoint.state import corruption_explained, flat_state
 from torchxihe.data.prepare.chat import Chat
 from torchxihe.data.tokenizer import read_meta
@@ -61,12 +61,6 @@ def export(
         raise explained(error, out) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def draft_of(out: Path) -> Path:
-    """Where the folder `out` is written before it is renamed, complete, to its name."""
-    final = out.absolute()
-    return final.with_name(f".{final.name}.torchxihe")
 
 
 def _write_weights(

@@ -9,10 +9,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.checkpoint.history import read_train_state
 from torchxihe.components.checkpoint.hugging_face import CONFIG, open_folder, read_config
 from torchxihe.components.checkpoint.manifest import TRAIN_STATE, read_manifest, step_flaws
@@ -27,10 +29,10 @@ from torchxihe.components.checkpoint.state import (
 )
 from torchxihe.components.checkpoint.storage import CorruptError, Location, hash_file
 from torchxihe.components.checkpoint.tensor_files import TensorReader
-from torchxihe.config.options import Config, Model, Tokenizer
+from torchxihe.config.options import Checkpoint, Config, Model, Tokenizer
 from torchxihe.data.prepare.obtain_tokenizer import obtain
 from torchxihe.data.tokenizer import read_meta
-from torchxihe.errors import UserError
+from torchxihe.errors import UserError, explained
 from torchxihe.kernels.select import PORTABLE, Kernels
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.flops import parameter_counts
@@ -44,7 +46,7 @@ class SavedRun:
     """The step directory, or the folder."""
     is_step: bool
     train_state: dict[str, Any]
-    """What `History.to_json` returned; of a folder: `train_state_of`."""
+    """What `History.to_json` returned; of a folder: the same, of step 0."""
     model: Model
     seq_len: int
     tokenizer_dir: Path
@@ -74,7 +76,7 @@ def open_saved(path: str | PathLike[str]) -> SavedRun:
     Raises UserError if there is none. Weights are neither read nor verified.
     """
     if (Path(path) / CONFIG).is_file():
-        return _open_exported(Path(path))
+        return open_exported(Path(path))
     step_dir = resolve(path)
     with corruption_explained(step_dir):
         train_state = read_train_state(step_dir)
@@ -104,14 +106,28 @@ def open_saved(path: str | PathLike[str]) -> SavedRun:
     return SavedRun(step_dir, True, train_state, model, config["data"]["seq_len"], found)
 
 
-def _open_exported(folder: Path) -> SavedRun:
-    """A Hugging Face folder. Its tokenizer is prepared in a temporary folder, deleted with what is returned."""
+def open_exported(folder: Path) -> SavedRun:
+    """A Hugging Face folder, at step 0. Raises UserError.
+
+    Its tokenizer is prepared in a temporary folder, which is deleted with what is returned.
+    """
     model, seq_len = read_config(folder)
     scratch = Path(tempfile.mkdtemp(prefix="torchxihe-"))
     try:
         tokenizer_dir = obtain(Tokenizer(path=str(folder)), scratch, (), "")
-        check_vocab_size(folder, tokenizer_dir, model)
-        train_state = train_state_of(folder, model, seq_len, tokenizer_dir, str(folder))
+        vocab_size = read_meta(tokenizer_dir).vocab_size
+        if vocab_size > model.vocab_size:
+            sizes = f"its tokenizer has {vocab_size} tokens, its embedding {model.vocab_size} rows"
+            raise UserError(f"{folder}: {sizes}; give it rows (resize_token_embeddings in transformers)")
+        run = {"dir": str(folder.parent), "name": folder.name}
+        train_state = {
+            "step": 0,
+            "stages": [],
+            "config": {"run": run, "model": model.model_dump(mode="json"), "data": {"seq_len": seq_len}},
+            "changes": [],
+            "tokenizer": hash_file(Location(tokenizer_dir / "tokenizer.json"))[1],
+            "origin": str(folder),
+        }
         saved = SavedRun(Location(folder), False, train_state, model, seq_len, tokenizer_dir)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -120,28 +136,39 @@ def _open_exported(folder: Path) -> SavedRun:
     return saved
 
 
-def check_vocab_size(folder: Path, tokenizer_dir: Path, model: Model) -> None:
-    """Raise UserError if the tokenizer of a Hugging Face folder has more tokens than the model."""
-    vocab_size = read_meta(tokenizer_dir).vocab_size
-    if vocab_size > model.vocab_size:
-        sizes = f"its tokenizer has {vocab_size} tokens, its embedding {model.vocab_size} rows"
-        raise UserError(f"{folder}: {sizes}; give it rows (resize_token_embeddings in transformers)")
+def draft_of(out: Path) -> Path:
+    """Where the folder `out` is written before it is renamed, complete, to its name."""
+    final = out.absolute()
+    return final.with_name(f".{final.name}.torchxihe")
 
 
-def train_state_of(folder: Path, model: Model, seq_len: int, tokenizer_dir: Path, origin: str) -> dict[str, Any]:
-    """The train_state of the run directory `folder` with a model that no run here has trained."""
-    return {
-        "step": 0,
-        "stages": [],
-        "config": {
-            "run": {"dir": str(folder.parent), "name": folder.name},
+def save_run(
+    out: Path, model: Model, train_state: dict[str, Any], tokenizer_dir: Path, read: Callable[[str], Tensor]
+) -> None:
+    """Make the directory `out` of a model alone, completely or not at all, one tensor in memory at a time.
+
+    It gets checkpoints/ with the one step of `train_state`, tokenizer/, and model.toml, which a config extends to start
+    from the weights. `read` gives a tensor by its name in `flat_state`. Raises UserError.
+    """
+    if out.exists():
+        raise UserError(f"--out: {out} exists; give a new folder")
+    draft = draft_of(out)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.copytree(tokenizer_dir, draft / "tokenizer")
+        checkpointer = Checkpointer(draft / "checkpoints", Checkpoint(mode="sync"))
+        checkpointer.save_model(train_state["step"], model, read, train_state)
+        start = {
             "model": model.model_dump(mode="json"),
-            "data": {"seq_len": seq_len},
-        },
-        "changes": [],
-        "tokenizer": hash_file(Location(tokenizer_dir / "tokenizer.json"))[1],
-        "origin": origin,
-    }
+            "tokenizer": {"path": str(out / "tokenizer")},
+            "checkpoint": {"load": str(out), "load_only": ["model"]},
+        }
+        (draft / "model.toml").write_text(tomli_w.dumps(start), encoding="utf-8")
+        draft.replace(out)
+    except OSError as error:
+        raise explained(error, out) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def load_decoder(saved: SavedRun, device: torch.device, dtype: torch.dtype, kernels: Kernels = PORTABLE) -> Decoder:
