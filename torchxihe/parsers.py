@@ -265,14 +265,27 @@ What is already prepared is not prepared again, and an interrupted preparation i
     return parser
 
 
+def presets() -> Arguments:
+    """List presets."""
+    return Arguments(
+        "presets",
+        """List the presets: configs that come with torchxihe, and are named without a path from any directory.
+
+A preset is trained as it is, changed by --section.key=value, or extended by a config of your own
+(extends = "xihe_120m"). torchxihe config NAME prints one with everything that it extends.""",
+        "torchxihe presets",
+    )
+
+
 def train() -> Arguments:
     """Train."""
     parser = Arguments(
         "train",
-        """Train a prepared run: the command that every process executes, usually under torchrun.
+        """Train: the command that every process executes, usually under torchrun.
 
 Resumes from the run's newest valid checkpoint, if it has one. run_train.sh (torchxihe launch) prepares the data and
-starts one of these per GPU; with your own launcher, run torchxihe prepare CONFIG once before it.""",
+starts one of these per GPU. Data that were never prepared are prepared first; with many processes, run
+torchxihe prepare CONFIG before, once.""",
         "torchxihe train configs/xihe_debug.toml",
         "torchrun --nproc-per-node=2 -m torchxihe train configs/xihe_debug.toml",
     )
@@ -305,17 +318,19 @@ printed, and the exit code is 0 if there is none.""",
 
 
 PARSERS: dict[str, Callable[[], Arguments]] = {
-    "completion": completion,
+    "presets": presets,
     "config": config,
-    "data": data,
-    "eval": evaluate,
-    "export": export,
-    "generate": generate,
-    "import": import_,
-    "launch": launch,
-    "merge": merge,
-    "plot": plot,
     "prepare": prepare,
+    "data": data,
+    "launch": launch,
     "train": train,
+    "plot": plot,
     "verify": verify,
+    "generate": generate,
+    "eval": evaluate,
+    "merge": merge,
+    "export": export,
+    "import": import_,
+    "completion": completion,
 }
+"""In the order of work: choose, prepare, train, watch, use, convert."""

@@ -18,7 +18,7 @@ from torchxihe.components.checkpoint.manifest import (
 )
 from torchxihe.components.checkpoint.storage import CorruptError, Location
 from torchxihe.components.checkpoint.tensor_files import TensorReader
-from torchxihe.config.load import load_config
+from torchxihe.config.load import load_config, presets
 from torchxihe.data.store import ExpectedFile
 from torchxihe.data.verify import files_of_cache, files_of_config, flaws_in
 from torchxihe.errors import UserError, explained
@@ -32,7 +32,7 @@ def main(args: list[str]) -> None:
     """Print what is valid and what is not. Raises UserError if there is nothing to verify, or if it is damaged."""
     options = parse("verify", args)
     place = Location(options.path)
-    if options.path.endswith(".toml"):
+    if options.path.endswith(".toml") or (options.path in presets() and not place.exists()):
         _verify_data(options.path, files_of_config(load_config(options.path, options.overrides)), [])
     elif options.overrides:
         raise UserError(f"verify: {options.overrides[0]}: overrides belong to a config")

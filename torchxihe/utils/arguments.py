@@ -25,8 +25,9 @@ class Arguments(argparse.ArgumentParser):
 
     def add_config(self, required: bool = True) -> None:
         """Add CONFIG and `--section.key=value ...`: the namespace's `config` and `overrides`."""
+        text = "a TOML file, a preset (torchxihe presets lists them), or a run, whose config.toml is meant"
         needed: dict[str, Any] = {} if required else {"nargs": "?", "default": ""}
-        self.add_argument("config", metavar="CONFIG", help="a TOML file, such as configs/xihe_debug.toml", **needed)
+        self.add_argument("config", metavar="CONFIG", help=text, **needed)
         self.add_overrides()
 
     def add_model(self) -> None:
