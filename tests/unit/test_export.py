@@ -218,6 +218,8 @@ def test_an_export_is_named_as_a_run_is(
         run(["eval", str(out)])
     with pytest.raises(UserError, match=r"is a Hugging Face folder, .*: torchxihe import \S+/step-00000007 --out DIR"):
         resolve(out)
+    with pytest.raises(UserError, match="is a Hugging Face folder, such as an export, which has no hashes; verify"):
+        run(["verify", str(out)])
     assert not list((tmp_path / "scratch").glob("torchxihe-*"))
 
 

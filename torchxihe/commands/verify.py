@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from torchxihe.components.checkpoint.history import read_train_state
+from torchxihe.components.checkpoint.hugging_face import CONFIG
 from torchxihe.components.checkpoint.manifest import (
     CORRUPT,
     MANIFEST,
@@ -38,6 +39,9 @@ def main(args: list[str]) -> None:
         raise UserError(f"verify: {options.overrides[0]}: overrides belong to a config")
     elif place.local and any((place / name).is_dir() for name in CACHE_FOLDERS):
         _verify_data(options.path, *files_of_cache(Path(place)))
+    elif place.local and (place / CONFIG).exists():
+        what = "is a Hugging Face folder, such as an export, which has no hashes"
+        raise UserError(f"{place}: {what}; verify the checkpoint that it was made of")
     else:
         _verify_steps(place)
 
