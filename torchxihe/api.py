@@ -20,7 +20,8 @@ from torchxihe.components.checkpoint.saved_run import SavedRun, load_decoder, op
 from torchxihe.config.load import load_config
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch, BatchSpec, Loader
-from torchxihe.data.prepare.chat import Chat, Message
+from torchxihe.data.prepare.chat import Chat
+from torchxihe.data.prepare.conversations import Message
 from torchxihe.data.prepare.pipeline import prepare
 from torchxihe.data.store import open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer

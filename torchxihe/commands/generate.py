@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 
 from torchxihe.api import load
-from torchxihe.data.prepare.chat import Message
+from torchxihe.data.prepare.conversations import Message
 from torchxihe.model.generate import Sampling, check_sampling
 from torchxihe.parsers import parse
 
