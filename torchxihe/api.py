@@ -54,35 +54,38 @@ class LanguageModel:
         What is answered is a conversation, `[{"role": "user", "content": "..."}]`, in the model's chat format. The text
         ends with the document or the answer, or after `max_tokens`. options: see `Sampling`. Raises UserError.
         """
-        check_sampling(options)
-        if isinstance(prompt, str):
-            ids, stop_id = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id], self.tokenizer.eos_id
-        else:
-            chat = Chat(self.saved.tokenizer_dir)
-            ids, stop_id = chat.prompt(prompt), chat.end_of_turn
-        tokens = generate(
-            self.model,
-            ids,
-            context=self.saved.seq_len,
-            vocab_size=self.tokenizer.vocab_size,
-            stop_id=stop_id,
-            **options,
-        )
-        return self._pieces(tokens)
+        tokens = self._tokens(prompt, options)
 
-    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
-        written, ids = "", []
-        for token in tokens:
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # a character's bytes may be spread over several tokens
-                yield text[len(written) :]
-                written = text
-        yield self.tokenizer.decode(ids)[len(written) :]
+        def pieces() -> Iterator[str]:
+            written, ids = "", []
+            for token in tokens:
+                ids.append(token)
+                text = self.tokenizer.decode(ids)
+                if not text.endswith("\ufffd"):  # a character's bytes may be spread over several tokens
+                    yield text[len(written) :]
+                    written = text
+            yield self.tokenizer.decode(ids)[len(written) :]
+
+        return pieces()
 
     def generate(self, prompt: str | list[Message], **options: "Unpack[Sampling]") -> str:
         """The text of `stream`, which does not repeat the prompt."""
-        return "".join(self.stream(prompt, **options))
+        return self.tokenizer.decode(list(self._tokens(prompt, options)))
+
+    def _tokens(self, prompt: str | list[Message], options: Sampling) -> Iterator[int]:
+        """The ids that follow `prompt`. Raises UserError."""
+        check_sampling(options)
+        if isinstance(prompt, str):
+            ids, stop_id = self._encode(prompt), self.tokenizer.eos_id
+        else:
+            chat = Chat(self.saved.tokenizer_dir)
+            ids, stop_id = chat.prompt(prompt), chat.end_of_turn
+        context, vocab_size = self.saved.seq_len, self.tokenizer.vocab_size
+        return generate(self.model, ids, context=context, vocab_size=vocab_size, stop_id=stop_id, **options)
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of the beginning of a document; "": of the end of the one before it."""
+        return self.tokenizer.encode(text) or [self.tokenizer.eos_id]
 
     @torch.no_grad()
     def logits(self, text: str | Tensor) -> Tensor:
@@ -90,7 +93,7 @@ class LanguageModel:
 
         text: a string (B = 1), or token ids, int64 [B, T]. Raises UserError if T exceeds `saved.seq_len`.
         """
-        tokens_BT = torch.tensor([self.tokenizer.encode(text)]) if isinstance(text, str) else text
+        tokens_BT = torch.tensor([self._encode(text)]) if isinstance(text, str) else text
         if tokens_BT.shape[1] > self.saved.seq_len:
             why = f"{tokens_BT.shape[1]} tokens, but the model sees at most {self.saved.seq_len}"
             raise UserError(f"logits: {why}; cut the text")

@@ -1,5 +1,6 @@
 """torchxihe from Python: what is loaded is the model of `transformers`, `batches` are the run's, `train` trains."""
 
+import gc
 import json
 import math
 import signal
@@ -18,6 +19,7 @@ from tests.faults.harness import digests
 from tests.unit.saved_runs import LLAMA, QWEN3, TEXT, TOKENS, make_run, write_training
 from tests.unit.test_model import Shape
 from torchxihe.__main__ import run
+from torchxihe.config.load import load_config
 from torchxihe.data.loader import Batch
 from torchxihe.errors import UserError
 from torchxihe.trainer import Trainer
@@ -79,6 +81,7 @@ def test_the_loss_of_a_long_text_predicts_every_token_but_the_first_once(tmp_pat
     assert long == pytest.approx(total / (len(ids) - 1), abs=1e-5) and short != long and math.isnan(none)
     with pytest.raises(UserError, match="logits: 129 tokens, but the model sees at most 128"):
         ours.logits(torch.zeros(1, 129, dtype=torch.int64))
+    assert torch.equal(ours.logits(""), ours.logits(torch.tensor([[ours.tokenizer.eos_id]])))
 
 
 def test_generate_is_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +129,11 @@ def test_batches_are_what_a_run_has_read_and_will_read(tmp_path: Path, ledger: R
     assert planned == ledger
     assert dict(enumerate(map(digests, torchxihe.batches(run_dir / "config.toml")))) == ledger
     assert [digests(batch) for batch in torchxihe.batches(path, *changed, first=6)] == [ledger[6], ledger[7]]
+    config = load_config(path, changed)
+    assert digests(next(iter(torchxihe.batches(config)))) == ledger[0]
+    with pytest.raises(UserError, match=r"--training.steps=8: overrides belong to a file; a Config has its values"):
+        torchxihe.batches(config, *changed)
+    gc.collect()  # of the iterator that was not exhausted
     assert not [thread for thread in threading.enumerate() if thread.name == "data"]
 
 

@@ -22,14 +22,25 @@ def main(args: list[str]) -> None:
     check_sampling(sampling)
     model = load(options.model)
     stream = options.stream or options.prompt is None
+
+    def say(shown: str, prompt: str | list[Message]) -> str:
+        """Print `shown` and what follows `prompt`; the latter."""
+        pieces = model.stream(prompt, **sampling) if stream else [model.generate(prompt, **sampling)]
+        said = ""
+        print(shown, end="", flush=stream)
+        for piece in pieces:
+            print(piece, end="", flush=stream)
+            said += piece
+        print()
+        return said
+
     messages: list[Message] = []
     for line in _typed_lines() if options.prompt is None else [options.prompt]:
         if options.chat:
             messages.append({"role": "user", "content": line})
-            said = _print("", model.stream(messages, **sampling), stream)
-            messages.append({"role": "assistant", "content": said})
+            messages.append({"role": "assistant", "content": say("", messages)})
         else:
-            _print(line, model.stream(line, **sampling), stream)
+            say(line, line)
 
 
 def _typed_lines() -> Iterator[str]:
@@ -39,14 +50,3 @@ def _typed_lines() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-
-
-def _print(prompt: str, pieces: Iterator[str], stream: bool) -> str:
-    """Print `prompt` and its continuation, with `stream` as it comes; the continuation."""
-    said = "" if stream else "".join(pieces)
-    print(prompt + said, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        said += piece
-    print()
-    return said
