@@ -281,11 +281,10 @@ def train() -> Arguments:
     """Train."""
     parser = Arguments(
         "train",
-        """Train: the command that every process executes, usually under torchrun.
+        """Train a prepared run: the command that every process executes, usually under torchrun.
 
 Resumes from the run's newest valid checkpoint, if it has one. run_train.sh (torchxihe launch) prepares the data and
-starts one of these per GPU. Data that were never prepared are prepared first; with many processes, run
-torchxihe prepare CONFIG before, once.""",
+starts one of these per GPU; with your own launcher, run torchxihe prepare CONFIG once before it.""",
         "torchxihe train configs/xihe_debug.toml",
         "torchrun --nproc-per-node=2 -m torchxihe train configs/xihe_debug.toml",
     )

@@ -81,6 +81,7 @@ def test_an_installed_wheel_trains_a_preset_in_an_empty_directory(site: Path, tm
 
     assert torchxihe("presets").splitlines()[-1] == f"in {site / 'torchxihe' / 'configs'}"
     narrow = ["--data.sources.0.glob=email/*.py", "--tokenizer.vocab_size=400", *SHORT]
+    torchxihe("prepare", "xihe_debug", *narrow)
     assert "step 2/2" in torchxihe("train", "xihe_debug", *narrow)
     assert (tmp_path / "runs" / "xihe_debug" / "checkpoints" / "step-00000002").is_dir()
     assert torchxihe("generate", "runs/xihe_debug", "--prompt", "import", "--max-tokens", "2").startswith("import")
