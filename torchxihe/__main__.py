@@ -25,11 +25,11 @@ import sys
 import time
 from pathlib import Path
 
-import torchxihe
 from torchxihe.errors import UserError
 from torchxihe.parsers import PARSERS
 from torchxihe.utils.processes import SIGNALS, end_with_launcher
 from torchxihe.utils.streams import guard_streams
+from torchxihe.version import __version__
 
 TRAINING = ("launch", "prepare", "train")
 """Commands that continue when their output cannot be written any more."""
@@ -57,8 +57,14 @@ def run(args: list[str]) -> None:
         width = max(map(len, PARSERS))
         print("usage: torchxihe COMMAND ...      (torchxihe COMMAND --help describes a command)\n")
         print("\n".join(f"  {name:{width}}  {summary(name)}" for name in PARSERS))
+        print("\ntorchxihe --version names the versions of torch and CUDA, the GPUs, and the kernels that are used.")
     elif command == "--version":
-        print(torchxihe.__version__)
+        print(f"torchxihe {__version__}")
+        # These import torch.
+        from torchxihe.components.observe.report import versions
+        from torchxihe.config.load import load_config
+
+        print(versions(load_config("xihe_120m")))
     elif command not in PARSERS:
         close = difflib.get_close_matches(command, PARSERS, n=1)
         hint = f"did you mean {close[0]}?" if close else ", ".join(PARSERS)

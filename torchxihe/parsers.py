@@ -94,11 +94,11 @@ def evaluate() -> Arguments:
         """Measure a checkpoint: loss, perplexity and bits per byte of held-out documents, or lm-eval's tasks.
 
 Runs in one process, on a GPU if there is one. Training logs the same loss as validation/loss, but on only
-validation.max_tokens tokens. The newest checkpoint of a run is measured, or the step directory that is given.""",
+validation.max_tokens tokens. An export has no data of its own: name some with --on.""",
         "torchxihe eval runs/xihe_debug",
         "torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy",
     )
-    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_model()
     text = """measure on the held-out documents of this config instead of the run's own; prepare it with the run's
     tokenizer (torchxihe prepare CONFIG --tokenizer.path=RUN/tokenizer) and repeat the overrides here"""
     parser.add_argument("--on", metavar="CONFIG", default="", help=text)
@@ -120,8 +120,8 @@ def export() -> Arguments:
         "export",
         """Write a run's model as a Hugging Face folder, for AutoModelForCausalLM and AutoTokenizer.
 
-Exports the newest checkpoint of a run, or the step directory that is given, whatever number of processes wrote it.
-Needs no GPU, and memory for only one tensor. DIR must not exist; it gets
+Whatever number of processes wrote the checkpoint, it needs no GPU, and memory for only one tensor. DIR must not exist;
+it gets
 
   model.safetensors                       split into several files with an index above --shard-gb
   config.json  generation_config.json     Llama, or Qwen3 if the run has model.qk_norm
@@ -129,7 +129,7 @@ Needs no GPU, and memory for only one tensor. DIR must not exist; it gets
   README.md                               a model card that describes the run""",
         "torchxihe export runs/xihe_debug --out exported/xihe_debug",
     )
-    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_model()
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to create")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     text = "maximum gigabytes per file, default 4"
@@ -141,14 +141,14 @@ def generate() -> Arguments:
     """Continue a text."""
     parser = Arguments(
         "generate",
-        """Continue a text with a run's model.
+        """Continue a text with a run's model, or answer in its chat format.
 
-Uses the newest checkpoint of a run, or the step directory that is given.""",
+Generation stops at the end of the document or of the answer, or after --max-tokens.""",
         'torchxihe generate runs/xihe_debug --prompt "import " --stream',
         'torchxihe generate runs/xihe_debug --prompt "def main" --temperature 0',
         "torchxihe generate runs/xihe_debug_sft --chat",
     )
-    parser.add_argument("run", metavar="RUN_OR_STEP")
+    parser.add_model()
     text = """text to continue; "" begins a document. Without it, every line of standard input is a prompt, until
     Ctrl-D"""
     parser.add_argument("--prompt", metavar="TEXT", help=text)
@@ -157,7 +157,7 @@ Uses the newest checkpoint of a run, or the step directory that is given.""",
     parser.add_argument("--chat", action="store_true", help=text)
     text = "print tokens as they are generated; always on for prompts from standard input"
     parser.add_argument("--stream", action="store_true", help=text)
-    text = "maximum number of tokens, default 200; generation also stops at the end of the document"
+    text = "maximum number of tokens, default 200"
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help=text)
     text = "default 0.8; 0 always takes the most likely token"
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help=text)
@@ -177,9 +177,8 @@ def import_() -> Arguments:
         """Convert a Hugging Face model (Llama or Qwen3) to a checkpoint, to continue training from.
 
 The model comes from a folder, or from the hub (HF_TOKEN in the environment or in .env is used for gated ones). Its
-weights, in one or several safetensors files, become float32, which takes 4 bytes of memory per parameter. What the
-decoder does not support (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not
-exist; it gets
+weights, in one or several safetensors files, become float32, one tensor in memory at a time. What the decoder does not
+support (scaled rotary embeddings, biases, sliding windows, ...) is refused by name. DIR must not exist; it gets
 
   checkpoints/step-00000000   the weights
   tokenizer/
@@ -242,6 +241,30 @@ micro-batch, resharding), each with what limits it and as flags for run_train.sh
     return parser
 
 
+def merge() -> Arguments:
+    """Average checkpoints."""
+    parser = Arguments(
+        "merge",
+        """Average the weights of checkpoints, such as the last ones of a run.
+
+They must have one architecture and one tokenizer. Every element of the result is the sum of weight × value in the
+order of the arguments, divided by the sum of the weights, all in float64 and rounded to float32 at the end. One tensor
+of each model is in memory at a time. DIR must not exist; it gets
+
+  checkpoints/step-N   the weights; N is the largest step of the models
+  tokenizer/
+  model.toml           for training from it: see torchxihe import --help
+
+DIR is named like a run in eval, generate, export, and in --checkpoint.load with --checkpoint.load_only='["model"]'.""",
+        "torchxihe merge runs/xihe_debug/checkpoints/step-00000100 runs/xihe_debug --out runs/merged --weights 1,3",
+    )
+    text = "runs (their newest checkpoints), step directories or exports"
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to create")
+    parser.add_argument("--weights", default="", metavar="W,W,...", help="of each model, default: equal ones")
+    return parser
+
+
 def plot() -> Arguments:
     """Draw curves."""
     parser = Arguments(
@@ -279,6 +302,18 @@ What is already prepared is not prepared again, and an interrupted preparation i
     once without --shard"""
     parser.add_argument("--shard", metavar="I/N", default="", help=text)
     return parser
+
+
+def presets() -> Arguments:
+    """List presets."""
+    return Arguments(
+        "presets",
+        """List the presets: configs that come with torchxihe, and are named without a path from any directory.
+
+A preset is trained as it is, changed by --section.key=value, or extended by a config of your own
+(extends = "xihe_120m"). torchxihe config NAME prints one with everything that it extends.""",
+        "torchxihe presets",
+    )
 
 
 def train() -> Arguments:
@@ -321,18 +356,21 @@ printed, and the exit code is 0 if there is none.""",
 
 
 PARSERS: dict[str, Callable[[], Arguments]] = {
-    "completion": completion,
+    "presets": presets,
     "config": config,
-    "data": data,
     "doctor": doctor,
-    "eval": evaluate,
-    "export": export,
-    "generate": generate,
-    "import": import_,
-    "launch": launch,
     "plan": plan,
-    "plot": plot,
     "prepare": prepare,
+    "data": data,
+    "launch": launch,
     "train": train,
+    "plot": plot,
     "verify": verify,
+    "generate": generate,
+    "eval": evaluate,
+    "merge": merge,
+    "export": export,
+    "import": import_,
+    "completion": completion,
 }
+"""In the order of work: choose, prepare, train, watch, use, convert."""

@@ -13,9 +13,9 @@ import torch
 
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.checkpoint.exporter import Exporter
-from torchxihe.components.checkpoint.history import History
+from torchxihe.components.checkpoint.history import History, newest_train_state, read_train_state
 from torchxihe.components.checkpoint.manifest import check_fresh_start, checkpoints_of, step_of
-from torchxihe.components.checkpoint.state import resolve
+from torchxihe.components.checkpoint.state import corruption_explained, resolve
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.components.observe import (
     MetricsWriter,
@@ -56,8 +56,11 @@ from torchxihe.utils.words import counted
 
 log = logging.getLogger(__name__)
 
+OnStep = Callable[[dict[str, float]], object]
+"""Called on every rank with what is written to metrics.jsonl."""
 
-def run(config: Config) -> None:
+
+def run(config: Config, on_step: OnStep = lambda metrics: None) -> None:
     """Train `config` to its horizon, from the newest checkpoint of the run if there is one."""
     limits = config.training.init_timeout, config.training.step_timeout
     # Collectives time out after the watchdog, whose report says more.
@@ -69,7 +72,7 @@ def run(config: Config) -> None:
             share_run_directory(config.run_dir, ranks)
             files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
             with files, Stop(watchdog, config.training.time_limit) as stop, run_locks(config, ranks):
-                _run(config, device, stop, watchdog)
+                _run(config, device, stop, watchdog, on_step)
     except OSError as error:  # missing data, a full disk: a traceback would not help
         raise explained(error) from error
     except RuntimeError as error:
@@ -142,7 +145,24 @@ def is_finished(config: Config, saved: dict[str, Any]) -> bool:
     return saved["step"] >= resumed(config, saved).total_steps
 
 
-def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
+def planned_order(config: Config, prepared: Prepared) -> tuple[Config, Order]:
+    """The data order of a run of `config` to its horizon, and the config with the progress so far.
+
+    Of a run that has begun, or is to begin, from a checkpoint (which is not verified here), the order has the stages
+    that were read before it.
+    """
+    saved = newest_train_state(config)
+    if saved is None and config.checkpoint.load and not config.checkpoint.load_only:
+        origin = resolve(config.checkpoint.load)
+        with corruption_explained(origin):
+            saved = read_train_state(origin)
+    if saved is None:
+        return config, Order(plan_stages(config, prepared), prepared.rows)
+    config, stages = resumed(config, saved), [Stage.from_json(stage) for stage in saved["stages"]]
+    return config, Order(plan_stages(config, prepared, stages, saved["step"]), prepared.rows)
+
+
+def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog, on_step: OnStep) -> None:
     """Find the start, build the trainer, and train."""
     dims = build_dims(config.parallelism)
     check_memory(config, device, dims.size("world"))
@@ -190,7 +210,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
     warn_of_few_rows(config, prepared)
     checkpointer.ranks.on_main(lambda: describe_run(config, prepared))
     with memory_explained(config), Exporter(config, checkpointer) as exporter:
-        Loop(trainer, order, prepared, history, checkpointer, stop, watchdog).run()
+        Loop(trainer, order, prepared, history, checkpointer, stop, watchdog, on_step).run()
         if trainer.step < config.total_steps:
             exporter.cancel()
         watchdog.begin("exports", slow=True)
@@ -254,10 +274,11 @@ class Loop:
         checkpointer: Checkpointer,
         stop: Stop,
         watchdog: Watchdog,
+        on_step: OnStep,
     ) -> None:
         config = trainer.config
         self.trainer, self.order, self.prepared, self.history = trainer, order, prepared, history
-        self.checkpointer, self.stop, self.watchdog = checkpointer, stop, watchdog
+        self.checkpointer, self.stop, self.watchdog, self.on_step = checkpointer, stop, watchdog, on_step
         self.total, self.lr = config.total_steps, 0.0
         self.validation_loss: float | None = None
         # A trial of two steps must not end in an hour of validation.
@@ -355,6 +376,7 @@ class Loop:
             )
         if self.writer:
             self.writer.train(metrics)
+        self.on_step(metrics)
         trainer.bad_steps.check(self.order.describe(trainer.step - 1, names))
         gc.collect(1)
 
@@ -363,6 +385,7 @@ class Loop:
         self.validation_loss = result.get(self.trainer.config.checkpoint.best_metric)
         if self.writer:
             self.writer.validation(self.trainer.step, result)
+        self.on_step({"step": self.trainer.step, **result})
 
     def _sample(self) -> None:
         log_sample(self.trainer, self.prepared)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "checkout"
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("torchxihe", "configs", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored, symlinks=True)  # of torchxihe/configs
     for name in ("run_train.sh", "environment.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "docs").mkdir()
@@ -139,7 +140,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout after README's first command."""
     folder = tmp_path_factory.mktemp("docs") / "trained"
-    shutil.copytree(checkout, folder)
+    shutil.copytree(checkout, folder, symlinks=True)
     execute(folder, ["./run_train.sh"])
     return folder
 
@@ -165,7 +166,7 @@ def execute(folder: Path, commands: list[str]) -> None:
 
 def test_readme_from_a_fresh_clone(checkout: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkout"
-    shutil.copytree(checkout, folder)
+    shutil.copytree(checkout, folder, symlinks=True)
     execute(folder, commands_of("README.md"))
 
 
@@ -175,13 +176,23 @@ WITH_COMMANDS = [document for document in DOCUMENTS[1:] if set(commands_of(docum
 @pytest.mark.parametrize("document", WITH_COMMANDS)
 def test_a_document_after_the_first_run(trained: Path, tmp_path: Path, document: str) -> None:
     folder = tmp_path / "checkout"
-    shutil.copytree(trained, folder)
+    shutil.copytree(trained, folder, symlinks=True)
     execute(folder, commands_of(document))
+
+
+def test_python_blocks_in_one_namespace(trained: Path, tmp_path: Path) -> None:
+    """As the cells of a notebook."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(trained, folder, symlinks=True)
+    cells = [block for language, block in blocks((ROOT / "docs/python.md").read_text()) if language == "python"]
+    (folder / "notebook.py").write_text('if __name__ == "__main__":\n' + textwrap.indent("\n".join(cells), "    "))
+    execute(folder, ["python notebook.py"])
+    assert len(cells) >= 3 and (folder / "runs" / "notebook" / "checkpoints" / "step-00000020").is_dir()
 
 
 def test_examples_of_the_help(trained: Path, tmp_path: Path) -> None:
     """Those that no document has."""
     folder = tmp_path / "checkout"
-    shutil.copytree(trained, folder)
+    shutil.copytree(trained, folder, symlinks=True)
     documented = {command for document in DOCUMENTS for command in commands_of(document)}
     execute(folder, [command for command in help_examples() if command not in documented])

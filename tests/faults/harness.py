@@ -252,6 +252,13 @@ def _rank(root: Path, argv: list[str], env: dict[str, str], fault: Fault | None,
     main()
 
 
+def digests(batch: Any) -> dict[int, str]:
+    """The hash of every row of a batch, by its sample number."""
+    tokens, targets = batch.tokens.cpu().numpy(), batch.targets.cpu().numpy()
+    rows = {g: tokens[i].tobytes() + targets[i].tobytes() for i, g in enumerate(batch.samples) if g >= 0}
+    return {g: hashlib.sha256(row).hexdigest()[:16] for g, row in rows.items()}
+
+
 def _keep_ledger(path: Path) -> None:
     """Write a line a step from now on."""
     from torchxihe.components.optimizer.bad_steps import BadSteps
@@ -262,21 +269,14 @@ def _keep_ledger(path: Path) -> None:
     full_rows: dict[int, str] = {}  # of rows that are about to be cut
     train_step, judge, cut_batch = Trainer.train_step, BadSteps.judge, context_parallel.cut_batch
 
-    def hashed_rows(batch: Any) -> dict[int, str]:
-        rows = {}
-        for i, g in enumerate(batch.samples):
-            row = batch.tokens[i].cpu().numpy().tobytes() + batch.targets[i].cpu().numpy().tobytes()
-            rows[g] = hashlib.sha256(row).hexdigest()[:16]
-        return rows
-
     def noted_cut(batch: Any, **options: Any) -> Any:
-        full_rows.update(hashed_rows(batch))
+        full_rows.update(digests(batch))
         return cut_batch(batch, **options)
 
     def noted_batches(loader: Iterator[Any]) -> Iterator[Any]:
         for batch in loader:
-            rows = hashed_rows(batch) if batch.positions is None else {g: full_rows.pop(g) for g in batch.samples}
-            entry["rows"] |= {g: digest for g, digest in rows.items() if g >= 0}
+            rows = digests(batch) if batch.positions is None else {g: full_rows.pop(g) for g in batch.samples if g >= 0}
+            entry["rows"].update(rows)
             yield batch
 
     def noted_judge(self: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:

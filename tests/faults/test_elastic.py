@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import torchxihe
 from tests.faults.faults import Fault
-from tests.faults.harness import Workspace, losses, token_ledger
+from tests.faults.harness import Workspace, digests, losses, token_ledger
 
 
 @pytest.mark.parametrize("counts", [(4, 2, 3, 4), (4, 2, 1)])
@@ -48,7 +49,7 @@ def test_other_numbers_of_gpus(workspace: Workspace, unbroken: Callable[..., Wor
 
 
 def test_a_batch_size_ramp_on_other_numbers_of_processes(
-    workspace: Workspace, unbroken: Callable[..., Workspace]
+    workspace: Workspace, unbroken: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped within the ramp and gone on with elsewhere; every batch has the planned size and the unbroken run's rows.
 
@@ -62,6 +63,9 @@ def test_a_batch_size_ramp_on_other_numbers_of_processes(
     found = workspace.ledger()
     assert token_ledger(found) == token_ledger(reference.ledger())
     assert [len(found[step]["rows"]) for step in range(1, 21)] == [2] * 6 + [4] * 6 + [6] * 8
+    monkeypatch.chdir(workspace.root)
+    for step, batch in enumerate(torchxihe.batches("config.toml", flag), 1):
+        assert digests(batch) == found[step]["rows"]
     difference = max(abs(loss - losses(reference.ledger())[step]) for step, loss in losses(found).items())
     assert difference <= 1e-5
     state = json.loads((workspace.checkpoints / "step-00000020" / "train_state.json").read_text())

@@ -495,7 +495,7 @@ def test_template_and_format_change_the_store_and_nothing_else_does(tmp_path: Pa
 # Rows
 
 
-NOT_OBJECT, ROLE = "a message is not an object", "a role is not system, user or assistant"
+NOT_OBJECT, ROLE = "a message is not an object", "a role is not system, user, assistant or tool"
 CONTENT, NO_ANSWER = "the content of a message is not a string", "no message has the role assistant"
 FIRST = "the first message is not the user's"
 BAD = [
@@ -504,7 +504,8 @@ BAD = [
     ({"messages": []}, NO_ANSWER, "the roles are none"),
     ({"messages": ["hello"]}, NOT_OBJECT, "message 1 is a str"),
     (conversation("only a question"), NO_ANSWER, "the roles are user"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, ROLE, "message 1: 'tool'"),
+    ({"messages": [{"role": "tools", "content": "x"}]}, ROLE, "message 1: 'tools'"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, NO_ANSWER, "the roles are tool"),
     (
         {"messages": [*conversation("a", "b")["messages"], {"role": "x\n" * 999}]},
         ROLE,
@@ -512,7 +513,7 @@ BAD = [
     ),
     (
         {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-        "a message calls tools, which is not supported",
+        "a tool call has no name or no object of arguments",
         "message 1",
     ),
     ({"messages": [{"content": "x"}]}, ROLE, "message 1 has content"),

@@ -1,6 +1,7 @@
 """config/ and the commands around it: what is read, what is refused, and with which message."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +64,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "torchxihe", *args],
         capture_output=True,
         text=True,
-        timeout=10,
+        timeout=60,
         env={"PYTHONPATH": str(ROOT)},
     )
 
@@ -511,7 +513,7 @@ def test_unknown_commands_and_help() -> None:
     [
         ("verify", "verify: the following arguments are required: PATH; see torchxihe verify --help"),
         ("verify a b", "verify: unknown argument b; see torchxihe verify --help"),
-        ("generate", "generate: the following arguments are required: RUN_OR_STEP; "),
+        ("generate", "generate: the following arguments are required: MODEL; "),
         ("generate a --seed x", "generate: argument --seed: invalid int value: 'x'; "),
         ("plot a --b step", "plot: unknown argument --b; did you mean --by?"),
         ("data --row 2 a.toml", "data: unknown argument --row; did you mean --rows?"),
@@ -533,7 +535,13 @@ def test_a_mistake_on_the_command_line_is_one_line_like_those_in_a_config(args: 
 
 
 def test_version() -> None:
-    assert run("--version").stdout == f"{torchxihe.__version__}\n"
+    """The GPU's line is that of the machine; the kernels are those of an unchanged preset."""
+    lines = run("--version").stdout.splitlines()
+    gpus = torch.cuda.device_count()
+    assert lines[0] == f"torchxihe {torchxihe.__version__}"
+    assert re.fullmatch(r"Python 3\.\S+, torch \S+, (CUDA|ROCm) \S+", lines[1]) and torch.__version__ in lines[1]
+    assert lines[2].startswith(f"GPU: {gpus} × " if gpus else "GPU: none")
+    assert re.fullmatch(r"kernels of xihe_120m: attention .*, QK-norm/RoPE .*, SwiGLU .*, loss chunked", lines[3])
 
 
 def test_reading_a_config_is_lean(small: str) -> None:

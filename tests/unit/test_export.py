@@ -18,9 +18,10 @@ from tests.unit.test_checkpoint import replace_file
 from tests.unit.test_model import Shape, model_config
 from tests.unit.test_verify import Terminal
 from torchxihe.__main__ import run
-from torchxihe.components.checkpoint.export import draft_of, export
+from torchxihe.components.checkpoint.export import export
 from torchxihe.components.checkpoint.export_tokenizer import write_tokenizer
-from torchxihe.components.checkpoint.saved_run import load_decoder, open_saved
+from torchxihe.components.checkpoint.saved_run import draft_of, load_decoder, open_saved
+from torchxihe.components.checkpoint.state import resolve
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.config.load import load_config
 from torchxihe.config.options import Model, Tokenizer
@@ -194,6 +195,32 @@ def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
 
 
 # In again
+
+
+def test_an_export_is_named_as_a_run_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is that of a step, as of those that training writes. Nothing stays of its prepared tokenizer."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "scratch").mkdir()
+    config, model = make_run(tmp_path, QWEN3)
+    out = tmp_path / "step-00000007"
+    run(["export", str(config.run_dir), "--out", str(out), "--shard-gb", "0.0001"])
+    capsys.readouterr()
+    for place in (config.run_dir, out):
+        run(["generate", str(place), "--prompt", "import", "--max-tokens", "20", "--temperature", "0"])
+    of_run, of_export = capsys.readouterr().out.split("import")[1:]
+    assert of_run == of_export.replace("import", "") and len(of_run) > 20
+    run(["export", str(out), "--out", str(tmp_path / "again")])
+    assert difference(tmp_path / "again", model) < 1e-5
+    with pytest.raises(UserError, match="has no data of its own; name some with --on"):
+        run(["eval", str(out)])
+    with pytest.raises(UserError, match=r"is a Hugging Face folder, .*: torchxihe import \S+/step-00000007 --out DIR"):
+        resolve(out)
+    with pytest.raises(UserError, match="is a Hugging Face folder, such as an export, which has no hashes; verify"):
+        run(["verify", str(out)])
+    assert not list((tmp_path / "scratch").glob("torchxihe-*"))
 
 
 @pytest.mark.parametrize("shard_gb", ["1", "0.0001"])

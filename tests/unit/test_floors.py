@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[2] / "torchxihe"
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 
 FLOORS = {
-    "__init__": 0,
     "errors": 0,
+    "version": 0,
     "config": 0,
     "utils": 0,
     "kernels": 1,
@@ -22,9 +22,11 @@ FLOORS = {
     "plan": 3,
     "trainer": 3,
     "run": 3,
+    "api": 4,
     "parsers": 4,
     "commands": 4,
     "__main__": 4,
+    "__init__": 4,  # imports `api` when it is used
 }
 MUST_NOT_IMPORT_EACH_OTHER = [{"model", "data"}, {"kernels", "data"}, {"parallelisms", "components"}]
 LONGEST_FUNCTION = 80

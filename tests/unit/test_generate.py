@@ -144,10 +144,10 @@ def test_the_end_of_the_document_ends_it(tmp_path: Path) -> None:
 
 def test_wrong_numbers_are_refused(tmp_path: Path) -> None:
     for flag in ("--temperature=-1", "--temperature=nan", "--top-p=0", "--top-k=-1", "--max-tokens=-1"):
-        with pytest.raises(UserError, match="generate: --temperature"):
+        with pytest.raises(UserError, match=f"generate: .*{flag[2:].partition('=')[0].replace('-', '_')}"):
             run(["generate", str(tmp_path), flag])
     for seed in ("-1", str(2**63)):
-        with pytest.raises(UserError, match="generate: --seed"):
+        with pytest.raises(UserError, match="generate: .* seed"):
             run(["generate", str(tmp_path), f"--seed={seed}"])
 
 

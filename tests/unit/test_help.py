@@ -29,7 +29,7 @@ def test_help_is_the_parsers_and_has_an_example(command: str, capsys: pytest.Cap
     text = capsys.readouterr().out
     assert text.startswith(f"usage: torchxihe {command} ") and max(map(len, text.splitlines())) <= 120
     examples = text.partition("\nexample")[2].partition(":\n")[2]
-    assert re.match(rf" +(\w+=\S+ )*(torchxihe {command}|torchrun .* {command}) ", examples)
+    assert re.match(rf" +(\w+=\S+ )*(torchxihe {command}|torchrun .* {command})\b", examples)
     assert text.index("\n\n") < text.index("\n\n", text.index("\n\n") + 2) < text.index("\nexample")
     assert all(action.help for action in PARSERS[command]()._actions if action.option_strings)
 

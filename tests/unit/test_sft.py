@@ -13,8 +13,8 @@ import torch
 
 from tests.unit.test_chat import conversation
 from tests.unit.test_watch import train
+from torchxihe import api
 from torchxihe.__main__ import run
-from torchxihe.commands import generate as command
 from torchxihe.components.checkpoint.history import recorded_changes
 from torchxihe.components.checkpoint.saved_run import load_decoder, open_saved
 from torchxihe.components.observe.metrics import METRICS, read_metrics
@@ -232,13 +232,13 @@ def test_talking(tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     run([*args, "--prompt", "First?", "--stream"])
     assert capsys.readouterr().out == first and "First" not in first
     seen: list[list[int]] = []
-    generate = command.generate
+    generate = api.generate
 
     def spy(model: torch.nn.Module, prompt: list[int], **options: Any) -> Any:
         seen.append(prompt)
         return generate(model, prompt, **options)
 
-    monkeypatch.setattr(command, "generate", spy)
+    monkeypatch.setattr(api, "generate", spy)
     monkeypatch.setattr("sys.stdin", io.StringIO("First?\nSecond?\n"))
     run(args)
     assert capsys.readouterr().out.startswith(first)

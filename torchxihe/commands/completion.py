@@ -75,7 +75,7 @@ def _with_keys(command: str, shtab: Any) -> argparse.ArgumentParser:
             parser.add_argument(f"--{key}", choices=values or None, metavar="VALUE")
     # shtab's own pattern for zsh, "(*.toml)", is read as glob qualifiers
     files = {"CONFIG": shtab.glob("*.toml") | {"zsh": "_files -g '*.toml'"}, "FILE": shtab.FILE}
-    files |= dict.fromkeys(("DIR", "DIR_OR_HUB_ID", "PATH", "RUN", "RUN_OR_STEP"), shtab.DIRECTORY)
+    files |= dict.fromkeys(("DIR", "DIR_OR_HUB_ID", "PATH", "RUN", "MODEL"), shtab.DIRECTORY)
     for action in parser._actions:
         if action.dest == "overrides":
             action.help = argparse.SUPPRESS

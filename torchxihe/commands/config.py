@@ -19,8 +19,10 @@ INTRODUCTION = """\
 
 <!-- Written by `torchxihe config --docs` from torchxihe/config/options.py: change the docstrings there. -->
 
-A run is one TOML file: `./run_train.sh configs/xihe_debug.toml`. It may extend another one with
-`extends = "other.toml"`, a path relative to itself: tables are merged, lists are replaced.
+A run is one TOML file: `./run_train.sh configs/xihe_debug.toml`. Instead of a file, every command takes the name of a
+preset (`xihe_debug`; `torchxihe presets` lists them), or the directory of a run, whose `config.toml` is meant. A file
+may extend another one with `extends = "other.toml"`, a path relative to itself or the name of a preset: tables are
+merged, lists are replaced.
 `--section.key=value` (or `--section.key value`) on the command line takes precedence over both. The value is read as
 TOML, a bare word as a string; a boolean option without a value is true; an entry of a list is addressed by its index:
 

@@ -30,7 +30,7 @@ def main(args: list[str]) -> None:
     """Print a line for all sources together, one per source and per set, or lm-eval's table. Raises UserError."""
     options = parse("eval", args)
     overrides = options.overrides
-    saved = open_saved(options.run)
+    saved = open_saved(options.model)
     if options.tasks:
         if overrides or options.on or options.max_tokens:
             raise UserError("eval: --on, its overrides and --max-tokens are for held-out documents, not for --tasks")
@@ -67,9 +67,9 @@ def evaluate(saved: SavedRun, config: Config, prepared: Prepared, max_tokens: in
 def _own_config(saved: SavedRun) -> Config:
     """The config that the checkpoint was saved with. Raises UserError if it has none that this version reads."""
     if not saved.train_state["stages"]:
-        raise UserError(f"{saved.step_dir}: an imported model has no data of its own; name some with --on CONFIG")
+        raise UserError(f"{saved.place}: this model has no data of its own; name some with --on CONFIG")
     if saved.config is None:
-        raise UserError(f"{saved.step_dir}: its config is another version's; name one with --on CONFIG")
+        raise UserError(f"{saved.place}: its config is another version's; name one with --on CONFIG")
     return saved.config
 
 

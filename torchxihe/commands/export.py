@@ -14,7 +14,7 @@ def main(args: list[str]) -> None:
     options = parse("export", args)
     if not 0 < options.shard_gb < 1e9:
         raise UserError(f"--shard-gb: must be greater than 0 and less than 1e9, got {options.shard_gb:g}")
-    saved = open_saved(options.run)
+    saved = open_saved(options.model)
     with tqdm(desc="export", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
         def progress(more: int, total: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from torchxihe.components.checkpoint.history import read_train_state
+from torchxihe.components.checkpoint.hugging_face import CONFIG
 from torchxihe.components.checkpoint.manifest import (
     CORRUPT,
     MANIFEST,
@@ -18,7 +19,7 @@ from torchxihe.components.checkpoint.manifest import (
 )
 from torchxihe.components.checkpoint.storage import CorruptError, Location
 from torchxihe.components.checkpoint.tensor_files import TensorReader
-from torchxihe.config.load import load_config
+from torchxihe.config.load import load_config, presets
 from torchxihe.data.store import ExpectedFile
 from torchxihe.data.verify import files_of_cache, files_of_config, flaws_in
 from torchxihe.errors import UserError, explained
@@ -32,12 +33,15 @@ def main(args: list[str]) -> None:
     """Print what is valid and what is not. Raises UserError if there is nothing to verify, or if it is damaged."""
     options = parse("verify", args)
     place = Location(options.path)
-    if options.path.endswith(".toml"):
+    if options.path.endswith(".toml") or (options.path in presets() and not place.exists()):
         _verify_data(options.path, files_of_config(load_config(options.path, options.overrides)), [])
     elif options.overrides:
         raise UserError(f"verify: {options.overrides[0]}: overrides belong to a config")
     elif place.local and any((place / name).is_dir() for name in CACHE_FOLDERS):
         _verify_data(options.path, *files_of_cache(Path(place)))
+    elif place.local and (place / CONFIG).exists():
+        what = "is a Hugging Face folder, such as an export, which has no hashes"
+        raise UserError(f"{place}: {what}; verify the checkpoint that it was made of")
     else:
         _verify_steps(place)
 

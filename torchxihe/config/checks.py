@@ -323,7 +323,10 @@ def _chat_mistakes(source: Documents, chat: bool) -> Iterator[tuple[str, str]]:
     """Options of a source that contradict `data.format`, and why."""
     if chat and source.template != Source.model_fields["template"].default:
         yield "template", 'is for text; with data.format = "chat" conversations are rendered by tokenizer.chat_template'
-    if chat and source.format in ("text", "lines", "csv", "tokens"):
-        yield "format", f'"{source.format}" has no conversations; with data.format = "chat" use "json" or "parquet"'
+    if chat and source.format in ("text", "lines", "tokens"):
+        yield (
+            "format",
+            f'"{source.format}" has no conversations; with data.format = "chat" use "json" or "parquet"',
+        )
     if not chat and source.format == "docstrings":
         yield "format", '"docstrings" are conversations: set data.format = "chat"'

@@ -23,6 +23,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+PRESETS = Path(__file__).parents[1] / "configs"
+"""The top directory's configs/: a link to it in a checkout, its files in an installed package."""
 LARGEST_FILE = 2**20
 """Bytes of a config at most."""
 DEEPEST = 20
@@ -32,9 +34,10 @@ DEEPEST = 20
 def load_config(path: str | Path, overrides: list[str] | None = None, world_size: int = 0) -> Config:
     """Read `path`, apply `--section.key=value` overrides and check everything.
 
+    `path` may also be the name of a preset ("xihe_debug") or the directory of a run, whose config.toml is meant.
     With a `world_size`, the parallelism must fit that many processes too. Raises UserError with one line per mistake.
     """
-    file = str(path)
+    file = find_config(str(path))
     if not file:
         raise UserError("no config file; expected CONFIG [--section.key=value ...], such as configs/xihe_debug.toml")
     values, origins = _read_toml(file, ())
@@ -51,6 +54,19 @@ def load_config(path: str | Path, overrides: list[str] | None = None, world_size
         if not found and not mistakes:
             return config
     raise UserError("\n".join(mistakes + [_line(key, why, origins, file) for key, why in found]))
+
+
+def find_config(name: str) -> str:
+    """The file that `name` means: that of a preset, or of a run's directory; else `name` itself."""
+    path = Path(name)
+    if name and (path / "config.toml").is_file():
+        return str(path / "config.toml")
+    return str(PRESETS / f"{name}.toml") if name in presets() and not path.exists() else name
+
+
+def presets() -> list[str]:
+    """The names of the presets."""
+    return sorted(file.stem for file in PRESETS.glob("*.toml"))
 
 
 def join_values(args: list[str]) -> list[str]:
@@ -99,7 +115,8 @@ def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, s
         raise UserError(f"{where}: extends: must be the path of one TOML file, relative to this one")
     merged, origins = {}, {}
     if parent:
-        parent = os.path.normpath(Path(file).parent / os.path.expanduser(parent))
+        beside = os.path.normpath(Path(file).parent / os.path.expanduser(parent))
+        parent = find_config(parent) if parent in presets() and not os.path.exists(beside) else beside
         merged, origins = _read_toml(parent, (*extended_by, file))
     _merge(merged, values, origins, file, ())
     return merged, origins
@@ -153,7 +170,8 @@ def _cut(text: str) -> str:
 def _other_files(missing: str) -> str:
     """A hint for a config file that is not there."""
     folder = Path(missing).parent
-    there = sorted(map(str, folder.glob("*.toml"))) or sorted(map(str, Path("configs").glob("*.toml")))
+    there = sorted(map(str, folder.glob("*.toml"))) if missing.endswith(".toml") else []
+    there = there or sorted(map(str, Path("configs").glob("*.toml"))) or presets()
     close = difflib.get_close_matches(missing, there, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(there)}" if there else ""
 

@@ -128,7 +128,8 @@ class Documents(Section):
     template: Template = "{text}"
     """Text of one document, with columns of the row in braces: "{question}\\n{answer}"."""
     messages: str = "messages"
-    """With `data.format = "chat"`: the column of the conversation, a list of {role, content} or {from, value}."""
+    """With `data.format = "chat"`: the column of the conversation, a list of {role, content} or {from, value}. Rows
+    without the column "messages" may have ShareGPT's `conversations` or Alpaca's columns instead (docs/sft.md)."""
 
 
 class Source(Documents):

@@ -6,14 +6,39 @@ A cache is an attention callable: during generation each layer's attention is re
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchxihe.errors import UserError
 from torchxihe.model.decoder import SelfAttention
 
 log = logging.getLogger(__name__)
+
+
+class Sampling(TypedDict, total=False):
+    """How tokens are drawn; what is not given has the default of `generate`."""
+
+    max_tokens: int
+    """Default 200; the text may end before."""
+    temperature: float
+    """Default 0.8; 0: always the most likely token."""
+    top_k: int
+    """Draw from this many most likely tokens, default 50; 0: from all."""
+    top_p: float
+    """Draw from the most likely tokens of this total probability, default 0.95."""
+    seed: int
+    """The same one gives the same text, default 0."""
+
+
+def check_sampling(options: Sampling) -> None:
+    """Raise UserError for a number that is out of its range."""
+    if min(options.get("max_tokens", 0), options.get("top_k", 0)) < 0 or not 0 < options.get("top_p", 1.0) <= 1:
+        raise UserError("generate: max_tokens and top_k must be 0 or more, top_p in (0, 1]")
+    if not options.get("temperature", 0.0) >= 0 or not 0 <= options.get("seed", 0) < 2**63:
+        raise UserError("generate: temperature must be 0 or more, and seed, which must also be below 2^63")
 
 
 class CachedAttention:
@@ -84,10 +109,10 @@ def generate(
     model: nn.Module,
     prompt: list[int],
     *,
-    max_tokens: int,
     context: int,
     vocab_size: int,
     stop_id: int,
+    max_tokens: int = 200,
     seed: int = 0,
     temperature: float = 0.8,
     top_k: int = 50,

@@ -25,9 +25,15 @@ class Arguments(argparse.ArgumentParser):
 
     def add_config(self, required: bool = True) -> None:
         """Add CONFIG and `--section.key=value ...`: the namespace's `config` and `overrides`."""
+        text = "a TOML file, a preset (torchxihe presets lists them), or a run, whose config.toml is meant"
         needed: dict[str, Any] = {} if required else {"nargs": "?", "default": ""}
-        self.add_argument("config", metavar="CONFIG", help="a TOML file, such as configs/xihe_debug.toml", **needed)
+        self.add_argument("config", metavar="CONFIG", help=text, **needed)
         self.add_overrides()
+
+    def add_model(self) -> None:
+        """Add MODEL, what `open_saved` takes: the namespace's `model`."""
+        text = "a run (its newest checkpoint), one of its step directories, or an export (a Hugging Face folder)"
+        self.add_argument("model", metavar="MODEL", help=text)
 
     def add_overrides(self) -> None:
         """Add `--section.key=value ...`: the namespace's `overrides`."""

@@ -16,6 +16,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -36,12 +37,19 @@ from torchxihe.components.checkpoint.manifest import (
     write_manifest,
 )
 from torchxihe.components.checkpoint.staging import Staging, describe_state, find_holders, share_of_this_rank
-from torchxihe.components.checkpoint.state import corruption_explained, dcp_errors, load_tensors, open_fitting
+from torchxihe.components.checkpoint.state import (
+    corruption_explained,
+    dcp_errors,
+    flat_state,
+    load_tensors,
+    open_fitting,
+)
 from torchxihe.components.checkpoint.storage import CorruptError, Location
 from torchxihe.components.checkpoint.tensor_files import TensorWriter
 from torchxihe.components.runtime import Ranks
-from torchxihe.config.options import Checkpoint
+from torchxihe.config.options import Checkpoint, Model
 from torchxihe.errors import UserError, explained
+from torchxihe.model.decoder import Decoder
 from torchxihe.utils.distributed import is_main
 
 log = logging.getLogger(__name__)
@@ -73,10 +81,12 @@ class Checkpointer:
         train_state: dict[str, Any],
         validation_loss: float | None = None,
         expected: Collection[str] | None = None,
+        make: Callable[[str], Tensor] | None = None,
     ) -> Location:
         """Save and commit `step`, unless it is committed already. Returns its directory.
 
         `expected`: names of tensors that some rank must have; None: every rank has the tensors of all ranks.
+        `make` makes each tensor, by its name, when it is written; those of `state` only describe them then.
         `train_state` is JSON. With mode "async" the values have been copied when this returns and are written later:
         `poll` raises the errors. Raises UserError when the disk is full, broken or read-only.
         """
@@ -97,8 +107,19 @@ class Checkpointer:
         if self.config.mode == "async":
             self._pending = self._thread.submit(self._write, directory, self._staging.copy(state), text, manifest)
         else:
-            self._write(directory, state, text, manifest)
+            self._write(directory, state, text, manifest, make)
         return directory
+
+    def save_model(self, step: int, model: Model, make: Callable[[str], Tensor], train_state: dict[str, Any]) -> None:
+        """Save a checkpoint of a model alone, in one process and with one tensor in memory at a time.
+
+        `make` gives a tensor by its name in `flat_state`: float32, on the host. Raises UserError as `save`, and what
+        `make` raises of it.
+        """
+        with torch.device("meta"):
+            decoder = Decoder(model, seq_len=2, dtype=torch.float32)
+        self.save(step, flat_state(decoder, None), train_state, make=make)
+        self.close()
 
     def poll(self) -> None:
         """Raise the error of a background save that has ended; does not wait."""
@@ -187,7 +208,14 @@ class Checkpointer:
 
         return self.ranks.on_main(read)
 
-    def _write(self, directory: Location, state: dict[str, Tensor], train_state: str, manifest: Manifest) -> None:
+    def _write(
+        self,
+        directory: Location,
+        state: dict[str, Tensor],
+        train_state: str,
+        manifest: Manifest,
+        make: Callable[[str], Tensor] | None = None,
+    ) -> None:
         """Write a step's files, each rank its own, and commit them. With mode "async", in the background thread."""
         # Only a local rename is atomic. In an object store the manifest, which is written last, commits.
         draft = directory.with_name(f"{directory.name}.tmp") if directory.local else directory
@@ -212,7 +240,7 @@ class Checkpointer:
 
         start = time.perf_counter()
         self.ranks.on_main(prepare)
-        writer = TensorWriter(draft)
+        writer = TensorWriter(draft, make)
         try:
             dcp_errors(lambda: dcp_save(state, storage_writer=writer, process_group=self.ranks.group))
         except OSError as error:

@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import torchxihe
 from torchxihe.components.checkpoint.export_tokenizer import write_tokenizer
-from torchxihe.components.checkpoint.manifest import read_manifest, step_flaws
-from torchxihe.components.checkpoint.saved_run import SavedRun
-from torchxihe.components.checkpoint.staging import describe_state
-from torchxihe.components.checkpoint.state import corruption_explained, flat_state, load_tensors, open_fitting
-from torchxihe.components.checkpoint.storage import CorruptError
+from torchxihe.components.checkpoint.manifest import read_manifest
+from torchxihe.components.checkpoint.saved_run import SavedRun, draft_of, open_weights
+from torchxihe.components.checkpoint.state import corruption_explained, flat_state
 from torchxihe.data.prepare.chat import Chat
 from torchxihe.data.tokenizer import read_meta
 from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
 from torchxihe.model.flops import parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
+from torchxihe.version import __version__
 
 SHARD_BYTES = 4 * 10**9
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -65,12 +63,6 @@ def export(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def draft_of(out: Path) -> Path:
-    """Where the folder `out` is written before it is renamed, complete, to its name."""
-    final = out.absolute()
-    return final.with_name(f".{final.name}.torchxihe")
-
-
 def _write_weights(
     saved: SavedRun, folder: Path, vocab_size: int, dtype: torch.dtype, shard_bytes: int, progress: Progress
 ) -> None:
@@ -83,17 +75,13 @@ def _write_weights(
         rows = [vocab_size] if key in ("model.embed_tokens.weight", "model.lm_head.weight") else tensor.shape[:1]
         shapes[key] = torch.Size([*rows, *tensor.shape[1:]])
     count = sum(shape.numel() for shape in shapes.values())
-    with corruption_explained(saved.step_dir):
-        total = sum(size for size, _ in read_manifest(saved.step_dir).files.values()) + count * dtype.itemsize
-        if flaws := step_flaws(saved.step_dir, progress=lambda more: progress(more, total)):
-            raise CorruptError("; ".join(flaws))
-    reader = open_fitting(saved.step_dir, describe_state(state), ("model",))
+    with corruption_explained(saved.place):
+        total = saved.size + count * dtype.itemsize
+    read = open_weights(saved, lambda more: progress(more, total))
 
     def tensors(keys: list[str]) -> Iterator[Tensor]:
         for key in keys:
-            full = torch.empty_like(state[key], device="cpu")
-            load_tensors({key: full}, reader, None)
-            tensor = full[: shapes[key][0]].to(dtype)
+            tensor = read(key)[: shapes[key][0]].to(dtype)
             yield tensor
             progress(tensor.nbytes, total)
 
@@ -185,7 +173,7 @@ def model_card(saved: SavedRun) -> str:
         facts["Precision"] = f"{config.training.dtype} on float32 weights"
     if saved.train_state.get("origin"):
         facts["Started from"] = saved.train_state["origin"]
-    loss = read_manifest(saved.step_dir).validation_loss
+    loss = read_manifest(saved.place).validation_loss if saved.is_step else None
     if loss is not None:
         best_by = config.checkpoint.best_by if config is not None else "sources"
         what = "held-out documents of the same sources" if best_by == "sources" else f"the validation set {best_by}"
@@ -193,7 +181,7 @@ def model_card(saved: SavedRun) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     name = saved.train_state["config"]["run"]["name"]
     kind = "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
-    made = f"with torchxihe {torchxihe.__version__}"
+    made = f"with torchxihe {__version__}"
     what = f"A base language model (`{kind}`), pre-trained {made}. It continues text; it has\nnot been tuned to follow"
     what, inputs = f"{what} instructions.", 'tokenizer("Once", return_tensors="pt")'
     if is_chat(saved):

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
-from torchxihe.components.checkpoint.export import draft_of, export
+from torchxihe.components.checkpoint.export import export
 from torchxihe.components.checkpoint.manifest import is_committed, step_of, steps_in
-from torchxihe.components.checkpoint.saved_run import open_saved
+from torchxihe.components.checkpoint.saved_run import draft_of, open_saved
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.config.options import Config
 from torchxihe.errors import UserError

@@ -216,17 +216,21 @@ def describe_change(option: str, was: Any, now: Any) -> list[str]:
     return lines or [f"{option} changes"]  # the order of tables, or options of another version
 
 
-def check_changes(config: Config) -> None:
-    """Raise UserError for what must not change since the run's newest checkpoint: before hours of preparing its data.
+def newest_train_state(config: Config) -> dict[str, Any] | None:
+    """The train_state of the run's newest checkpoint; None if there is none, or if it is damaged or unreadable.
 
-    A damaged or unreadable one is no error here: training will check it and may fall back to an older one.
+    That is no error here: training checks it, and may fall back to an older one.
     """
     try:
         newest = next((step for step in steps_in(checkpoints_of(config)) if is_committed(step)), None)
-        saved = read_train_state(newest) if newest else None
+        return read_train_state(newest) if newest else None
     except (CorruptError, OSError):
-        return
-    if saved:
+        return None
+
+
+def check_changes(config: Config) -> None:
+    """Raise UserError for what must not change since the newest checkpoint: before hours of preparing the data."""
+    if saved := newest_train_state(config):
         recorded_changes(saved["config"], config)
 
 

@@ -1,6 +1,7 @@
 """The tensors of a run by name, their comparison with a checkpoint's, and loading them."""
 
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,9 @@ def resolve(path: str | PathLike[str]) -> Location:
     place = Location(path)
     if place.is_link():
         place = Location(os.path.realpath(place))
+    if place.local and (place / "config.json").exists():
+        remedy = f"make a checkpoint of it: torchxihe import {shlex.quote(str(place))} --out DIR"
+        raise UserError(f"{place}: is a Hugging Face folder, such as an export, and no checkpoint; {remedy}")
     if step_of(place.name) >= 0 and place.is_dir():
         if not is_committed(place):
             reason = f"is marked {CORRUPT}" if CORRUPT in place.names() else f"has no {MANIFEST}"
@@ -179,12 +183,12 @@ def _some(names: list[str], most: int = 6) -> str:
 def dcp_errors(action: Callable[[], T]) -> T:
     """Call DCP, whose CheckpointException is not an Exception: raises OSError, CorruptError or RuntimeError instead.
 
-    The same on all ranks: DCP gathers the errors.
+    The same on all ranks: DCP gathers the errors. A UserError is raised as it is.
     """
     try:
         return action()
     except CheckpointException as error:
         for cause, _ in error.failures.values():
-            if isinstance(cause, (OSError, CorruptError)):
+            if isinstance(cause, (OSError, CorruptError, UserError)):
                 raise cause from None
         raise RuntimeError(str(error)) from None

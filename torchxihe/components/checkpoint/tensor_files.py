@@ -7,7 +7,7 @@ import os
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -16,9 +16,10 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _ReaderView
 from torch.futures import Future
 
@@ -99,9 +100,10 @@ class _View(_ReaderView):
 class TensorWriter(FileSystemWriter):
     """One file per rank, from one thread (DCP swallows the errors of more); no path is recorded inside."""
 
-    def __init__(self, directory: Location) -> None:
+    def __init__(self, directory: Location, make: Callable[[str], Tensor] | None = None) -> None:
+        """`make` makes each tensor, on the host, by its name; None: it is in the state that is saved."""
         super().__init__(directory, thread_count=1, sync_files=False)  # Location.create syncs
-        self._files = _Files()
+        self._files, self._make = _Files(), make
         self.fs: Any = self._files
         self.path: Any = directory
 
@@ -109,6 +111,21 @@ class TensorWriter(FileSystemWriter):
     def files(self) -> Files:
         """What this rank has written."""
         return self._files.written
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the plan's tensors. With `make` one at a time: DCP keeps all of a file in memory until its end."""
+        if self._make is None:
+            return super().write_data(plan, planner)
+        name, results = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}", []
+        with self.fs.create_stream(self.path / name, "wb") as stream:
+            for item in plan.items:
+                start = stream.tell()
+                torch.save(self._make(item.index.fqn).clone(), stream)  # of the tensor alone, not of all its storage
+                length = stream.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
     def storage_meta(self) -> StorageMeta | None:
         """None: DCP would record the directory, and the checkpoint may be moved."""

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,13 +23,26 @@ from torchxihe.data.loader import causal_pairs
 from torchxihe.data.order import Order
 from torchxihe.data.store import Prepared
 from torchxihe.data.tokenizer import load_tokenizer
+from torchxihe.kernels.select import select_kernels
 from torchxihe.model.flops import parameter_counts, training_flops
+from torchxihe.utils.device import default_device
 from torchxihe.utils.distributed import is_main
 from torchxihe.utils.words import BYTES, FLOPS, counted, duration, scaled
 
 WIDTH = 120
 """Columns of a line of the tables."""
 log = logging.getLogger(__name__)
+
+
+def versions(config: Config) -> str:
+    """Lines for `torchxihe --version`: Python, torch, CUDA, the GPUs, and the kernels of a run of `config` here."""
+    gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    platform = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none'}"
+    return (
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, {platform}\n"
+        f"GPU: {', '.join(f'{count} × {name}' for name, count in gpus.items()) or 'none'}\n"
+        f"kernels of {config.run.name}: {select_kernels(config, default_device()).describe()}"
+    )
 
 
 def report_start(

@@ -7,27 +7,46 @@ carry the loss, up to and including the special token that ends the turn. Where 
 
 import itertools
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from torchxihe.data.prepare.conversations import Message
 from torchxihe.data.prepare.render import BEGIN, END, Renderer, RenderError
-from torchxihe.data.prepare.rows import Problem, Row, column_problem, kind_of, listed
+from torchxihe.data.prepare.rows import Problem
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, Encoder, encodable, read_meta
 from torchxihe.errors import UserError
 from torchxihe.utils.records import DamagedError, read_bounded, read_record
-
-Message = dict[str, str]
-"""`role` ("system", "user" or "assistant") and `content`."""
-
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 LITERAL = "\ud802"
 """Before each character of a message that spells a special token. Like the marks BEGIN and END it is a lone surrogate,
 which no message has: `encodable` replaces them by question marks."""
 
 PROBE = [{"role": "user", "content": "some text"}, {"role": "assistant", "content": "more text"}]
+TOOL_PROBE = [
+    {"role": "user", "content": "some text"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": "x00000001", "function": {"name": "probe_call", "arguments": {}}}],
+    },
+    {"role": "tool", "name": "probe_call", "tool_call_id": "x00000001", "content": "probe_result"},
+    {"role": "assistant", "content": "more text"},
+]
+TOOL_PROBE_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "probe_tool",
+            "description": "none",
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        },
+    }
+]
+TOOL_PROBE_TEXTS = {"the tools": "probe_tool", "their calls": "probe_call", "their results": "probe_result"}
+"""What a template that knows tools writes of the probe."""
 
 
 class Part(NamedTuple):
@@ -38,47 +57,6 @@ class Part(NamedTuple):
     """Whether it is a special token that the template wrote."""
     loss: bool
     """Whether its tokens carry a loss."""
-
-
-def read_messages(row: Row, column: str) -> tuple[list[Message], Problem | None]:
-    """The conversation in `column` of a row, or [] and the reason why there is none.
-
-    A list of `{"role", "content"}`, or of ShareGPT's `{"from", "value"}` with "human" and "gpt".
-    """
-    if row.bad:
-        return [], Problem(row.bad)
-    value = row.columns.get(column)
-    if not isinstance(value, list):
-        return [], column_problem(row, column, "a list of messages")
-    messages = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            return [], Problem("a message is not an object", f"message {number} is {kind_of(message)}")
-        # Merged data sets have columns of both spellings, one of them empty.
-        role, content = (
-            message[a] if message.get(a) is not None else message.get(b)
-            for a, b in (("role", "from"), ("content", "value"))
-        )
-        if not isinstance(role, str) or role not in ROLES:
-            return [], Problem("a role is not system, user or assistant", _found(role, message, number))
-        if message.get("tool_calls"):
-            return [], Problem("a message calls tools, which is not supported", f"message {number}")
-        if not isinstance(content, str):
-            return [], Problem("the content of a message is not a string", _found(content, message, number))
-        messages.append({"role": ROLES[role], "content": content})
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        return [], Problem("no message has the role assistant", f"the roles are {listed(roles)}")
-    if roles[roles[0] == "system"] != "user":
-        return [], Problem("the first message is not the user's", f"the roles are {listed(roles)}")
-    return messages, None
-
-
-def _found(value: object, message: dict[str, Any], number: int) -> str:
-    """What a message has instead of what is wanted."""
-    if value is None:
-        return f"message {number} has {listed(name for name in message if message[name] is not None)}"
-    return f"message {number}: {repr(value[:40]) if isinstance(value, str) else kind_of(value)}"
 
 
 class Chat:
@@ -125,15 +103,18 @@ class Chat:
             )
         return found[0]
 
-    def parts(self, messages: list[Message]) -> tuple[list[Part], Problem | None]:
+    def parts(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[Part], Problem | None]:
         """The conversation as the template renders it, in order; or [] and why it cannot be rendered.
 
         Raises UserError if the template exceeds a limit of time, memory or length.
         """
-        literal = [{**message, "content": self._literal(message["content"])} for message in messages]
-        answers = [i for i, message in enumerate(literal) if message["role"] == "assistant"]
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         try:
-            text, starts = self._renderer(literal, answers=answers)
+            if lost := self._unwritten(messages, tools):
+                return [], Problem("the chat template does not write tools", f"it leaves out {lost}")
+            text, starts = self._renderer(self._literal(messages), answers=answers, tools=self._literal(tools))
             if BEGIN in text:
                 pieces = enumerate(re.split(f"[{BEGIN}{END}]", text))  # unmarked and marked text alternate
                 return [part for i, piece in pieces for part in self._split(piece, loss=i % 2 == 1)], None
@@ -161,9 +142,8 @@ class Chat:
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids that end where the assistant's answer to `messages` begins. Raises UserError."""
-        literal = [{**message, "content": self._literal(message["content"])} for message in messages]
         try:
-            text, _ = self._renderer(literal, prompt=True)
+            text, _ = self._renderer(self._literal(messages), prompt=True)
         except RenderError as error:
             raise UserError(f"the chat template refuses the conversation: {error}") from None
         return self.encode(self._split(re.sub(f"[{BEGIN}{END}]", "", text), loss=False))[0].tolist()
@@ -176,9 +156,29 @@ class Chat:
             raise _UnusableError(f"a turn of the assistant does not end with {self._end}")
         return parts[: last + 1] + [part._replace(loss=False) for part in parts[last + 1 :]]
 
-    def _literal(self, text: str) -> str:
-        """`text` with marks inside of the special tokens that it spells, so that they are encoded as text."""
-        return self._special.sub(lambda found: "".join(LITERAL + char for char in found[0]), encodable(text))
+    def _unwritten(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+        """What of the tools in a conversation the template leaves out; "" if nothing."""
+        roles = {message["role"] for message in messages}
+        has = tools, any("tool_calls" in message for message in messages), "tool" in roles
+        if not any(has):
+            return ""
+        return ", ".join(what for what, here in zip(TOOL_PROBE_TEXTS, has, strict=True) if here and what in self._lost)
+
+    @cached_property
+    def _lost(self) -> list[str]:
+        """What the template leaves out of `TOOL_PROBE`."""
+        text, _ = self._renderer(TOOL_PROBE, tools=TOOL_PROBE_TOOLS)
+        return [what for what, written in TOOL_PROBE_TEXTS.items() if written not in text]
+
+    def _literal(self, value: Any) -> Any:
+        """`value` with marks inside of the special tokens that its texts spell, so that they are encoded as text."""
+        if isinstance(value, dict):
+            return {self._literal(key): self._literal(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [self._literal(entry) for entry in value]
+        if not isinstance(value, str):
+            return value
+        return self._special.sub(lambda found: "".join(LITERAL + char for char in found[0]), encodable(value))
 
     def _split(self, text: str, loss: bool) -> list[Part]:
         """`text` cut at its special tokens, without the marks of `_literal`."""

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from torchxihe.config.options import Documents
 from torchxihe.data.manifests import SPLITS, Shard, Split
-from torchxihe.data.prepare.chat import Chat, read_messages
+from torchxihe.data.prepare.chat import Chat
+from torchxihe.data.prepare.conversations import columns_of, read_conversation
 from torchxihe.data.prepare.readers import read_rows
-from torchxihe.data.prepare.rows import Piece, Problem, Row, Template
+from torchxihe.data.prepare.rows import Columns, Piece, Problem, Row, Template
 from torchxihe.data.prepare.shard_writer import ShardWriter, committed_shard
 from torchxihe.data.prepare.token_files import read_chunks, read_format
 from torchxihe.data.tokenizer import Encoder, windows
@@ -171,7 +172,7 @@ class _Texts:
         self._begin = [np.array([job.bos_id], np.uint32)] if job.bos_id >= 0 else []
         self._end = [np.array([job.eos_id], np.uint32)]
         self._read, self._exactly = 0, False
-        self.columns = self._template.columns
+        self.columns = Columns(self._template.columns)
 
     def document(self, row: Row) -> tuple[_Document | None, Problem | None]:
         """The row's document, or None and the reason why there is none; (None, None) if it is empty."""
@@ -197,15 +198,15 @@ class _Chats:
         self._chat = _chat(job.tokenizer)
         self._column = job.source.messages
         self._eos_id = job.eos_id
-        self.columns = [self._column]
+        self.columns = columns_of(self._column)
 
     def document(self, row: Row) -> tuple[_Document | None, Problem | None]:
         """The row's document, or None and the reason why there is none."""
-        messages, problem = read_messages(row, self._column)
+        conversation, problem = read_conversation(row, self._column)
         if problem:
             return None, problem
         try:
-            parts, problem = self._chat.parts(messages)
+            parts, problem = self._chat.parts(*conversation)
         except UserError as error:
             raise UserError(f"{error}; at {row.where}") from None
         if problem:
@@ -226,7 +227,8 @@ def _encode_shard(job: Job) -> Shard:
     documents = _Chats(job) if job.chat else _Texts(job)
     dropped, bad, examples, rows = Counter[str](), Counter[str](), {}, 0
     with ShardWriter(job.store, job.name, job.dtype, ("bin", "idx", "msk") if job.chat else ("bin", "idx")) as writer:
-        for row in chain.from_iterable(read_rows(p, documents.columns, job.source, job.key) for p in job.pieces):
+        needed, optional = documents.columns
+        for row in chain.from_iterable(read_rows(p, needed, job.source, job.key, optional) for p in job.pieces):
             rows += 1
             document, problem = documents.document(row)
             if problem:

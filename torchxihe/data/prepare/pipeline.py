@@ -30,12 +30,13 @@ from torchxihe.data.manifests import (
     write_sealed,
 )
 from torchxihe.data.order import Order, check_epochs, plan_stages
-from torchxihe.data.prepare.chat import Chat, read_messages
+from torchxihe.data.prepare.chat import Chat
+from torchxihe.data.prepare.conversations import columns_of, read_conversation
 from torchxihe.data.prepare.encode import Job, check_bad_rows, run_jobs
 from torchxihe.data.prepare.obtain_tokenizer import obtain
 from torchxihe.data.prepare.readers import read_rows
 from torchxihe.data.prepare.row_index import write_row_index
-from torchxihe.data.prepare.rows import Piece, Row, Template
+from torchxihe.data.prepare.rows import Columns, Piece, Row, Template
 from torchxihe.data.prepare.sources import cut_shards, find_pieces, source_name
 from torchxihe.data.store import (
     Prepared,
@@ -202,19 +203,19 @@ def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
 def _sample(plan: Plan, most: int) -> Iterator[str]:
     """Texts of a source's documents, `most` bytes in total, from shards spread evenly over it; long ones are cut."""
     template = Template(plan.source.template)
-    columns = [plan.source.messages] if plan.chat else template.columns
+    columns = columns_of(plan.source.messages) if plan.chat else Columns(template.columns)
 
     def text_of(row: Row) -> str:
         if not plan.chat:
             return template.text(row)[0]
-        return "\n".join(message["content"] for message in read_messages(row, plan.source.messages)[0])
+        return "\n".join(message["content"] for message in read_conversation(row, plan.source.messages)[0].messages)
 
     count = min(len(plan.shards), SAMPLED_SHARDS)
     share = most // count
     for i in range(count):
         left = share
         for piece in plan.shards[i * len(plan.shards) // count]:
-            for row in read_rows(piece, columns, plan.source, plan.key):
+            for row in read_rows(piece, columns.needed, plan.source, plan.key, columns.optional):
                 text = text_of(row)
                 text = text[: max(1, share // 4)].encode("utf-8", "ignore")[:left].decode("utf-8", "ignore")
                 left -= len(text.encode())

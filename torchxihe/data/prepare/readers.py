@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 from torchxihe.config.options import Documents
 from torchxihe.data.prepare.docstrings import docstring_rows
 from torchxihe.data.prepare.hub import load_hub
-from torchxihe.data.prepare.rows import Piece, Row, listed
+from torchxihe.data.prepare.rows import Columns, Piece, Row, listed
 from torchxihe.errors import UserError, explained
 from torchxihe.utils.records import DamagedError, open_regular
 from torchxihe.utils.words import counted
@@ -38,10 +38,13 @@ LONGEST_DOCUMENT = 2**30
 most. It bounds the memory for reading, also of a small compressed file that expands to more than the machine has."""
 
 
-def read_rows(piece: Piece, columns: list[str], source: Documents, key: str) -> Iterator[Row]:
-    """The rows of `piece`, with at least `columns`. `key`: "data.sources.N", for error messages.
+def read_rows(
+    piece: Piece, columns: list[str], source: Documents, key: str, optional: Sequence[str] = ()
+) -> Iterator[Row]:
+    """The rows of `piece`, with at least `columns`, and `optional` ones if they are there (`Columns`).
 
-    Raises UserError if the file cannot be read; a row that cannot be read has `bad`.
+    `key`: "data.sources.N", for error messages. Raises UserError if the file cannot be read; a row that cannot be read
+    has `bad`.
     """
     readers = {
         "text": _read_text,
@@ -56,7 +59,7 @@ def read_rows(piece: Piece, columns: list[str], source: Documents, key: str) -> 
         if piece.format == "stream":
             yield from _read_stream(piece, source)
         else:
-            yield from readers[piece.format](piece, columns)
+            yield from readers[piece.format](piece, Columns(columns, optional))
     except UserError as error:
         raise UserError(f"{key}.{error}") from error
     except DamagedError as error:
@@ -106,7 +109,7 @@ def _decode(data: bytes, where: str) -> Row:
         return Row(f"{where}, byte {error.start}", {}, "not UTF-8")
 
 
-def _read_text(piece: Piece, columns: list[str]) -> Iterator[Row]:
+def _read_text(piece: Piece, columns: Columns) -> Iterator[Row]:
     """A file is one document; a byte-order mark (BOM) at its beginning is dropped."""
     with _open(piece.path) as file:
         data = file.read(LONGEST_DOCUMENT + 1)
@@ -138,7 +141,7 @@ def _lines(piece: Piece) -> Iterator[tuple[str, bytes]]:
             at += len(line)
 
 
-def _read_lines(piece: Piece, columns: list[str]) -> Iterator[Row]:
+def _read_lines(piece: Piece, columns: Columns) -> Iterator[Row]:
     """A line is a document."""
     for where, line in _lines(piece):
         yield _decode(line, where)
@@ -150,7 +153,7 @@ def is_json_array(path: str) -> bool:
         return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
-def _read_json(piece: Piece, columns: list[str]) -> Iterator[Row]:
+def _read_json(piece: Piece, columns: Columns) -> Iterator[Row]:
     """JSON lines, or one array of objects."""
     if not piece.start and is_json_array(piece.path):
         with _open(piece.path) as file:
@@ -212,7 +215,7 @@ def _object(value: Any, where: str) -> Row:
     return Row(where, value) if isinstance(value, dict) else Row(where, {}, "not a JSON object")
 
 
-def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
+def _read_csv(piece: Piece, columns: Columns) -> Iterator[Row]:
     """CSV, or TSV without quoting, with a header; every value is a string.
 
     A row of another width than the header is bad. A quote that is never closed is an error of the file. This is not
@@ -271,18 +274,23 @@ def _read_csv(piece: Piece, columns: list[str]) -> Iterator[Row]:
             _check_columns(columns, header, piece.path)
 
 
-def _check_columns(columns: list[str], have: list[str], path: str) -> None:
-    """Raise UserError unless a table with the columns `have` has `columns`, each of its names once."""
-    for name in columns:
+def _check_columns(columns: Columns, have: list[str], path: str) -> list[str]:
+    """Those of `columns` that a table with the columns `have` has.
+
+    Raises UserError if a needed one is missing, or if two have one name.
+    """
+    found = [name for name in (*columns.needed, *columns.optional) if name in have]
+    for name in columns.needed or (columns.optional[:1] if not found else []):
         if name not in have:
             why = f"there is no column {name!r}; there are {listed(have)}"
             raise UserError(f"path: {path}: {why}; name one of them in template (chat: messages)")
     for name, count in Counter(have).items():
         if name and count > 1:
             raise UserError(f"path: {path}: two columns are named {name!r}; rename one of them")
+    return found
 
 
-def _read_docstrings(piece: Piece, columns: list[str]) -> Iterator[Row]:
+def _read_docstrings(piece: Piece, columns: Columns) -> Iterator[Row]:
     """Python files as conversations."""
     for file in _read_text(piece, columns):
         yield from docstring_rows(file)
@@ -350,22 +358,22 @@ def _table_row(where: str, values: dict[str, Any] | None) -> Row:
     return Row(where, {}, "not UTF-8") if values is None else Row(where, values)
 
 
-def _read_parquet(piece: Piece, columns: list[str]) -> Iterator[Row]:
+def _read_parquet(piece: Piece, columns: Columns) -> Iterator[Row]:
     """Parquet, a range of row groups."""
     import pyarrow.parquet as pq  # slow, and only for this format
 
     with _pyarrow_errors(), pq.ParquetFile(piece.path) as file:
-        _check_columns(columns, file.schema_arrow.names, piece.path)
+        names = _check_columns(columns, file.schema_arrow.names, piece.path)
         groups = range(piece.start, file.num_row_groups if piece.end < 0 else piece.end)
         for group in groups:
             row = 0
-            for batch in file.iter_batches(256, row_groups=[group], columns=columns):
+            for batch in file.iter_batches(256, row_groups=[group], columns=names):
                 for values in _values(batch):
                     yield _table_row(f"{piece.path}, row {row} of row group {group}", values)
                     row += 1
 
 
-def _read_arrow(piece: Piece, columns: list[str]) -> Iterator[Row]:
+def _read_arrow(piece: Piece, columns: Columns) -> Iterator[Row]:
     """Arrow, a range of record batches."""
     import pyarrow as pa  # slow, and only for this format
 
@@ -375,11 +383,11 @@ def _read_arrow(piece: Piece, columns: list[str]) -> Iterator[Row]:
                 continue
             if 0 <= piece.end <= i:
                 return
-            _check_columns(columns, batch.schema.names, piece.path)
-            for column in batch.select(columns).columns:
+            names = _check_columns(columns, batch.schema.names, piece.path)
+            for column in batch.select(names).columns:
                 _check_offsets(column)
             for start in range(0, batch.num_rows, 256):
-                for row, values in enumerate(_values(batch.select(columns).slice(start, 256))):
+                for row, values in enumerate(_values(batch.select(names).slice(start, 256))):
                     yield _table_row(f"{piece.path}, row {start + row} of batch {i}", values)
 
 

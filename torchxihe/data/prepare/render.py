@@ -62,7 +62,11 @@ class Renderer:
         self._ask([template, names, SECONDS])
 
     def __call__(
-        self, messages: list[dict[str, str]], prompt: bool = False, answers: Sequence[int] = ()
+        self,
+        messages: list[dict[str, Any]],
+        prompt: bool = False,
+        answers: Sequence[int] = (),
+        tools: list[dict[str, Any]] | None = None,
     ) -> tuple[str, list[int]]:
         """The rendered text, and where the messages `answers` (indices) begin in it: at the end of the prompt for each
         (-1: the text does not begin with that prompt). If the text has generation marks, this list is empty.
@@ -70,7 +74,7 @@ class Renderer:
         `prompt`: end with the prompt for an answer. Raises RenderError for an error of the template, and UserError if
         it exceeds a limit.
         """
-        text, starts = self._ask([messages, prompt, answers])
+        text, starts = self._ask([messages, prompt, answers, tools])
         return text, starts
 
     def _ask(self, request: object) -> Any:
@@ -144,12 +148,15 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """`transformers`' filter; that of jinja2 escapes characters for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+    """`transformers`' filter; that of jinja2 escapes characters for HTML. `chat.LITERAL` stays a mark."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent).replace("\\ud802", "\ud802")
 
 
-def _compile(source: str, names: dict[str, Any]) -> Callable[[list[dict[str, str]], bool], str]:
-    """The template as a function of messages and `add_generation_prompt`."""
+Render = Callable[[list[dict[str, Any]], bool, list[dict[str, Any]] | None], str]
+
+
+def _compile(source: str, names: dict[str, Any]) -> Render:
+    """The template as a function of messages, `add_generation_prompt` and tools."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -157,25 +164,26 @@ def _compile(source: str, names: dict[str, Any]) -> Callable[[list[dict[str, str
     environment.globals["raise_exception"] = _raise_exception
     template = environment.from_string(source)
 
-    def render(messages: list[dict[str, str]], prompt: bool) -> str:
-        return template.render(messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **names)
+    def render(messages: list[dict[str, Any]], prompt: bool, tools: list[dict[str, Any]] | None) -> str:
+        return template.render(messages=messages, add_generation_prompt=prompt, tools=tools, documents=None, **names)
 
     return render
 
 
 def _render(
-    render: Callable[[list[dict[str, str]], bool], str],
+    render: Render,
     seconds: int,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     prompt: bool,
     answers: list[int],
+    tools: list[dict[str, Any]] | None,
 ) -> tuple[str, list[int]]:
     """See `Renderer.__call__`. Ends the process if a text is too long, or takes too long."""
-    most = CHARACTERS + CHARACTERS_PER_CHARACTER * sum(len(message["content"]) for message in messages)
+    most = CHARACTERS + CHARACTERS_PER_CHARACTER * len(json.dumps([messages, tools], ensure_ascii=False))
 
-    def limited(messages: list[dict[str, str]], prompt: bool) -> str:
+    def limited(messages: list[dict[str, Any]], prompt: bool) -> str:
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        text = render(messages, prompt)
+        text = render(messages, prompt, tools)
         if len(text) > most:
             os._exit(_TOO_LONG)
         return text

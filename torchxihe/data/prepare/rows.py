@@ -1,7 +1,7 @@
 """Rows of an input, the pieces in which inputs are read, and templates that turn a row into text."""
 
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +40,14 @@ class Row:
     columns: dict[str, Any]
     bad: str = ""
     """Why it could not be read: one of a few fixed texts, by which bad rows are counted. "": it could."""
+
+
+class Columns(NamedTuple):
+    """The columns that are read of a table."""
+
+    needed: list[str]
+    optional: Sequence[str] = ()
+    """Read if they are there. Without a needed one, at least one of these must be."""
 
 
 class Problem(NamedTuple):
