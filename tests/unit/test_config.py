@@ -623,6 +623,15 @@ def test_degrees_of_model_parallelism_that_do_not_fit(flags: str, world_size: in
     assert any(found.startswith("--parallelism") and line in found for found in str(error.value).splitlines())
 
 
+def test_rows_that_pytorch_would_mislay_are_refused() -> None:
+    """Seen to end in a traceback: 4,097 rows are 2,049 and 2,048, and over four ranks 510 and 512 at the end."""
+    flags = ["--parallelism.tp=2", "--parallelism.dp_shard=4", "--model.vocab_size=4097"]
+    with pytest.raises(UserError, match=r"model.vocab_size: 4097 rows cannot .* then over .* = 4 .* multiple of 8"):
+        load_config(DEBUG, flags, 8)
+    for size in (4096, 4098, 4101):
+        load_config(DEBUG, [*flags[:2], f"--model.vocab_size={size}"], 8)
+
+
 @pytest.mark.parametrize(
     ("flags", "data_ranks", "rows"),
     [

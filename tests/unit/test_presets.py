@@ -33,7 +33,10 @@ def test_a_name_is_the_preset_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     Path("own.toml").write_text('extends = "xihe_120m_llama"\n[training]\nsteps = 3\n')
     own = load_config("own.toml")
     assert own.model == by_path["xihe_120m_llama"].model and (own.training.steps, own.run.name) == (3, "own")
-    for name, line in (("xihe_debg", "did you mean xihe_debug?"), ("other", "there are llama_1b, llama_70b, llama_8b, ")):
+    for name, line in (
+        ("xihe_debg", "did you mean xihe_debug?"),
+        ("other", "there are llama_1b, llama_70b, "),
+    ):
         with pytest.raises(UserError, match=f"^{name}: no such file; {line}"):
             load_config(name)
     Path("xihe_debug").write_text("[model]")

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from torchxihe.config.options import Config, Documents, Parallelism, Source, documents_of
+from torchxihe.config.options import Config, Documents, Model, Parallelism, Source, documents_of
 from torchxihe.errors import UserError
 from torchxihe.utils.words import counted
 
@@ -203,7 +203,15 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
             option = given[1] if given else "dp_replicate" if parallelism.dp_shard == -1 else "dp_shard"
             yield True, f"parallelism.{option}", str(error)
         else:
-            data, pp = math.prod(data_degrees(parallelism, world_size)), parallelism.pp
+            degrees, pp = data_degrees(parallelism, world_size), parallelism.pp
+            data, shards = math.prod(degrees), degrees[1] * parallelism.cp
+            for option, size in (("model.vocab_size", model.vocab_size), *_divided_rows(model)):
+                yield (
+                    _is_cut_unevenly(size, tp, shards),
+                    option,
+                    f"{size} rows cannot be divided over parallelism.tp = {tp} and then over dp_shard × cp = {shards} "
+                    f"by PyTorch; use a multiple of {tp * shards}",
+                )
             sizes = [config.training.global_batch_size, *(size for size, _ in config.training.batch_ramp)]
             multiple = ", and the interleaved schedule a multiple of pp" * (parallelism.pp_schedule == "interleaved")
             yield (
@@ -262,6 +270,27 @@ def _pipeline_parallelism(config: Config) -> Iterator[Finding]:
         f'must be {"at least 2" if interleaved else "1"} with pp_schedule = "{parallelism.pp_schedule}", '
         f"got {per_rank}",
     )
+
+
+def _divided_rows(model: Model) -> Iterator[tuple[str, int]]:
+    """What decides the rows of each matrix that tensor parallelism divides by rows, and their number."""
+    yield "model.num_attention_heads", model.num_attention_heads * model.head_dim
+    yield "model.num_key_value_heads", model.num_key_value_heads * model.head_dim
+    yield "model.intermediate_size", model.intermediate_size
+
+
+def _is_cut_unevenly(rows: int, tp: int, shards: int) -> bool:
+    """Whether DTensor (torch 2.13) takes FSDP2's shards of tensor parallelism's parts for others than they are.
+
+    It assumes that the parts of a rank of FSDP2, laid end to end, are divided over tp as any tensor is.
+    """
+
+    def cut(size: int, parts: int) -> list[int]:
+        most = -(-size // parts)
+        return [max(0, min(most, size - part * most)) for part in range(parts)]
+
+    of_ranks = zip(*(cut(part, shards) for part in cut(rows, tp)), strict=True)
+    return tp > 1 and shards > 1 and any(list(sizes) != cut(sum(sizes), tp) for sizes in of_ranks)
 
 
 def micro_batch_limit(config: Config, data_ranks: int) -> int:
