@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from clock import timed
+from clock import exposed_share, timed
 
 from torchxihe.components.runtime.micro_batch import fit_micro_batch
 from torchxihe.config.load import load_config
@@ -85,9 +85,10 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
     if isinstance(loader, Loader):
         loader.read_counts()
     seconds = timed(step, steps, device)
+    alone = exposed_share(step, 3, device) if world_size() > 1 else None
     loss = trainer.sums.read()["loss"]
     if isinstance(loader, Loader):
-        pairs = loader.read_counts()[2] // steps
+        pairs = loader.read_counts()[2] // (steps + (3 if alone is not None else 0))
         loader.close()
     else:
         pairs = next(loader).pairs * trainer.accumulation
@@ -115,6 +116,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         "step_ms": round(1e3 * median, 2),
         "step_ms_p10": round(1e3 * float(np.quantile(seconds, 0.1)), 2),
         "step_ms_p90": round(1e3 * float(np.quantile(seconds, 0.9)), 2),
+        "exposed_communication": None if alone is None else round(alone, 4),
         "compile_seconds": round(max(first_step - median, 0.0), 1),
         "seconds_to_first_step": round(to_first_step, 1),
         "loss": round(loss, 4),
@@ -147,9 +149,12 @@ def print_table(result: dict[str, Any]) -> None:
             "start",
             f"{result['seconds_to_first_step']} s to the first step, {result['compile_seconds']} of it compiling",
         ),
+        ("communication", f"{percent(result['exposed_communication'])} of a step alone on rank 0's GPU"),
         ("loss", f"{result['loss']}"),
     ]
     for name, value in rows:
+        if name == "communication" and result["exposed_communication"] is None:
+            continue  # one process, or no GPU
         print(f"{name:13} {value}")
 
 
