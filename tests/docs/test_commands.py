@@ -82,9 +82,9 @@ def test_the_exceptions_are_commands_of_the_documents() -> None:
 SHRUNK: dict[str, dict[str, Any]] = {
     "model": {
         "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
         "head_dim": 16,
         "intermediate_size": 64,
         "vocab_size": 512,
