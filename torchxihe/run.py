@@ -43,7 +43,7 @@ from torchxihe.config.options import Config
 from torchxihe.data.loader import Loader
 from torchxihe.data.order import Order, Stage, changed_sources, check_epochs, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
-from torchxihe.errors import UserError, explained
+from torchxihe.errors import LostPeerError, UserError, explained
 from torchxihe.model.flops import training_flops
 from torchxihe.parallelisms.compile import compiles
 from torchxihe.parallelisms.dims import build_dims
@@ -57,8 +57,11 @@ from torchxihe.utils.words import counted
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> None:
-    """Train `config` to its horizon, from the newest checkpoint of the run if there is one."""
+def run(config: Config) -> bool:
+    """Train `config` to its horizon, from the newest checkpoint of the run if there is one.
+
+    Whether it is finished; if not, it was asked to stop, and has saved.
+    """
     limits = config.training.init_timeout, config.training.step_timeout
     # Collectives time out after the watchdog, whose report says more.
     timeout = max(limits) + 60 if all(limits) else 7 * 86_400
@@ -69,13 +72,13 @@ def run(config: Config) -> None:
             share_run_directory(config.run_dir, ranks)
             files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
             with files, Stop(watchdog, config.training.time_limit) as stop, run_locks(config, ranks):
-                _run(config, device, stop, watchdog)
+                return _run(config, device, stop, watchdog)
     except OSError as error:  # missing data, a full disk: a traceback would not help
         raise explained(error) from error
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's messages
             raise
-        raise UserError("another rank exited; see its last message for the reason") from error
+        raise LostPeerError("another rank exited; see its last message for the reason") from error
 
 
 @contextmanager
@@ -142,8 +145,8 @@ def is_finished(config: Config, saved: dict[str, Any]) -> bool:
     return saved["step"] >= resumed(config, saved).total_steps
 
 
-def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> None:
-    """Find the start, build the trainer, and train."""
+def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -> bool:
+    """Find the start, build the trainer, and train; whether the run is finished."""
     dims = build_dims(config.parallelism)
     check_memory(config, device, dims.size("copy"), dims.size("data"), dims.size("world"))
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
@@ -156,7 +159,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         log.info("%s is finished (%s).", config.run_dir, counted(saved["step"], "step"))
         longer = f"a larger --training.{config.horizon}=N"
         log.info("Continue it with %s, or start another run with --run.name=NAME.", longer)
-        return
+        return True
     prepared = open_prepared(config)
     history = History(config, prepared.tokenizer_dir)
     if saved is not None and start.directory is not None:
@@ -200,10 +203,11 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         log.info(
             "stopped after step %d (%s), checkpoint saved; run the same command to resume", trainer.step, stop.reason
         )
-        return
+        return False
     log_sample(trainer, prepared)
     if is_main():
         report_end(config)
+    return True
 
 
 def describe_run(config: Config, prepared: Prepared) -> None:

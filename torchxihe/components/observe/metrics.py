@@ -17,6 +17,7 @@ from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch
 from torchxihe.utils.device import host_memory_gib, memory_gib, peak_flops
 from torchxihe.utils.distributed import all_gather_object
+from torchxihe.utils.files import write_bytes
 from torchxihe.utils.words import duration
 
 METRICS = "metrics.jsonl"
@@ -78,6 +79,7 @@ class MetricsWriter:
     def __init__(self, config: Config, step: int) -> None:
         """`step`: the number of steps already taken."""
         self.total_steps = config.total_steps
+        _forget_steps_after(step, config.run_dir / METRICS)
         # Unbuffered: what could not be written to a full disk is not tried again when the file is closed.
         self.file = (config.run_dir / METRICS).open("ab+", buffering=0)
         if self.file.tell():
@@ -140,6 +142,26 @@ class MetricsWriter:
         """Close the file and the trackers."""
         self.file.close()
         self.trackers.close()
+
+
+def _forget_steps_after(step: int, path: Path) -> None:
+    """Remove the last lines of a `metrics.jsonl` that are of later steps than `step`: these steps are repeated."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = len(lines)
+    while kept and _step_of(lines[kept - 1]) > step:
+        kept -= 1
+    if kept < len(lines):
+        write_bytes(path, b"".join(lines[:kept]))
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return 0
+    return step if isinstance(step, int | float) else 0
 
 
 def usage(device: torch.device, flops_per_second: float) -> dict[str, float]:
