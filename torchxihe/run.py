@@ -3,6 +3,7 @@
 import gc
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torchxihe.components.checkpoint.state import resolve
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.components.observe import (
     MetricsWriter,
+    Noted,
     Profiler,
     Window,
     compiling,
@@ -191,21 +193,26 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog) -
         shards=dims.size("copy"),
     )
     warn_of_few_rows(config, prepared)
+    hosts = checkpointer.ranks.gather(socket.gethostname)
     checkpointer.ranks.on_main(lambda: describe_run(config, prepared))
+    noted = Noted(config.run_dir) if is_main() else None
+    checkpointer.ranks.each(lambda: noted and noted.start(trainer.step, hosts))
     with memory_explained(config), Exporter(config, checkpointer) as exporter:
         Loop(trainer, order, prepared, history, checkpointer, stop, watchdog).run()
         if trainer.step < config.total_steps:
             exporter.cancel()
         watchdog.begin("exports", slow=True)
     if trainer.step < config.total_steps:
-        if is_main():
+        if noted:
+            noted.end(trainer.step, stop.reason)
             (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")
         log.info(
             "stopped after step %d (%s), checkpoint saved; run the same command to resume", trainer.step, stop.reason
         )
         return False
     log_sample(trainer, prepared)
-    if is_main():
+    if noted:
+        noted.end(trainer.step, "finished")
         report_end(config)
     return True
 

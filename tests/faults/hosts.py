@@ -15,11 +15,6 @@ import pytest
 
 ROUTER = "10.77.0.254"
 REPOSITORY = Path(__file__).parents[2]
-STORE = """
-import time, torch.distributed
-store = torch.distributed.TCPStore("0.0.0.0", 29500, is_master=True, wait_for_workers=False)
-time.sleep(1e6)
-"""
 SITE = """
 import os, sys, time
 if shift := float(os.environ.get("CLOCK_SHIFT", "0")):
@@ -146,7 +141,9 @@ class Network:
 
     def start_store(self) -> None:
         """A store for the rendezvous, outside the hosts."""
-        self._store = subprocess.Popen(["ip", "netns", "exec", self.router, sys.executable, "-c", STORE])
+        self._store = subprocess.Popen(
+            ["ip", "netns", "exec", self.router, sys.executable, str(REPOSITORY / "cluster" / "store.py")]
+        )
 
     def logs(self) -> str:
         """Of all hosts."""

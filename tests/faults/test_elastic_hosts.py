@@ -6,11 +6,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.harness import Workspace, token_ledger
-from tests.faults.hosts import Host, Network, needs_namespaces
+from tests.faults.hosts import Host, Network, needs_namespaces, run
+from torchxihe.commands.status import read_status
 
 pytestmark = [needs_namespaces, pytest.mark.timeout(3600)]
 LIMIT_SECONDS = 60
@@ -39,6 +41,13 @@ def rows_of_steps(folder: Path) -> dict[int, str]:
                 for g, digest in entry["rows"].items():
                     assert rows.setdefault(int(g), digest) == digest, f"step {entry['step']} saw another sample {g}"
     return token_ledger(steps)
+
+
+def read_status_of(workspace: Workspace) -> dict[str, Any]:
+    """What `torchxihe status --json` prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.root)
+        return read_status(Path("runs/config"))
 
 
 class Story:
@@ -116,3 +125,45 @@ def test_random_losses_and_returns(
     assert rows_of_steps(network.folder) == token_ledger(unbroken(1, *flags).ledger())
     lines = [json.loads(line) for line in (workspace.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    status = read_status_of(workspace)
+    assert status["state"] == "finished" and status["step"] == steps and len(status["hosts"]) == 4
+    assert status["starts"] > losses and 0 < status["goodput"] < 1
+    print({key: status[key] for key in ("starts", "elapsed_seconds", "goodput")})
+
+
+def test_a_launcher_that_is_killed_at_the_end(network: Network, workspace: Workspace) -> None:
+    """Its workers end at once; the others end well and do not wait for it. Seen to wait 300 s with torchrun's agent."""
+    (workspace.root / "slow").unlink()
+    flags = ("--training.steps=20",)
+    for host in network.hosts[:2]:
+        host.start(*flags, **ELASTIC | {"NNODES": "1:2"})
+    victim, other = network.hosts[:2]
+    while not list((workspace.run_dir / "checkpoints").glob("step-00000020")):
+        time.sleep(0.01)
+        assert victim.process and victim.process.poll() is None, network.logs()
+    assert victim.process
+    victim.process.kill()
+    begun = time.time()
+    while run("ip", "netns", "pids", victim.namespace).split():
+        assert time.time() - begun < 5, "its workers live on"
+        time.sleep(0.1)
+    code = other.wait(120)
+    print(f"exit code {code} after {time.time() - begun:.0f} s")
+    assert code == 0, network.logs()
+
+
+def test_a_host_that_is_asked_to_stop_leaves(network: Network, workspace: Workspace) -> None:
+    """It saves with the others and exits with 0; they continue. Seen to fail with exit code 0 of the workers: all end."""
+    flags = ("--training.steps=100",)
+    begun = time.time()
+    for host in network.hosts[:3]:
+        host.start(*flags, **ELASTIC)
+    network.wait_for_step(begun, 120, world=3)
+    begun = time.time()
+    assert network.hosts[1].process
+    network.hosts[1].process.send_signal(signal.SIGTERM)
+    assert network.hosts[1].wait(60) == 0, network.logs()
+    print(f"two hosts continue after {network.wait_for_step(begun, LIMIT_SECONDS, world=2):.0f} s")
+    (workspace.root / "slow").unlink()
+    assert [network.hosts[i].wait(120) for i in (0, 2)] == [0, 0], network.logs()
+    assert "host host2 has left the run" in network.hosts[1].text

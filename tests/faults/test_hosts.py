@@ -21,18 +21,19 @@ def network(workspace: Workspace) -> Iterator[Network]:
     made.close()
 
 
-def start(network: Network, *args: str, second: tuple[str, ...] = (), **env: str) -> None:
-    """On both hosts, with host 1 as the endpoint, by its name; `env` for host 2."""
+def start(network: Network, *args: str, second: tuple[str, ...] = (), numbered: bool = True, **env: str) -> None:
+    """On both hosts, with host 1 as the endpoint, by its name; `second` and `env` for host 2."""
     for rank, host in enumerate(network.hosts):
-        place = {"NNODES": "2", "NODE_RANK": str(rank), "RDZV_ENDPOINT": "host1:29500"}
+        place = {"NNODES": "2", "RDZV_ENDPOINT": "host1:29500"} | ({"NODE_RANK": str(rank)} if numbered else {})
         host.start(*args, *(second if rank else ()), **(place | (env if rank else {})))
 
 
+@pytest.mark.parametrize("numbered", [True, False])
 def test_two_hosts_whose_names_resolve_to_a_loopback_address(
-    network: Network, workspace: Workspace, unbroken: Callable[..., Workspace]
+    numbered: bool, network: Network, workspace: Workspace, unbroken: Callable[..., Workspace]
 ) -> None:
     """Seen to fail without GLOO_SOCKET_IFNAME: "connectFullMesh failed"."""
-    start(network)
+    start(network, numbered=numbered)
     assert [host.wait(120) for host in network.hosts] == [0, 0], network.logs()
     assert "host host1: eth0 (10.77.0.1) reaches host1:29500" in network.hosts[0].text
     assert "host host2: eth0 (10.77.0.2) reaches host1:29500" in network.hosts[1].text

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchxihe.components.observe.prometheus import write_prometheus
 from torchxihe.components.observe.trackers import Trackers
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch
@@ -79,6 +80,8 @@ class MetricsWriter:
     def __init__(self, config: Config, step: int) -> None:
         """`step`: the number of steps already taken."""
         self.total_steps = config.total_steps
+        self._latest: dict[str, float] = {"total_steps": config.total_steps}
+        self._prometheus = config.run_dir if config.metrics.prometheus else None
         _forget_steps_after(step, config.run_dir / METRICS)
         # Unbuffered: what could not be written to a full disk is not tried again when the file is closed.
         self.file = (config.run_dir / METRICS).open("ab+", buffering=0)
@@ -92,7 +95,11 @@ class MetricsWriter:
         """Write one JSON object with the time (seconds since the epoch); NaN and infinity become null."""
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()} | {"time": round(time.time(), 3)}
         self._append(json.dumps(finite) + "\n")
-        self.trackers.write(int(metrics["step"]), {k: v for k, v in finite.items() if v is not None})
+        known = {k: v for k, v in finite.items() if v is not None}
+        self.trackers.write(int(metrics["step"]), known)
+        self._latest |= known
+        if self._prometheus:
+            write_prometheus(self._prometheus, self._latest)
 
     def _append(self, text: str) -> None:
         """Write all of `text`. Raises OSError that names the file."""
