@@ -153,7 +153,7 @@ def test_a_launcher_that_is_killed_at_the_end(network: Network, workspace: Works
 
 
 def test_a_host_that_is_asked_to_stop_leaves(network: Network, workspace: Workspace) -> None:
-    """It saves with the others and exits with 0; they continue. Seen to fail with exit code 0 of the workers: all end."""
+    """It saves with the others and exits with 0; they continue. Seen to fail with workers that exit with 0: all end."""
     flags = ("--training.steps=100",)
     begun = time.time()
     for host in network.hosts[:3]:
