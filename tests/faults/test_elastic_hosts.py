@@ -132,7 +132,10 @@ def test_random_losses_and_returns(
 
 
 def test_a_launcher_that_is_killed_at_the_end(network: Network, workspace: Workspace) -> None:
-    """Its workers end at once; the others end well and do not wait for it. Seen to wait 300 s with torchrun's agent."""
+    """Its workers end at once; the others end well and do not wait for it.
+
+    torchrun's agent waits 300 s where the survivor's process has succeeded; where it fails, it is started again.
+    """
     (workspace.root / "slow").unlink()
     flags = ("--training.steps=20",)
     for host in network.hosts[:2]:
