@@ -68,7 +68,7 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_host(what: str, network: Network, other_code: str) -> None:
-    """One line that names it, on all hosts, within 60 s. Seen to fail with each comparison removed."""
+    """One line that names it, on all hosts, within 60 s. Seen to fail (config) with no comparison."""
     env, line = WRONG[what]
     env = {name: other_code if value == "other_code" else value for name, value in env.items()}
     begun = time.monotonic()
@@ -89,7 +89,7 @@ def test_a_wrong_host(what: str, network: Network, other_code: str) -> None:
 
 
 def test_an_endpoint_that_cannot_be_reached(network: Network) -> None:
-    """Its packets are dropped. Seen to fail with a wait that only counts seconds: nothing is said for a day."""
+    """Its packets are dropped."""
     run("ip", "-n", network.router, "route", "replace", "blackhole", "10.77.0.1")
     network.hosts[1].start(NNODES="2", NODE_RANK="1", RDZV_ENDPOINT="host1:29500")
     assert network.hosts[1].wait(75) == 1, network.logs()

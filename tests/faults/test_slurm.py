@@ -106,10 +106,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 
 
 def test_preempted_requeued_finished(slurm: Slurm, workspace: Workspace, unbroken: Callable[..., Workspace]) -> None:
-    """USR1, which SLURM sends 120 s before the limit: saved, requeued, and bitwise the unbroken run.
-
-    Seen to fail without the requeue: the job is over after the first half.
-    """
+    """USR1, which SLURM sends 120 s before the limit: saved, requeued, and bitwise the unbroken run."""
     site = workspace.root / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITE)

@@ -50,7 +50,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_goodput_counts_steps_that_were_kept(run_dir: Path) -> None:
-    """9 + 10 + 10 + 10 s of steps; step 1, which compiled, does not count. Seen to fail with all steps counted."""
+    """9 + 10 + 10 + 10 s of steps; step 1, which compiled, does not count."""
     found = read_status(run_dir)
     assert found["state"] == "ended" and found["step"] == 40 and found["total_steps"] == 100
     assert found["starts"] == 2 and found["hosts"] == {"a": [0, 1]}
@@ -108,7 +108,7 @@ def test_prometheus_labels() -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_prometheus_is_written_with_every_line(run_dir: Path, wanted: bool) -> None:
-    """The latest of each; NaN is left out. Seen to fail without the option's check, and with only the last line."""
+    """The latest of each; NaN is left out."""
     config = load_config(run_dir / "config.toml", [f"--metrics.prometheus={str(wanted).lower()}"])
     writer = MetricsWriter(config, 40)
     writer.write({"step": 50, "loss": 2.0, "bpb": float("nan")})
@@ -122,7 +122,7 @@ def test_prometheus_is_written_with_every_line(run_dir: Path, wanted: bool) -> N
 
 
 def test_repeated_steps_leave_the_metrics(run_dir: Path) -> None:
-    """A run that resumes at step 20 makes steps 21 to 40 again. Seen to fail with the file left as it is."""
+    """A run that resumes at step 20 makes steps 21 to 40 again."""
     writer = MetricsWriter(load_config(run_dir / "config.toml"), 20)
     writer.write(line(30, 1.0))
     writer.close()
