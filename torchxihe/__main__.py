@@ -25,9 +25,9 @@ import sys
 import time
 from pathlib import Path
 
-from torchxihe.errors import UserError
+from torchxihe.errors import LostPeerError, UserError
 from torchxihe.parsers import PARSERS
-from torchxihe.utils.processes import SIGNALS, end_with_launcher
+from torchxihe.utils.processes import SIGNALS, USER_MISTAKE, elastic_job, end_with_launcher
 from torchxihe.utils.streams import guard_streams
 from torchxihe.version import __version__
 
@@ -47,7 +47,11 @@ def main() -> None:
     except KeyboardInterrupt:
         _interrupted(signal.SIGINT, None)
     except UserError as error:
-        sys.exit(_for_all_ranks(str(error)))
+        message = _for_all_ranks(str(error))
+        if not elastic_job() or isinstance(error, LostPeerError):
+            sys.exit(message)
+        print(message, file=sys.stderr)
+        sys.exit(USER_MISTAKE)
 
 
 def run(args: list[str]) -> None:

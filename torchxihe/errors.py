@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A user's mistake: one line per mistake, naming file, key and remedy. Exit code 1."""
 
 
+class LostPeerError(UserError):
+    """Another process of the run has exited, and has said why. In an elastic run the rest continues without it."""
+
+
 REMEDIES = {
     errno.ENOSPC: "free some space and rerun",
     errno.EDQUOT: "free some space and rerun",

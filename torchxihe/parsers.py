@@ -202,11 +202,13 @@ A run that was interrupted resumes from its newest valid checkpoint. One process
 without a GPU. Environment variables change that:
 
   NGPU           processes on this machine
-  NNODES         number of machines; start the same command on each of them
+  NNODES         number of machines; start the same command on each of them. 2:4: elastic, with 2 to 4 of them
   NODE_RANK      number of this machine, from 0 (if unset, the numbers are assigned automatically)
   RDZV_ENDPOINT  host:port of machine 0, at which the machines find each other
+  RDZV_ID        name of the run there, if several share a store
 
-torchrun's own variables (PET_NPROC_PER_NODE, PET_NNODES, ..., MASTER_ADDR, MASTER_PORT) work, too.
+torchrun's own variables (PET_NPROC_PER_NODE, PET_NNODES, ..., MASTER_ADDR, MASTER_PORT) work, too. Several machines are
+described in docs/cluster.md.
 
 SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to the training processes. The exit code is 0 if all of them succeed,
 which includes a run that saved a checkpoint on such a signal.""",
@@ -316,6 +318,23 @@ A preset is trained as it is, changed by --section.key=value, or extended by a c
     )
 
 
+def status() -> Arguments:
+    """Show how a run is doing."""
+    parser = Arguments(
+        "status",
+        """Show how a run is doing: step, rate, hosts, last checkpoint, goodput, and what went wrong.
+
+Reads the run directory only, so that it works for a run on other machines, and for one that has ended. Goodput is the
+share of the time since the first start that was spent in steps that count: it leaves out compiling, validating, saving,
+being stopped, and steps that were repeated after an interruption.""",
+        "torchxihe status runs/xihe_debug",
+        "torchxihe status runs/xihe_debug --json",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return parser
+
+
 def train() -> Arguments:
     """Train."""
     parser = Arguments(
@@ -361,8 +380,7 @@ PARSERS: dict[str, Callable[[], Arguments]] = {
     "doctor": doctor,
     "plan": plan,
     "prepare": prepare,
-    "data": data,
-    "launch": launch,
+    "status": status,
     "train": train,
     "plot": plot,
     "verify": verify,

@@ -3,6 +3,7 @@
 import gc
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torchxihe.components.checkpoint.state import corruption_explained, resolve
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.components.observe import (
     MetricsWriter,
+    Noted,
     Profiler,
     Window,
     compiling,
@@ -42,7 +44,7 @@ from torchxihe.config.options import Config
 from torchxihe.data.loader import Loader
 from torchxihe.data.order import Order, Stage, changed_sources, check_epochs, plan_stages
 from torchxihe.data.store import Prepared, open_prepared
-from torchxihe.errors import UserError, explained
+from torchxihe.errors import LostPeerError, UserError, explained
 from torchxihe.model.flops import training_flops
 from torchxihe.parallelisms.compile import compiles
 from torchxihe.parallelisms.dims import build_dims
@@ -60,8 +62,11 @@ OnStep = Callable[[dict[str, float]], object]
 """Called on every rank with what is written to metrics.jsonl."""
 
 
-def run(config: Config, on_step: OnStep = lambda metrics: None) -> None:
-    """Train `config` to its horizon, from the newest checkpoint of the run if there is one."""
+def run(config: Config, on_step: OnStep = lambda metrics: None) -> bool:
+    """Train `config` to its horizon, from the newest checkpoint of the run if there is one.
+
+    Whether it is finished; if not, it was asked to stop, and has saved.
+    """
     limits = config.training.init_timeout, config.training.step_timeout
     # Collectives time out after the watchdog, whose report says more.
     timeout = max(limits) + 60 if all(limits) else 7 * 86_400
@@ -72,13 +77,13 @@ def run(config: Config, on_step: OnStep = lambda metrics: None) -> None:
             share_run_directory(config.run_dir, ranks)
             files = rank_log(config.run_dir / "logs", lambda: watchdog.phase)
             with files, Stop(watchdog, config.training.time_limit) as stop, run_locks(config, ranks):
-                _run(config, device, stop, watchdog, on_step)
+                return _run(config, device, stop, watchdog, on_step)
     except OSError as error:  # missing data, a full disk: a traceback would not help
         raise explained(error) from error
     except RuntimeError as error:
         if not re.search("(closed|reset) by peer|Broken pipe", str(error)):  # gloo's messages
             raise
-        raise UserError("another rank exited; see its last message for the reason") from error
+        raise LostPeerError("another rank exited; see its last message for the reason") from error
 
 
 @contextmanager
@@ -162,8 +167,8 @@ def planned_order(config: Config, prepared: Prepared) -> tuple[Config, Order]:
     return config, Order(plan_stages(config, prepared, stages, saved["step"]), prepared.rows)
 
 
-def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog, on_step: OnStep) -> None:
-    """Find the start, build the trainer, and train."""
+def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog, on_step: OnStep) -> bool:
+    """Find the start, build the trainer, and train; whether the run is finished."""
     dims = build_dims(config.parallelism)
     check_memory(config, device, dims.size("world"))
     checkpointer = Checkpointer(checkpoints_of(config), config.checkpoint)
@@ -176,7 +181,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog, o
         log.info("%s is finished (%s).", config.run_dir, counted(saved["step"], "step"))
         longer = f"a larger --training.{config.horizon}=N"
         log.info("Continue it with %s, or start another run with --run.name=NAME.", longer)
-        return
+        return True
     prepared = open_prepared(config)
     history = History(config, prepared.tokenizer_dir)
     if saved is not None and start.directory is not None:
@@ -208,22 +213,28 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog, o
         shards=dims.size("copy"),
     )
     warn_of_few_rows(config, prepared)
+    hosts = checkpointer.ranks.gather(socket.gethostname)
     checkpointer.ranks.on_main(lambda: describe_run(config, prepared))
+    noted = Noted(config.run_dir) if is_main() else None
+    checkpointer.ranks.each(lambda: noted and noted.start(trainer.step, hosts))
     with memory_explained(config), Exporter(config, checkpointer) as exporter:
         Loop(trainer, order, prepared, history, checkpointer, stop, watchdog, on_step).run()
         if trainer.step < config.total_steps:
             exporter.cancel()
         watchdog.begin("exports", slow=True)
     if trainer.step < config.total_steps:
-        if is_main():
+        if noted:
+            noted.end(trainer.step, stop.reason)
             (config.run_dir / "PREEMPTED").write_text(f"{stop.reason} after step {trainer.step}\n", encoding="utf-8")
         log.info(
             "stopped after step %d (%s), checkpoint saved; run the same command to resume", trainer.step, stop.reason
         )
-        return
+        return False
     log_sample(trainer, prepared)
-    if is_main():
+    if noted:
+        noted.end(trainer.step, "finished")
         report_end(config)
+    return True
 
 
 def describe_run(config: Config, prepared: Prepared) -> None:

@@ -6,6 +6,7 @@ Kernels are those of a GPU; their `register_fake` is all that is needed of them.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import weakref
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -190,10 +191,13 @@ def fake_step(config: Config, gpus: int) -> int:
         dims = build_dims(config.parallelism)
         if gpus > 1:  # the mesh and its groups need real tensors
             _ = dims._mesh, dims._grid, [dims.group(axis) for axis in ("data", "loss", "stage", "copy", "world")]
-        with FakeTensorMode(allow_non_fake_inputs=True), storages.counting():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, storages.counting():
             bytes_per_token = np.ones(config.model.vocab_size, np.int32)
             trainer = Trainer(config, torch.device("cpu"), bytes_per_token, dims=dims, kernels=GPU_KERNELS)
-            batch = random_batch(trainer.batch_spec, config.model.vocab_size, documents=1)
+            with unset_fake_temporarily():  # context parallelism reads the documents' lengths
+                batch = random_batch(trainer.batch_spec, config.model.vocab_size, documents=1)
+            tensors = {name: mode.from_tensor(x) for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+            batch = dataclasses.replace(batch, **tensors)
             storages.peak = storages.live  # the model was built unsharded
             for _ in range(2):
                 trainer.train_step(itertools.repeat(batch))

@@ -22,14 +22,14 @@ def test_ranks_along_axes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "48")
     dims = ParallelDims(**GRID)
     assert {axis: dims.size(axis) for axis in ("pp", "cp", "data", "loss", "stage", "world")} == {
-        "pp": 2, "cp": 2, "data": 6, "loss": 12, "stage": 24, "world": 48
+        "pp": 2, "cp": 2, "data": 6, "loss": 24, "stage": 24, "world": 48
     }  # fmt: skip
     for number, place in enumerate(np.ndindex(*GRID.values())):
         monkeypatch.setenv("RANK", str(number))
         pp, replicate, shard, cp, tp = map(int, place)
         assert [dims.rank(axis) for axis in GRID] == [pp, replicate, shard, cp, tp]
         assert dims.rank("data") == replicate * 2 + shard
-        assert dims.rank("loss") == (replicate * 2 + shard) * 2 + cp
+        assert dims.rank("loss") == ((pp * 3 + replicate) * 2 + shard) * 2 + cp
         assert dims.rank("world") == number
 
 
@@ -58,7 +58,7 @@ def test_sums_run_over_the_ranks_of_the_axis(grid: dict[str, int]) -> None:
     number = np.arange(world).reshape(sizes)
     spans = {
         **{name: (i,) for i, name in enumerate(GRID)},
-        "data": (1, 2), "loss": (1, 2, 3), "stage": (1, 2, 3, 4), "world": (0, 1, 2, 3, 4),
+        "data": (1, 2), "loss": (0, 1, 2, 3), "stage": (1, 2, 3, 4), "world": (0, 1, 2, 3, 4),
     }  # fmt: skip
     for rank, found in enumerate(run_distributed(_sums, world, grid)):
         place = np.argwhere(number == rank)[0]

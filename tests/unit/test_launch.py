@@ -388,6 +388,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ({"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "a:1"}, 8, Launch(8, 2, 1, "a:1")),
         ({"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a"}, 8, Launch(8, 2, -1, "a:29500")),
         ({"NNODES": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}, 1, Launch(1, 2, -1, "a:7")),
+        ({"PET_NNODES": "2:4", "PET_RDZV_ENDPOINT": "a"}, 8, Launch(8, 4, -1, "a:29500", 2)),
     ],
 )
 def test_environment(environment: pytest.MonkeyPatch, variables: dict[str, str], gpus: int, expected: Launch) -> None:
@@ -406,7 +407,9 @@ def test_environment(environment: pytest.MonkeyPatch, variables: dict[str, str],
         ({"NGPU": "-1"}, "NGPU=-1: must be a whole number, 1 or more"),
         ({"NNODES": "0"}, "NNODES=0: must be a whole number, 1 or more"),
         ({"NODE_RANK": "-2"}, "NODE_RANK=-2: must be a whole number, 0 or more"),
-        ({"PET_NNODES": "1:4"}, "PET_NNODES=1:4: must be a whole number"),
+        ({"NNODES": "4:2", "RDZV_ENDPOINT": "a:1"}, "NNODES=4:2: must be a number, or LEAST:MOST, such as 2:4"),
+        ({"PET_NNODES": "2:x"}, "NNODES=2:x: must be a number, or LEAST:MOST, such as 2:4"),
+        ({"PET_NNODES": "x"}, "PET_NNODES=x: must be a whole number"),
     ],
 )
 def test_environment_mistakes(environment: pytest.MonkeyPatch, variables: dict[str, str], why: str) -> None:

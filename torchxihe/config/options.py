@@ -360,6 +360,8 @@ class Metrics(Section):
     """Tokens of a sample. 0: no samples."""
     tensorboard: bool = False
     """Also write TensorBoard event files, to `tensorboard/` in the run directory. Needs the package tensorboard."""
+    prometheus: bool = False
+    """Also write the latest metrics to `metrics.prom` in the run directory, for node_exporter's textfile collector."""
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Also report to Weights & Biases; "offline" keeps everything in `wandb/` in the run directory. Needs the package
     wandb and, online, WANDB_API_KEY in the environment or in `.env`."""

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from torchxihe.config.checks import context_method
 from torchxihe.config.options import Config
 from torchxihe.kernels.select import Kernels, not_chosen
 from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile, compiles
-from torchxihe.parallelisms.context_parallel import apply_context_parallel, context_method
+from torchxihe.parallelisms.context_parallel import apply_context_parallel
 from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
 from torchxihe.parallelisms.dims import ParallelDims
 from torchxihe.parallelisms.float8 import apply_float8
@@ -65,7 +66,7 @@ def _build(
         model = Decoder(config.model, seq_len=config.data.seq_len, dtype=dtype, kernels=kernels)
     reduce(model)
     apply_tensor_parallel(model, dims)
-    apply_context_parallel(model, dims, context_method(config))
+    apply_context_parallel(model, dims, context_method(config, dims.cp))
     apply_float8(model, config.float8.recipe, device, dims)
     compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)

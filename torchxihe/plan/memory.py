@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from torchxihe.components.optimizer.adamw import BFloat16AdamW
+from torchxihe.config.checks import context_method
 from torchxihe.config.options import Config
 from torchxihe.kernels.linear_cross_entropy import chunk_rows
 from torchxihe.parallelisms.data_parallel import UNIT_PARAMETERS
@@ -234,7 +235,9 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
     mode = config.parallelism.activation_checkpointing
     if mode == "full":
         return s.a * s.n * s.C
-    keys = max(s.K, layout.cp)  # context parallelism repeats them where there are fewer than its ranks
+    keys: float = max(s.K, layout.cp)  # Ulysses repeats them where there are fewer than its ranks
+    if layout.cp > 1 and context_method(config, layout.cp) == "gather":
+        keys = s.K * (layout.cp + 0.5)  # those of the row, and once more what the first of two chunks sees
     products = (2 * s.H + 2 * keys) * s.D + 2 * s.F  # q, k, v and attention's output; gate and up
     inputs, residuals = 2, 2  # normalised inputs of the sublayers, residual stream
     if mode == "selective" and layout.tp > 1:
@@ -243,7 +246,7 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
         inputs = 0  # recomputed, or kept in float8
     if mode == "none" and config.model.qk_norm:
         products += s.E  # before QK-norm
-    if mode == "none" and layout.cp > 1:
+    if mode == "none" and layout.cp > 1 and context_method(config, layout.cp) == "ulysses":
         products += s.H * s.D  # attention's output before and after its exchange
     if mode == "none" and not fused:
         products += s.F  # the activation

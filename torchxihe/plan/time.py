@@ -8,6 +8,7 @@ Letters as in `memory.py`.
 import math
 from dataclasses import dataclass, fields
 
+from torchxihe.config.checks import context_method
 from torchxihe.config.options import Config
 from torchxihe.data.loader import causal_pairs, micro_batches
 from torchxihe.model.flops import training_flops
@@ -177,9 +178,14 @@ def _communication(config: Config, layout: Layout, s: Sizes, gpu: Gpu, count: in
         each = Collective(s.a * s.N * s.C, layout.tp, 1, gpu)
         waits += count * s.layers * (8 + again) * each.alone
     if layout.cp > 1:
-        keys = max(s.K, layout.cp)
-        moved = Collective(s.a * s.N * (2 * s.H + 2 * keys) * s.D, layout.cp, layout.tp, gpu)
-        waits += count * s.layers * (3 if mode in ("full", "selective") else 2) * moved.all_to_all
+        forward = 2 if mode in ("full", "selective") else 1
+        if context_method(config, layout.cp) == "gather":  # gradients return in float32
+            gathered = Collective(s.a * s.N * layout.cp * 2 * s.K * s.D, layout.cp, layout.tp, gpu)
+            waits += count * s.layers * (forward + FLOAT / s.a) * gathered.alone
+        else:
+            keys = max(s.K, layout.cp)
+            moved = Collective(s.a * s.N * (2 * s.H + 2 * keys) * s.D, layout.cp, layout.tp, gpu)
+            waits += count * s.layers * (forward + 1) * moved.all_to_all
     beside = waiting = 0.0
     units = s.layers * s.block // s.unit + 1
     passes = 1 if layout.pp > 1 else count  # a pipeline gathers and reduces once a step

@@ -2,6 +2,7 @@
 
 import datetime
 import gc
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torchxihe.utils.device import default_device
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
@@ -60,7 +62,10 @@ def process_group(timeout_seconds: float = 600) -> Iterator[torch.device]:
     if dist.is_initialized():
         # FSDP2 over gloo sometimes aborts at interpreter exit unless all ranks arrive here and the model, which the
         # caller has dropped, is collected first.
-        barrier()
+        try:
+            barrier()
+        except RuntimeError:
+            log.info("another rank exited before the others, after the end of the run")
         gc.collect()
         dist.destroy_process_group()
 

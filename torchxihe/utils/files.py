@@ -21,13 +21,18 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def locked(path: Path, taken: Callable[[str], object]) -> Iterator[str]:
+def locked(path: Path, taken: Callable[[str], object], job: str = "") -> Iterator[str]:
     """Lock the file `path` and write this process's name into it; yields the name left by a holder that did not end
     cleanly, "" if there is none.
 
     taken: called with the current holder's name before waiting for it; may raise. The lock is released when its process
     ends, however it ends. On a file system without locks there is a warning and no exclusion.
+
+    job: the elastic run of this process. Its world has one holder at a time, so that another holder of the same run is
+    on a host that was given up (stopped, or cut off): its lock is replaced.
     """
+    if job and _is_held_for(path, job):
+        path.unlink()
     with _open_lock(path) as file:
 
         def name() -> str:
@@ -47,12 +52,24 @@ def locked(path: Path, taken: Callable[[str], object]) -> Iterator[str]:
         earlier = name()
         file.truncate(0)
         file.seek(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}" + (f" of {job}" if job else ""))
         file.flush()
         try:
             yield earlier
         finally:
             file.truncate(0)
+
+
+def _is_held_for(path: Path, job: str) -> bool:
+    """Whether another process holds the lock for `job`."""
+    with _open_lock(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read(300).endswith(f" of {job}")
+        except OSError:  # no locks here
+            return False
+    return False
 
 
 def _open_lock(path: Path) -> IO[str]:

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ def rank_log(folder: Path, phase: Callable[[], str]) -> Iterator[None]:
 
     handler.addFilter(stamp)
     logging.getLogger().addHandler(handler)
+    place = socket.gethostname(), os.getpid(), rank(), world_size()
+    logging.getLogger(__name__).debug("on host %s, process %d: rank %d of %d", *place)
     try:
         yield
     except BaseException:

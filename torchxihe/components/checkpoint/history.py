@@ -37,7 +37,7 @@ KINDS: dict[Kind, dict[str, str]] = {
         "reshard_after_forward activation_checkpointing "
         "activation_budget",
         "checkpoint": "every mode dir load load_only export_every keep_last keep_every keep_best best_by final",
-        "metrics": "log_every sample_every sample_prompt sample_tokens tensorboard wandb wandb_project",
+        "metrics": "log_every sample_every sample_prompt sample_tokens tensorboard prometheus wandb wandb_project",
         "profiler": "first_step steps memory",
     },
     "recorded": {

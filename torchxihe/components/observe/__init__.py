@@ -11,17 +11,21 @@ from torchxihe.components.observe.metrics import (
 )
 from torchxihe.components.observe.profiler import Profiler, memory_explained
 from torchxihe.components.observe.report import compiling, report_end, report_start
+from torchxihe.components.observe.starts import Noted, Start, read_starts
 from torchxihe.components.observe.trackers import wanted_trackers
 
 __all__ = [
     "METRICS",
     "MetricsWriter",
+    "Noted",
     "Profiler",
+    "Start",
     "StepSums",
     "Window",
     "compiling",
     "memory_explained",
     "read_metrics",
+    "read_starts",
     "report_end",
     "report_start",
     "sums_by_source",

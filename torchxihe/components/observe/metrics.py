@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchxihe.components.observe.prometheus import write_prometheus
 from torchxihe.components.observe.trackers import Trackers
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch
 from torchxihe.utils.device import host_memory_gib, memory_gib, peak_flops
 from torchxihe.utils.distributed import all_gather_object
+from torchxihe.utils.files import write_bytes
 from torchxihe.utils.words import duration
 
 METRICS = "metrics.jsonl"
@@ -78,6 +80,9 @@ class MetricsWriter:
     def __init__(self, config: Config, step: int) -> None:
         """`step`: the number of steps already taken."""
         self.total_steps = config.total_steps
+        self._latest: dict[str, float] = {"total_steps": config.total_steps}
+        self._prometheus = config.run_dir if config.metrics.prometheus else None
+        _forget_steps_after(step, config.run_dir / METRICS)
         # Unbuffered: what could not be written to a full disk is not tried again when the file is closed.
         self.file = (config.run_dir / METRICS).open("ab+", buffering=0)
         if self.file.tell():
@@ -90,7 +95,11 @@ class MetricsWriter:
         """Write one JSON object with the time (seconds since the epoch); NaN and infinity become null."""
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()} | {"time": round(time.time(), 3)}
         self._append(json.dumps(finite) + "\n")
-        self.trackers.write(int(metrics["step"]), {k: v for k, v in finite.items() if v is not None})
+        known = {k: v for k, v in finite.items() if v is not None}
+        self.trackers.write(int(metrics["step"]), known)
+        self._latest |= known
+        if self._prometheus:
+            write_prometheus(self._prometheus, self._latest)
 
     def _append(self, text: str) -> None:
         """Write all of `text`. Raises OSError that names the file."""
@@ -140,6 +149,26 @@ class MetricsWriter:
         """Close the file and the trackers."""
         self.file.close()
         self.trackers.close()
+
+
+def _forget_steps_after(step: int, path: Path) -> None:
+    """Remove the last lines of a `metrics.jsonl` that are of later steps than `step`: these steps are repeated."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = len(lines)
+    while kept and _step_of(lines[kept - 1]) > step:
+        kept -= 1
+    if kept < len(lines):
+        write_bytes(path, b"".join(lines[:kept]))
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return 0
+    return step if isinstance(step, int | float) else 0
 
 
 def usage(device: torch.device, flops_per_second: float) -> dict[str, float]:

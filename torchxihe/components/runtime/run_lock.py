@@ -9,6 +9,7 @@ from pathlib import Path
 from torchxihe.components.runtime.ranks import Ranks
 from torchxihe.errors import UserError, explained
 from torchxihe.utils.files import locked
+from torchxihe.utils.processes import elastic_job
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def run_lock(directory: Path, ranks: Ranks) -> Iterator[None]:
 
         def take() -> None:
             directory.mkdir(parents=True, exist_ok=True)
-            if earlier := held.enter_context(locked(directory / ".lock", taken)):
+            if earlier := held.enter_context(locked(directory / ".lock", taken, elastic_job())):
                 log.info("%s: the previous run (%s) was killed or crashed", directory, earlier)
 
         ranks.on_main(take)

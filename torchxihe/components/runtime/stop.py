@@ -1,5 +1,6 @@
 """Stopping on a signal or at the time limit: all ranks after the same step, with a checkpoint."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from torchxihe.components.runtime.watchdog import Watchdog
-from torchxihe.errors import UserError
+from torchxihe.errors import LostPeerError
 from torchxihe.utils.distributed import use_default_timeout
 from torchxihe.utils.processes import SIGNALS
 
@@ -51,7 +52,8 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._watchdog.set_deadline(0)
         if kind is None and self._work is not None:
-            self._work.wait()  # every rank has started it
+            with contextlib.suppress(RuntimeError):  # a rank was lost after its last step
+                self._work.wait()  # every rank has started it
         signal.set_wakeup_fd(self._wakeup_before)
         if kind is not None:  # a run that has succeeded is over: signals, now ignored, no longer change its exit code
             for number, handler in self._before.items():
@@ -78,7 +80,7 @@ class Stop:
                 try:
                     self._work.wait()
                 except RuntimeError:
-                    raise UserError("another rank exited; see its last message for the reason") from None
+                    raise LostPeerError("another rank exited; see its last message for the reason") from None
                 answer = bool(self._flag.item())
             self._flag = torch.tensor([float(bool(self.reason))])
             self._work = dist.all_reduce(self._flag, group=self._group, async_op=True)

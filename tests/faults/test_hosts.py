@@ -1,0 +1,97 @@
+"""Several hosts: network namespaces, each of which runs the real run_train.sh."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import Workspace
+from tests.faults.hosts import REPOSITORY, Network, needs_namespaces, run
+
+pytestmark = [needs_namespaces, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def network(workspace: Workspace) -> Iterator[Network]:
+    """Two hosts in a workspace."""
+    made = Network(workspace.root, 2)
+    yield made
+    made.close()
+
+
+def start(network: Network, *args: str, second: tuple[str, ...] = (), numbered: bool = True, **env: str) -> None:
+    """On both hosts, with host 1 as the endpoint, by its name; `second` and `env` for host 2."""
+    for rank, host in enumerate(network.hosts):
+        place = {"NNODES": "2", "RDZV_ENDPOINT": "host1:29500"} | ({"NODE_RANK": str(rank)} if numbered else {})
+        host.start(*args, *(second if rank else ()), **(place | (env if rank else {})))
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_two_hosts_whose_names_resolve_to_a_loopback_address(
+    numbered: bool, network: Network, workspace: Workspace, unbroken: Callable[..., Workspace]
+) -> None:
+    """Seen to fail without GLOO_SOCKET_IFNAME: "connectFullMesh failed"."""
+    start(network, numbered=numbered)
+    assert [host.wait(120) for host in network.hosts] == [0, 0], network.logs()
+    assert "host host1: eth0 (10.77.0.1) reaches host1:29500" in network.hosts[0].text
+    assert "host host2: eth0 (10.77.0.2) reaches host1:29500" in network.hosts[1].text
+    assert workspace.files(20) == unbroken(2).files(20)
+
+
+@pytest.fixture
+def other_code(tmp_path: Path) -> str:
+    """A checkout with one more line."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(REPOSITORY / "torchxihe", copy / "torchxihe", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("run_train.sh", "environment.sh", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, copy / name)
+    with (copy / "torchxihe" / "trainer.py").open("a") as file:
+        file.write("# changed\n")
+    return str(copy)
+
+
+WRONG = {
+    "interface": ({"GLOO_SOCKET_IFNAME": "lo"}, "host host2 (127.0.0.1, lo): host host1 cannot connect to it"),
+    "no such interface": ({"GLOO_SOCKET_IFNAME": "ib0"}, "GLOO_SOCKET_IFNAME=ib0: host host2 has no such interface"),
+    "code": ({"REPOSITORY": "other_code"}, "host host2 has torchxihe's code"),
+    "torch": ({"TORCH_VERSION": "2.11.0"}, "host host2 has torch 2.11.0, host host1 has"),
+    "config": ({}, "host host2 has training.steps = 10, host host1 has 20"),
+    "clock": ({"CLOCK_SHIFT": "600"}, "host host2: its clock is 600 s ahead of that of host host1"),
+    "clock behind": ({"CLOCK_SHIFT": "-600"}, "host host2: its clock is 600 s behind that of host host1"),
+    "run directory": ({"PRIVATE": "runs"}, "run.dir: host host1 does not see what host host2 wrote there"),
+    "cache": ({"PRIVATE": "../cache"}, "data.cache_dir: host host1 does not see what host host2 wrote there"),
+    "number": ({"NODE_RANK": "1"}, "host host2: NODE_RANK=1 is that of host host1"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_host(what: str, network: Network, other_code: str) -> None:
+    """One line that names it, on all hosts, within 60 s. Seen to fail (config) with no comparison."""
+    env, line = WRONG[what]
+    env = {name: other_code if value == "other_code" else value for name, value in env.items()}
+    begun = time.monotonic()
+    if what == "number":  # neither is 0, so that the store is elsewhere
+        network.start_store()
+        for host in network.hosts:
+            host.start(NNODES="2", NODE_RANK="1", RDZV_ENDPOINT="store:29500")
+    else:
+        start(network, second=("--training.steps=10",) if what == "config" else (), **env)
+    assert network.hosts[1].wait(60) == 1, network.logs()
+    print(f"{what}: {time.monotonic() - begun:.0f} s")
+    lines = network.hosts[1].text.splitlines()
+    assert line in lines[-1] and "Traceback" not in network.hosts[1].text, network.logs()
+    if what != "no such interface":  # before anything is said to the others
+        assert network.hosts[0].wait(30) == 1, network.logs()
+        if what != "number":
+            assert line in network.hosts[0].text.splitlines()[-1], network.logs()
+
+
+def test_an_endpoint_that_cannot_be_reached(network: Network) -> None:
+    """Its packets are dropped."""
+    run("ip", "-n", network.router, "route", "replace", "blackhole", "10.77.0.1")
+    network.hosts[1].start(NNODES="2", NODE_RANK="1", RDZV_ENDPOINT="host1:29500")
+    assert network.hosts[1].wait(75) == 1, network.logs()
+    line = network.hosts[1].text.splitlines()[-1]
+    assert "RDZV_ENDPOINT=host1:29500: host host2 (10.77.0.2, eth0) does not reach it: " in line, line
