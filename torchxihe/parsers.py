@@ -277,6 +277,22 @@ A preset is trained as it is, changed by --section.key=value, or extended by a c
     )
 
 
+def report() -> Arguments:
+    """Write a report."""
+    parser = Arguments(
+        "report",
+        """Write the report of a run as one HTML file: config, data, curves, speed, samples, validation, incidents.
+
+Incidents are skipped steps, restarts, changed options, warnings, errors and corrupt checkpoints. Everything is read
+from the run directory, of a run that trains, too. The file needs no network and no other file.""",
+        "torchxihe report runs/xihe_debug --out runs/xihe_debug/report.html",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    text = "the file, default report.html; an existing file is replaced only if this command has written it"
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help=text)
+    return parser
+
+
 def train() -> Arguments:
     """Train."""
     parser = Arguments(
@@ -325,6 +341,7 @@ PARSERS: dict[str, Callable[[], Arguments]] = {
     "launch": launch,
     "train": train,
     "plot": plot,
+    "report": report,
     "verify": verify,
     "generate": generate,
     "eval": evaluate,
