@@ -293,6 +293,27 @@ from the run directory, of a run that trains, too. The file needs no network and
     return parser
 
 
+def serve() -> Arguments:
+    """Serve the page."""
+    parser = Arguments(
+        "serve",
+        """Serve a page to watch runs, also while they train, and to talk to their checkpoints and to exports.
+
+What is found below the given directories is shown; nothing else can be read. The page is for this machine, unless
+--host says otherwise: then a token is needed, which is part of the address that is printed. Traffic is not encrypted.
+See docs/serve.md. Needs starlette and uvicorn (pip install 'torchxihe[serve]').""",
+        "torchxihe serve runs exported",
+    )
+    text = "directories with runs, checkpoints and exports, default runs"
+    parser.add_argument("directories", metavar="DIR", nargs="*", type=Path, help=text)
+    text = "address to listen at, default 127.0.0.1; 0.0.0.0: all of this machine's"
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help=text)
+    parser.add_argument("--port", type=int, default=8765, metavar="PORT", help="default 8765; 0: any free one")
+    text = "what requests must know; default: none at 127.0.0.1, else a new random one"
+    parser.add_argument("--token", default="", metavar="TOKEN", help=text)
+    return parser
+
+
 def train() -> Arguments:
     """Train."""
     parser = Arguments(
@@ -342,6 +363,7 @@ PARSERS: dict[str, Callable[[], Arguments]] = {
     "train": train,
     "plot": plot,
     "report": report,
+    "serve": serve,
     "verify": verify,
     "generate": generate,
     "eval": evaluate,

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=first-machine:29500 ./run_train.sh configs/llama_8b.toml": "two machines",
     "NNODES=2 NODE_RANK=1 RDZV_ENDPOINT=first-machine:29500 ./run_train.sh configs/llama_8b.toml": "two machines",
     "torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy": "network; test_eval_tasks.py has a task without",
+    "torchxihe serve runs exported": "does not end; test_serve.py and test_serve_browser.py run it",
     "./run_tests.sh": "runs this test",
     ".venv/bin/pre-commit install": "changes the checkout's hooks",
 }

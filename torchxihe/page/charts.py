@@ -18,6 +18,8 @@ from torchxihe.components.observe.curves import (
 
 MOST_POINTS = 600
 """Points of a curve that are drawn."""
+LARGEST = 1e30
+"""Values beyond are not drawn."""
 COLORS = 8
 """Colors in style.css."""
 SIZE = 1000
@@ -35,7 +37,9 @@ def draw_panel(panel: Panel, found: Sequence[Curve], by: str, smooth: int) -> st
     title, log = panel.title, panel.title == "Gradient norm"
     left, right = min(min(c.x) for c in found), max(max(c.x) for c in found)
     right = right if right > left else left + 1
+    found = [c._replace(y=[y if abs(y) < LARGEST else math.nan for y in c.y]) for c in found]
     low, high = limits(title, [y for c in found for y in c.y])
+    high = high if high > low else low + 1
 
     def at(x: float) -> float:
         return (x - left) / (right - left)

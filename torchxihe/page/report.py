@@ -10,9 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from torchxihe.components.checkpoint.manifest import CORRUPT, Manifest, read_manifest, step_of
+from torchxihe.components.checkpoint.manifest import CORRUPT, MANIFEST, Manifest, read_manifest, step_of
 from torchxihe.components.checkpoint.storage import CorruptError, Location
 from torchxihe.components.observe.curves import Lines, set_of, value_of
+from torchxihe.data.tokenizer import encodable
 from torchxihe.errors import UserError
 from torchxihe.page.charts import draw_panels
 from torchxihe.page.run_files import Incident, Message, RunFiles, incidents, samples, start_table
@@ -38,7 +39,7 @@ def report_html(name: str, files: RunFiles) -> str:
     title = f"{files.directory.resolve().name}"
     of = f" of {status.total:,}" if status.total else ""
     updated = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.updated)) if status.updated else "unknown"
-    return f"""<!doctype html>
+    return encodable(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}: report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{content_policy(script)}">
@@ -56,7 +57,7 @@ last change {updated} · {escape(name)} · torchxihe {__version__}, {time.strfti
 {_section("Checkpoints", saved)}
 {_section("Config", _config(files.config_text()))}
 </main><script>{script}</script></body></html>
-"""
+""")
 
 
 def content_policy(script: str) -> str:
@@ -182,7 +183,11 @@ def _checkpoints(files: RunFiles) -> tuple[str, dict[str, str]]:
             corrupt[name] = " ".join(reason.decode(errors="replace").split())[:300]
         except (OSError, DamagedError):
             try:
-                manifest = read_manifest(Location(folder / name)) if files.may_read(folder / name) else None
+                manifest = (
+                    read_manifest(Location((folder / name).absolute()))
+                    if files.may_read(folder / name / MANIFEST)
+                    else None
+                )
             except (CorruptError, OSError, UserError):
                 continue
         rows.append((name, *_checkpoint(manifest)))

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,10 +88,15 @@ class RunFiles:
         self.directory, self._allowed = directory, allowed
         self._train: dict[int, dict[str, float]] = {}
         self._valid: dict[int, dict[str, float]] = {}
+        self._lock = threading.Lock()
         self._read, self._inode, self._begins = 0, 0, b""
 
     def metrics(self) -> tuple[Lines, Lines]:
-        """As of `read_metrics`; none if there is no readable file."""
+        """As of `read_metrics`; none if there is no readable file. May be called from several threads."""
+        with self._lock:
+            return self._metrics()
+
+    def _metrics(self) -> tuple[Lines, Lines]:
         try:
             with self._open(METRICS) as file:
                 inode = os.fstat(file.fileno()).st_ino
@@ -238,7 +244,9 @@ def _skipped(train: Lines) -> Iterator[Incident]:
         lines = list(group)
         last = lines[-1]
         if bad:
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["time"])) if last.get("time", 0) > 0 else ""
-            count = counted(int(sum(line["skipped"] for line in lines)), "step")
+            when = ""
+            if 0 < last.get("time", 0) < 1e11:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["time"]))
+            count = counted(round(min(sum(line["skipped"] for line in lines), 1e15)), "step")
             yield Incident(when, "skipped", f"{count} skipped after step {before:,}, up to step {int(last['step']):,}")
         before = int(last["step"])

@@ -176,6 +176,8 @@ def add_metrics(lines: Iterable[str], train: dict[int, dict[str, float]], valid:
         try:
             metrics = {k: math.nan if v is None else float(v) for k, v in json.loads(line).items()}
             step = int(metrics["step"])
+            if not 0 <= step < 2**53:
+                continue
             (train if "loss" in metrics else valid)[step] = metrics | {"step": step}
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             continue

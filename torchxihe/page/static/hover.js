@@ -39,6 +39,8 @@
     }
     tip.style[place < 500 ? "left" : "right"] = `calc(${place < 500 ? place / 10 : 100 - place / 10}% + 8px)`;
     plot.append(rule, tip);
+    const edge = tip.getBoundingClientRect();
+    tip.style.transform = `translateX(${Math.min(0, innerWidth - 8 - edge.right) + Math.max(0, 8 - edge.left)}px)`;
   });
   document.addEventListener("pointerleave", clear);
 })();
