@@ -6,11 +6,11 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torchxihe.data.store import open_prepared
 from torchxihe.data.tokenizer import TextTokenizer, load_tokenizer
 from torchxihe.errors import UserError
 from torchxihe.model.decoder import Decoder
-from torchxihe.model.generate import Sampling, check_sampling, generate
+from torchxihe.model.generate import Drawn, Sampling, check_sampling, draw_tokens
 from torchxihe.run import OnStep, planned_order, run
 from torchxihe.utils.device import default_device
 from torchxihe.utils.log import setup_logging
@@ -35,6 +35,16 @@ from torchxihe.utils.processes import SIGNALS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in `typing` from Python 3.11 on
+
+
+class Piece(NamedTuple):
+    """A piece of generated text that ends with a complete character."""
+
+    text: str
+    tokens: int
+    """Number of tokens; 0 at the end of the text, where no token is left."""
+    probability: float
+    """Product of the tokens' probabilities, each given all tokens before it, whatever the temperature and the cuts."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +64,32 @@ class LanguageModel:
         What is answered is a conversation, `[{"role": "user", "content": "..."}]`, in the model's chat format. The text
         ends with the document or the answer, or after `max_tokens`. options: see `Sampling`. Raises UserError.
         """
-        tokens = self._tokens(prompt, options)
+        return (piece.text for piece in self.pieces(prompt, **options))
 
-        def pieces() -> Iterator[str]:
-            written, ids = "", []
-            for token in tokens:
-                ids.append(token)
-                text = self.tokenizer.decode(ids)
-                if not text.endswith("\ufffd"):  # a character's bytes may be spread over several tokens
-                    yield text[len(written) :]
-                    written = text
-            yield self.tokenizer.decode(ids)[len(written) :]
+    def pieces(self, prompt: str | list[Message], **options: "Unpack[Sampling]") -> Generator[Piece, None, None]:
+        """What `stream` yields, with number and probability of the tokens. Raises UserError."""
+        drawn_tokens = self._draw(prompt, options)
+
+        def pieces() -> Generator[Piece, None, None]:
+            written, ids, count, probability = "", [], 0, 1.0
+            with closing(drawn_tokens):
+                for drawn in drawn_tokens:
+                    ids.append(drawn.token)
+                    count, probability = count + 1, probability * drawn.probability
+                    text = self.tokenizer.decode(ids)
+                    if not text.endswith("\ufffd"):  # a character's bytes may be spread over several tokens
+                        yield Piece(text[len(written) :], count, probability)
+                        written, count, probability = text, 0, 1.0
+            yield Piece(self.tokenizer.decode(ids)[len(written) :], count, probability)
 
         return pieces()
 
     def generate(self, prompt: str | list[Message], **options: "Unpack[Sampling]") -> str:
         """The text of `stream`, which does not repeat the prompt."""
-        return self.tokenizer.decode(list(self._tokens(prompt, options)))
+        return self.tokenizer.decode([drawn.token for drawn in self._draw(prompt, options)])
 
-    def _tokens(self, prompt: str | list[Message], options: Sampling) -> Iterator[int]:
-        """The ids that follow `prompt`. Raises UserError."""
+    def _draw(self, prompt: str | list[Message], options: Sampling) -> Generator[Drawn, None, None]:
+        """The tokens that follow `prompt`. Raises UserError."""
         check_sampling(options)
         if isinstance(prompt, str):
             ids, stop_id = self._encode(prompt), self.tokenizer.eos_id
@@ -81,7 +97,7 @@ class LanguageModel:
             chat = Chat(self.saved.tokenizer_dir)
             ids, stop_id = chat.prompt(prompt), chat.end_of_turn
         context, vocab_size = self.saved.seq_len, self.tokenizer.vocab_size
-        return generate(self.model, ids, context=context, vocab_size=vocab_size, stop_id=stop_id, **options)
+        return draw_tokens(self.model, ids, context=context, vocab_size=vocab_size, stop_id=stop_id, **options)
 
     def _encode(self, text: str) -> list[int]:
         """Ids of the beginning of a document; "": of the end of the one before it."""

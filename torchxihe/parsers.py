@@ -335,6 +335,43 @@ being stopped, and steps that were repeated after an interruption.""",
     return parser
 
 
+def report() -> Arguments:
+    """Write a report."""
+    parser = Arguments(
+        "report",
+        """Write the report of a run as one HTML file: config, data, curves, speed, samples, validation, incidents.
+
+Incidents are skipped steps, restarts, changed options, warnings, errors and corrupt checkpoints. Everything is read
+from the run directory, of a run that trains, too. The file needs no network and no other file.""",
+        "torchxihe report runs/xihe_debug --out runs/xihe_debug/report.html",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    text = "the file, default report.html; an existing file is replaced only if this command has written it"
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help=text)
+    return parser
+
+
+def serve() -> Arguments:
+    """Serve the page."""
+    parser = Arguments(
+        "serve",
+        """Serve a page to watch runs, also while they train, and to talk to their checkpoints and to exports.
+
+What is found below the given directories is shown; nothing else can be read. The page is for this machine, unless
+--host says otherwise: then a token is needed, which is part of the address that is printed. Traffic is not encrypted.
+See docs/serve.md. Needs starlette and uvicorn (pip install 'torchxihe[serve]').""",
+        "torchxihe serve runs exported",
+    )
+    text = "directories with runs, checkpoints and exports, default runs"
+    parser.add_argument("directories", metavar="DIR", nargs="*", type=Path, help=text)
+    text = "address to listen at, default 127.0.0.1; 0.0.0.0: all of this machine's"
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help=text)
+    parser.add_argument("--port", type=int, default=8765, metavar="PORT", help="default 8765; 0: any free one")
+    text = "what requests must know; default: none at 127.0.0.1, else a new random one"
+    parser.add_argument("--token", default="", metavar="TOKEN", help=text)
+    return parser
+
+
 def train() -> Arguments:
     """Train."""
     parser = Arguments(
@@ -383,6 +420,8 @@ PARSERS: dict[str, Callable[[], Arguments]] = {
     "status": status,
     "train": train,
     "plot": plot,
+    "report": report,
+    "serve": serve,
     "verify": verify,
     "generate": generate,
     "eval": evaluate,

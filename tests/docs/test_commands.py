@@ -29,6 +29,11 @@ ELSEWHERE = {
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=first-machine:29500 ./run_train.sh configs/llama_8b.toml": "two machines",
     "NNODES=2 NODE_RANK=1 RDZV_ENDPOINT=first-machine:29500 ./run_train.sh configs/llama_8b.toml": "two machines",
     "torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy": "network; test_eval_tasks.py has a task without",
+    "torchxihe serve runs exported": "does not end; test_serve.py and test_serve_browser.py run it",
+    "pip install vllm": "gigabytes",
+    "vllm serve exported/xihe_120m --served-model-name xihe": "vLLM needs a GPU",
+    "python llama.cpp/convert_hf_to_gguf.py exported/xihe_120m --outfile xihe.gguf --outtype f16": "llama.cpp",
+    "llama-server -m xihe.gguf": "llama.cpp",
     "./run_tests.sh": "runs this test",
     ".venv/bin/pre-commit install": "changes the checkout's hooks",
 }

@@ -22,6 +22,7 @@ from torchxihe.__main__ import run
 from torchxihe.config.load import load_config
 from torchxihe.data.loader import Batch
 from torchxihe.errors import UserError
+from torchxihe.model.generate import Sampling
 from torchxihe.trainer import Trainer
 
 Rows = dict[int, dict[int, str]]
@@ -96,6 +97,24 @@ def test_generate_is_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[
         ours.stream("import ", top_p=2)
     with pytest.raises(UserError, match=r"has no chat_template.jinja"):
         ours.stream([{"role": "user", "content": "Hello"}])
+
+
+def test_pieces_have_the_probabilities_of_the_model(tmp_path: Path) -> None:
+    """Of the softmax, whatever the temperature. Seen to fail with those of the sampler, and without the reset."""
+    config, _ = make_run(tmp_path, QWEN3, TOKENS)
+    ours = torchxihe.load(config.run_dir)
+    prompt, options = ours.tokenizer.encode("import "), Sampling(temperature=2, seed=3, max_tokens=60)
+    drawn = list(ours._draw("import ", options))
+    logits = ours.logits(torch.tensor([prompt + [token for token, _ in drawn]]))[0, len(prompt) - 1 : -1]
+    expected = logits.softmax(-1).gather(1, torch.tensor([[token] for token, _ in drawn]))
+    torch.testing.assert_close(torch.tensor([[p] for _, p in drawn]), expected, atol=1e-6, rtol=1e-4)
+    at, pieces = 0, list(ours.pieces("import ", **options))
+    for piece in pieces:
+        end = at + piece.tokens
+        assert piece.probability == pytest.approx(math.prod(p for _, p in drawn[at:end]))
+        at = end
+    assert at == len(drawn) == 60 and any(piece.tokens > 1 for piece in pieces)
+    assert "".join(piece.text for piece in pieces) == ours.generate("import ", **options)
 
 
 @pytest.fixture

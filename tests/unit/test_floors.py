@@ -24,6 +24,7 @@ FLOORS = {
     "run": 3,
     "api": 4,
     "parsers": 4,
+    "page": 4,
     "commands": 4,
     "__main__": 4,
     "__init__": 4,  # imports `api` when it is used

@@ -88,3 +88,4 @@ def test_an_installed_wheel_trains_a_preset_in_an_empty_directory(site: Path, tm
     assert "step 2/2" in torchxihe("train", "xihe_debug", *narrow)
     assert (tmp_path / "runs" / "xihe_debug" / "checkpoints" / "step-00000002").is_dir()
     assert torchxihe("generate", "runs/xihe_debug", "--prompt", "import", "--max-tokens", "2").startswith("import")
+    assert torchxihe("report", "runs/xihe_debug") == "report.html\n"  # its style is package data, too

@@ -16,8 +16,9 @@ import torch
 
 from tests.unit.saved_runs import write_training
 from torchxihe.__main__ import run
-from torchxihe.commands.plot import draw, moving_average
+from torchxihe.commands.plot import draw
 from torchxihe.components.observe import compiling, trackers
+from torchxihe.components.observe.curves import moving_average
 from torchxihe.components.observe.metrics import METRICS, StepSums, Window, read_metrics
 from torchxihe.components.observe.profiler import describe_overlap
 from torchxihe.config.load import load_config

@@ -4,9 +4,9 @@ A cache is an attention callable: during generation each layer's attention is re
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypedDict
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torchxihe.errors import UserError
 from torchxihe.model.decoder import SelfAttention
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in `typing` from Python 3.11 on
+
 log = logging.getLogger(__name__)
 
 
 class Sampling(TypedDict, total=False):
-    """How tokens are drawn; what is not given has the default of `generate`."""
+    """How tokens are drawn; what is not given has the default of `draw_tokens`."""
 
     max_tokens: int
     """Default 200; the text may end before."""
@@ -31,6 +34,14 @@ class Sampling(TypedDict, total=False):
     """Draw from the most likely tokens of this total probability, default 0.95."""
     seed: int
     """The same one gives the same text, default 0."""
+
+
+class Drawn(NamedTuple):
+    """A token that was drawn."""
+
+    token: int
+    probability: float
+    """That the model gives it after those before it, whatever the temperature and the cuts."""
 
 
 def check_sampling(options: Sampling) -> None:
@@ -105,7 +116,7 @@ def sample(logits_V: Tensor, generator: torch.Generator, temperature: float, top
     return int(index[torch.multinomial(p, 1, generator=generator)])
 
 
-def generate(
+def draw_tokens(
     model: nn.Module,
     prompt: list[int],
     *,
@@ -117,8 +128,8 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     top_p: float = 0.95,
-) -> Iterator[int]:
-    """Yield up to `max_tokens` token ids that continue `prompt` (not empty), without the `stop_id` that ends it.
+) -> Generator[Drawn, None, None]:
+    """Yield up to `max_tokens` tokens that continue `prompt` (not empty), without the `stop_id` that ends it.
 
     `model` is a Decoder, wrapped or not, that sees at most the last `context` tokens (`window_start`); ids from
     `vocab_size` on are padding and never drawn. Logits that are not finite end it with a warning. Under FSDP2 all ranks
@@ -149,4 +160,16 @@ def generate(
             if token == stop_id:
                 return
             tokens.append(token)
+            yield Drawn(token, float(logits_V.double().softmax(-1)[token]))
+
+
+def generate(
+    model: nn.Module, prompt: list[int], *, context: int, vocab_size: int, stop_id: int, **options: "Unpack[Sampling]"
+) -> Iterator[int]:
+    """The ids of `draw_tokens`."""
+    # Closed with this one: that restores the model.
+    with closing(
+        draw_tokens(model, prompt, context=context, vocab_size=vocab_size, stop_id=stop_id, **options)
+    ) as drawn:
+        for token, _ in drawn:
             yield token

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -195,13 +195,21 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[dict[str, flo
     """
     train: dict[int, dict[str, float]] = {}
     valid: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            metrics = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
-            (train if "loss" in metrics else valid)[int(metrics["step"])] = metrics
-        except (ValueError, AttributeError, KeyError):
-            continue
+    add_metrics(path.read_text(encoding="utf-8", errors="replace").splitlines(), train, valid)
     return [train[step] for step in sorted(train)], [valid[step] for step in sorted(valid)]
+
+
+def add_metrics(lines: Iterable[str], train: dict[int, dict[str, float]], valid: dict[int, dict[str, float]]) -> None:
+    """Put lines of a `metrics.jsonl` into training's and validation's, by step. Damaged ones are skipped."""
+    for line in lines:
+        try:
+            metrics = {k: math.nan if v is None else float(v) for k, v in json.loads(line).items()}
+            step = int(metrics["step"])
+            if not 0 <= step < 2**53:
+                continue
+            (train if "loss" in metrics else valid)[step] = metrics | {"step": step}
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+            continue
 
 
 class Window:
