@@ -22,7 +22,7 @@ from torchxihe.components.optimizer import (
     optimizer_step,
 )
 from torchxihe.components.validation import validation_metrics, validation_sums
-from torchxihe.config.checks import context_method, micro_batch_limit
+from torchxihe.config.checks import micro_batch_limit
 from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch, BatchSpec, micro_batch_rows, micro_batches, random_batch, validation_batches
 from torchxihe.data.prepare.chat import Chat
@@ -31,7 +31,7 @@ from torchxihe.data.tokenizer import load_tokenizer
 from torchxihe.kernels.select import Kernels, select_kernels
 from torchxihe.model.generate import generate
 from torchxihe.parallelisms.compile import compiles
-from torchxihe.parallelisms.context_parallel import cut_for, full_rows
+from torchxihe.parallelisms.context_parallel import context_method, cut_for, full_rows
 from torchxihe.parallelisms.data_parallel import gradient_sync
 from torchxihe.parallelisms.dims import ParallelDims, build_dims
 from torchxihe.parallelisms.parallelize import parallelize

@@ -97,7 +97,8 @@ class Story:
         assert set(codes.values()) == {0}, f"{codes}\n{self.network.logs()}"
 
 
-@pytest.mark.parametrize("losses", [3, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.long  # four hosts on the cores of one machine: minutes
+@pytest.mark.parametrize("losses", [3, 20])
 def test_random_losses_and_returns(
     losses: int, network: Network, workspace: Workspace, unbroken: Callable[..., Workspace]
 ) -> None:
@@ -131,6 +132,7 @@ def test_random_losses_and_returns(
     print({key: status[key] for key in ("starts", "elapsed_seconds", "goodput")})
 
 
+@pytest.mark.long
 def test_a_launcher_that_is_killed_at_the_end(network: Network, workspace: Workspace) -> None:
     """Its workers end at once; the others end well and do not wait for it.
 
@@ -155,6 +157,7 @@ def test_a_launcher_that_is_killed_at_the_end(network: Network, workspace: Works
     assert code == 0, network.logs()
 
 
+@pytest.mark.long
 def test_a_host_that_is_asked_to_stop_leaves(network: Network, workspace: Workspace) -> None:
     """It saves with the others and exits with 0; they continue. Seen to fail with workers that exit with 0: all end."""
     flags = ("--training.steps=100",)

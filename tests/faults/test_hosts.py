@@ -28,7 +28,7 @@ def start(network: Network, *args: str, second: tuple[str, ...] = (), numbered: 
         host.start(*args, *(second if rank else ()), **(place | (env if rank else {})))
 
 
-@pytest.mark.parametrize("numbered", [True, False])
+@pytest.mark.parametrize("numbered", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_two_hosts_whose_names_resolve_to_a_loopback_address(
     numbered: bool, network: Network, workspace: Workspace, unbroken: Callable[..., Workspace]
 ) -> None:
@@ -66,7 +66,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
+IN_CI = ("no such interface", "config")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[] if what in IN_CI else pytest.mark.long) for what in WRONG]
+)
 def test_a_wrong_host(what: str, network: Network, other_code: str) -> None:
     """One line that names it, on all hosts, within 60 s. Seen to fail (config) with no comparison."""
     env, line = WRONG[what]
@@ -88,6 +93,7 @@ def test_a_wrong_host(what: str, network: Network, other_code: str) -> None:
             assert line in network.hosts[0].text.splitlines()[-1], network.logs()
 
 
+@pytest.mark.long
 def test_an_endpoint_that_cannot_be_reached(network: Network) -> None:
     """Its packets are dropped."""
     run("ip", "-n", network.router, "route", "replace", "blackhole", "10.77.0.1")

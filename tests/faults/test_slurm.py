@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing), reason=f"needs SLURM (slurm-wlm, munge); missing: {', '.join(missing)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd needs root"),
     pytest.mark.timeout(900),
+    pytest.mark.long,
 ]
 
 CONF = """

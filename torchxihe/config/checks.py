@@ -234,12 +234,6 @@ def context_methods(config: Config, cp: int) -> list[str]:
     return [method for method in order if works[method] and seq_len % (cp * tp) == 0]
 
 
-def context_method(config: Config, cp: int) -> str:
-    """`parallelism.cp_method` of `cp` ranks, with "auto" decided."""
-    chosen = config.parallelism.cp_method
-    return context_methods(config, cp)[0] if chosen == "auto" else chosen
-
-
 def _context_parallelism(config: Config) -> Iterator[Finding]:
     model, parallelism, seq_len = config.model, config.parallelism, config.data.seq_len
     cp, tp, method = parallelism.cp, parallelism.tp, parallelism.cp_method

@@ -22,10 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchxihe.config.checks import context_methods
+from torchxihe.config.options import Config
 from torchxihe.data.loader import Batch
 from torchxihe.kernels.attention import Attention
 from torchxihe.model.decoder import Decoder, SelfAttention
 from torchxihe.parallelisms.dims import ParallelDims
+
+
+def context_method(config: Config, cp: int) -> str:
+    """`parallelism.cp_method` of `cp` ranks, with "auto" decided."""
+    chosen = config.parallelism.cp_method
+    return context_methods(config, cp)[0] if chosen == "auto" else chosen
 
 
 def cut_for(dims: ParallelDims, method: str) -> Callable[[Batch], Batch]:

@@ -6,13 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from torchxihe.config.checks import context_method
 from torchxihe.config.options import Config
 from torchxihe.kernels.select import Kernels, not_chosen
 from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
 from torchxihe.parallelisms.compile import apply_compile, compiles
-from torchxihe.parallelisms.context_parallel import apply_context_parallel
+from torchxihe.parallelisms.context_parallel import apply_context_parallel, context_method
 from torchxihe.parallelisms.data_parallel import apply_ddp, apply_fsdp
 from torchxihe.parallelisms.dims import ParallelDims
 from torchxihe.parallelisms.float8 import apply_float8

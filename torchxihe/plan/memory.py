@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from torchxihe.components.optimizer.adamw import BFloat16AdamW
-from torchxihe.config.checks import context_method
 from torchxihe.config.options import Config
 from torchxihe.kernels.linear_cross_entropy import chunk_rows
+from torchxihe.parallelisms.context_parallel import context_method
 from torchxihe.parallelisms.data_parallel import UNIT_PARAMETERS
 from torchxihe.parallelisms.pipeline_parallel import stage_layers
 from torchxihe.plan.layout import Layout

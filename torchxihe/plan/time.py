@@ -8,10 +8,10 @@ Letters as in `memory.py`.
 import math
 from dataclasses import dataclass, fields
 
-from torchxihe.config.checks import context_method
 from torchxihe.config.options import Config
 from torchxihe.data.loader import causal_pairs, micro_batches
 from torchxihe.model.flops import training_flops
+from torchxihe.parallelisms.context_parallel import context_method
 from torchxihe.plan.hardware import (
     FLOAT8_GAIN,
     FLOAT32_LOSS,
