@@ -42,7 +42,7 @@ class Fault:
         if self.rank in (-1, rank):
             _ARM[self.where](self)
         if self.what == "slow":
-            stop.PATIENCE_SECONDS = 1.0
+            stop.AGREEMENT_TIMEOUT = 1.0
 
     def happen(self) -> None:
         """Do it."""

@@ -232,13 +232,13 @@ def test_talking(tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     run([*args, "--prompt", "First?", "--stream"])
     assert capsys.readouterr().out == first and "First" not in first
     seen: list[list[int]] = []
-    generate = api.generate
+    draw_tokens = api.draw_tokens
 
     def spy(model: torch.nn.Module, prompt: list[int], **options: Any) -> Any:
         seen.append(prompt)
-        return generate(model, prompt, **options)
+        return draw_tokens(model, prompt, **options)
 
-    monkeypatch.setattr(api, "generate", spy)
+    monkeypatch.setattr(api, "draw_tokens", spy)
     monkeypatch.setattr("sys.stdin", io.StringIO("First?\nSecond?\n"))
     run(args)
     assert capsys.readouterr().out.startswith(first)
