@@ -85,13 +85,12 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
     if isinstance(loader, Loader):
         loader.read_counts()
     seconds = timed(step, steps, device)
-    alone = exposed_share(step, 3, device) if world_size() > 1 else None
     loss = trainer.sums.read()["loss"]
-    if isinstance(loader, Loader):
-        pairs = loader.read_counts()[2] // (steps + (3 if alone is not None else 0))
+    real = isinstance(loader, Loader)
+    pairs = loader.read_counts()[2] // steps if real else next(loader).pairs * trainer.accumulation
+    alone = exposed_share(step, 3, device) if world_size() > 1 else None  # last: more steps, another loss
+    if real:
         loader.close()
-    else:
-        pairs = next(loader).pairs * trainer.accumulation
     median = float(np.median(seconds))
     per_gpu = config.tokens_per_step / median / world_size()
     tokens, sharing = config.tokens_per_step // world_size(), world_size() // trainer.dims.size("data")

@@ -7,7 +7,7 @@ when they are first used, and PyTorch with them.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from torchxihe.version import __version__
+from torchxihe.utils.version import __version__
 
 if TYPE_CHECKING:
     from torchxihe.api import LanguageModel, batches, load, train

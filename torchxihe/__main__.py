@@ -29,7 +29,7 @@ from torchxihe.errors import LostPeerError, UserError
 from torchxihe.parsers import PARSERS
 from torchxihe.utils.processes import SIGNALS, USER_MISTAKE, elastic_job, end_with_launcher
 from torchxihe.utils.streams import guard_streams
-from torchxihe.version import __version__
+from torchxihe.utils.version import __version__
 
 TRAINING = ("launch", "prepare", "train")
 """Commands that continue when their output cannot be written any more."""

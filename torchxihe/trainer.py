@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.checkpoint.history import History
-from torchxihe.components.checkpoint.state import flat_state
+from torchxihe.components.checkpoint.state import described_state, flat_state
 from torchxihe.components.checkpoint.storage import Location
 from torchxihe.components.observe import StepSums, sums_by_source
 from torchxihe.components.optimizer import (
@@ -179,7 +179,7 @@ class Trainer:
     @property
     def expected(self) -> set[str] | None:
         """Names that some rank's state must have; None: every rank's state has all names."""
-        return self.model.expected if isinstance(self.model, Pipeline) else None
+        return {*described_state(self.config.model)} if isinstance(self.model, Pipeline) else None
 
 
 def trial_step(config: Config, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.test_parity import BATCH, NAMES, VOCAB, config, rows_of
-from torchxihe.data.loader import Batch, BatchSpec
+from torchxihe.data.loader import Batch
 from torchxihe.parallelisms import data_parallel
 from torchxihe.trainer import Trainer
 
@@ -85,11 +85,6 @@ def batch_of(step: int, rows: list[int]) -> Batch:
     return Batch(torch.from_numpy(tokens[rows]), chosen, cu_seqlens, (), sources, int((chosen >= 0).sum()))
 
 
-def part_of(batch: Batch, spec: BatchSpec) -> Batch:
-    """What this process computes of it, as the loader yields it."""
-    return spec.cut(batch) if spec.cut else batch
-
-
 def train(options: dict[str, Any], micro_batch: int) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Loss, gradient norm and each source's loss of every step, and the parameters after the last."""
     data_parallel.UNIT_PARAMETERS = 1  # every block a unit of its own
@@ -101,7 +96,7 @@ def train(options: dict[str, Any], micro_batch: int) -> tuple[np.ndarray, dict[s
     history = []
     for step in range(STEPS):
         starts = [(i * spec.data_ranks + spec.data_rank) * spec.rows for i in range(trainer.accumulation)]
-        trainer.train_step(iter([part_of(batch_of(step, [*range(g, g + spec.rows)]), spec) for g in starts]))
+        trainer.train_step(iter([spec.cut(batch_of(step, [*range(g, g + spec.rows)])) for g in starts]))
         sums = trainer.sums.read(NAMES)
         history.append([sums[key] for key in ("loss", "grad_norm", "loss/a", "loss/b")])
     parameters = {

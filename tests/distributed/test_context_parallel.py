@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_distributed
-from tests.distributed.layouts import NAMES, SHAPES, VOCAB, config, part_of
+from tests.distributed.layouts import NAMES, SHAPES, VOCAB, config
 from torchxihe.data.loader import Batch
 from torchxihe.kernels.attention import sdpa
 from torchxihe.parallelisms.context_parallel import cut_batch, gathered, ulysses
@@ -87,7 +87,7 @@ def _long_row(degrees: dict[str, int]) -> float:
     trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
     tokens = torch.randint(0, VOCAB, (1, length + 1), generator=torch.Generator().manual_seed(0))
     row = Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), None, (), torch.zeros(1, dtype=torch.int64), length)
-    trainer.train_step(iter([part_of(row, trainer.batch_spec)]))
+    trainer.train_step(iter([trainer.batch_spec.cut(row)]))
     return trainer.sums.read(NAMES)["loss"]
 
 

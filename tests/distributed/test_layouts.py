@@ -30,7 +30,6 @@ from tests.distributed.layouts import (
     config,
     document,
     micro_batch,
-    part_of,
     processes,
     train,
 )
@@ -152,7 +151,7 @@ def _validate(degrees: dict[str, Any]) -> Tensor:
     spec = trainer.batch_spec
     share = BATCH // spec.data_ranks
     mine = range(spec.data_rank * share, (spec.data_rank + 1) * share, spec.rows)
-    batches = [part_of(batch_of(0, [*range(first, first + spec.rows)]), spec) for first in mine]
+    batches = [spec.cut(batch_of(0, [*range(first, first + spec.rows)])) for first in mine]
     return trainer.dims.sum(validation_sums(trainer.module, batches, trainer.bytes_per_token, 3), "loss")
 
 
@@ -194,7 +193,7 @@ def _continue(options: dict[str, Any], root: Path, start: int, steps: int) -> tu
     spec, losses = trainer.batch_spec, []
     for step in range(start, start + steps):
         starts = [(i * spec.data_ranks + spec.data_rank) * spec.rows for i in range(trainer.accumulation)]
-        trainer.train_step(iter([part_of(batch_of(step, [*range(g, g + spec.rows)]), spec) for g in starts]))
+        trainer.train_step(iter([spec.cut(batch_of(step, [*range(g, g + spec.rows)])) for g in starts]))
         losses.append(trainer.sums.read(NAMES)["loss"])
     checkpointer.save(trainer.step, trainer.state(), state_of(trainer.step), expected=trainer.expected)
     return losses, before, _digests(trainer)

@@ -46,7 +46,7 @@ def of_rank(batch: Batch, spec: BatchSpec) -> Batch:
     """What this rank computes of it, as the loader yields it."""
     tensors = {name: value.cpu() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     batch = replace(batch, **tensors)
-    return to_device(spec.cut(batch) if spec.cut else batch, spec.device)
+    return to_device(spec.cut(batch), spec.device)
 
 
 def history(options: dict[str, Any], rank: int = 0, world_size: int = 1) -> list[tuple[float, float]]:

@@ -197,29 +197,34 @@ def _parallelism(config: Config, world_size: int) -> Iterator[Finding]:
     )
     if world_size and parallelism.dp_shard:
         try:
-            data_degrees(parallelism, world_size)
+            degrees = data_degrees(parallelism, world_size)
         except UserError as error:
             given = re.match(r"parallelism\.(tp|cp|pp) = ", str(error))
             option = given[1] if given else "dp_replicate" if parallelism.dp_shard == -1 else "dp_shard"
             yield True, f"parallelism.{option}", str(error)
         else:
-            degrees, pp = data_degrees(parallelism, world_size), parallelism.pp
-            data, shards = math.prod(degrees), degrees[1] * parallelism.cp
-            for option, size in (("model.vocab_size", model.vocab_size), *_divided_rows(model)):
-                yield (
-                    _is_cut_unevenly(size, tp, shards),
-                    option,
-                    f"{size} rows cannot be divided over parallelism.tp = {tp} and then over dp_shard × cp = {shards} "
-                    f"by PyTorch; use a multiple of {tp * shards}",
-                )
-            sizes = [config.training.global_batch_size, *(size for size, _ in config.training.batch_ramp)]
-            multiple = ", and the interleaved schedule a multiple of pp" * (parallelism.pp_schedule == "interleaved")
-            yield (
-                not micro_batch_limit(config, data),
-                "training.global_batch_size",
-                f"a step of {min(sizes)} sequences on {counted(data, 'data-parallel rank')} has too few micro-batches: "
-                f"a pipeline needs at least parallelism.pp = {pp} of them{multiple}",
-            )
+            yield from _on_processes(config, *degrees)
+
+
+def _on_processes(config: Config, replicate: int, shard: int) -> Iterator[Finding]:
+    """What does not fit the number of data-parallel ranks."""
+    model, parallelism, training = config.model, config.parallelism, config.training
+    tp, shards, data = parallelism.tp, shard * parallelism.cp, replicate * shard
+    for option, size in (("model.vocab_size", model.vocab_size), *_divided_rows(model)):
+        yield (
+            _is_cut_unevenly(size, tp, shards),
+            option,
+            f"{size} rows cannot be divided over parallelism.tp = {tp} and then over dp_shard × cp = {shards} by "
+            f"PyTorch; use a multiple of {tp * shards}",
+        )
+    smallest = min([training.global_batch_size, *(size for size, _ in training.batch_ramp)])
+    multiple = ", and the interleaved schedule a multiple of pp" * (parallelism.pp_schedule == "interleaved")
+    yield (
+        not micro_batch_limit(config, data),
+        "training.global_batch_size",
+        f"a step of {smallest} sequences on {counted(data, 'data-parallel rank')} has too few micro-batches: a "
+        f"pipeline needs at least parallelism.pp = {parallelism.pp} of them{multiple}",
+    )
 
 
 def context_methods(config: Config, cp: int) -> list[str]:
@@ -296,20 +301,21 @@ def _is_cut_unevenly(rows: int, tp: int, shards: int) -> bool:
 def micro_batch_limit(config: Config, data_ranks: int) -> int:
     """The largest micro-batch, of at most `training.micro_batch_size` (0: any) rows, with which a pipeline can run
     every step, as each needs `parallelism.pp` micro-batches; 0: none. `data_ranks` read different rows."""
-    training, parallelism = config.training, config.parallelism
-    pp, interleaved = parallelism.pp, parallelism.pp_schedule == "interleaved"
+    training, pp = config.training, config.parallelism.pp
     sizes = [training.global_batch_size, *(size for size, _ in training.batch_ramp)]
     most = training.micro_batch_size or max(sizes)
     if pp == 1:
         return most
+    most = min(most, min(sizes) // (data_ranks * pp))  # the smallest batch has `pp` micro-batches then
+    if config.parallelism.pp_schedule == "1F1B":
+        return most
 
-    def runs(rows: int) -> bool:
+    def has_full_rounds(rows: int) -> bool:
         rows = -(-sizes[0] // (data_ranks * -(-sizes[0] // (data_ranks * rows))))  # as few as need no more
         counts = [-(-size // (data_ranks * rows)) for size in sizes]
-        return all(n >= pp and not (interleaved and n % (n // pp)) for n in counts)
+        return not any(n % (n // pp) for n in counts)
 
-    candidates = range(min(most, min(sizes) // (data_ranks * pp)), 0, -1)[:CANDIDATES]
-    return next((rows for rows in candidates if runs(rows)), 0)
+    return next((rows for rows in range(most, 0, -1)[:CANDIDATES] if has_full_rounds(rows)), 0)
 
 
 def _listed(names: list[str]) -> str:

@@ -288,9 +288,9 @@ class Parallelism(Section):
     pp_stages_per_rank: PositiveInt = 1
     """Stages of each process: 1 with "1F1B", at least 2 with "interleaved"."""
     reshard_after_forward: bool = True
-    """FSDP2: free a block's gathered parameters between forward and backward, and shard each micro-batch's gradients at
-    once. false: less communication, but every process holds all parameters and, with several micro-batches per step,
-    all gradients."""
+    """FSDP2 (not with `pp`): free a block's gathered parameters after its forward pass, and shard each micro-batch's
+    gradients at once. false: less communication, but every process holds all parameters and, with several micro-batches
+    per step, all gradients."""
     activation_checkpointing: Literal["none", "selective", "full", "budget"] = "none"
     """Recompute in the backward pass: nothing, all but matrix products and attention, entire blocks, or what the
     compiler finds cheapest within `activation_budget`."""

@@ -56,6 +56,11 @@ class Batch:
     """(query, key) pairs that attention needs: causal and, where documents are masked, inside one; none of padding."""
 
 
+def all_of(batch: Batch) -> Batch:
+    """The batch as it is: `BatchSpec.cut` of a process that computes all of it."""
+    return batch
+
+
 @dataclass(frozen=True)
 class BatchSpec:
     """The shape of a rank's batches, and which rows it reads."""
@@ -69,8 +74,8 @@ class BatchSpec:
     data_rank: int = 0
     """This process's number among those that read different rows."""
     data_ranks: int = 1
-    cut: Callable[[Batch], Batch] | None = None
-    """Reduces a batch in host memory to what this process computes of it, if that is less than all."""
+    cut: Callable[[Batch], Batch] = all_of
+    """Reduces a batch in host memory to what this process computes of it."""
 
 
 class _Reader:
@@ -129,8 +134,7 @@ class _Reader:
         sources_B = torch.zeros(self._rows, dtype=torch.int64, pin_memory=self._pin)
         sources_B.numpy()[: len(sources)] = sources
         samples_B = (*samples, *(-1,) * missing)
-        batch = Batch(tokens_BT, targets_BT, cu_seqlens, samples_B, sources_B, valid, pairs=pairs)
-        return self._cut(batch) if self._cut else batch
+        return self._cut(Batch(tokens_BT, targets_BT, cu_seqlens, samples_B, sources_B, valid, pairs=pairs))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -165,7 +169,7 @@ def random_batch(spec: BatchSpec, vocab_size: int, documents: int) -> Batch:
     sources = torch.zeros(rows, dtype=torch.int64)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     batch = Batch(inputs, targets, cu_seqlens, (-1,) * rows, sources, rows * seq_len, pairs=pairs)
-    return to_device(spec.cut(batch) if spec.cut else batch, spec.device)
+    return to_device(spec.cut(batch), spec.device)
 
 
 class Loader:

@@ -18,8 +18,8 @@ from torchxihe.errors import UserError
 from torchxihe.page.charts import draw_panels
 from torchxihe.page.run_files import Incident, Message, RunFiles, incidents, samples, start_table
 from torchxihe.utils.records import DamagedError, read_bounded
+from torchxihe.utils.version import __version__
 from torchxihe.utils.words import BYTES, duration, scaled
-from torchxihe.version import __version__
 
 STATIC = Path(__file__).parent / "static"
 LOG_BYTES = 64 * 2**20

@@ -43,8 +43,8 @@ def apply_activation_checkpointing(model: Decoder, parallelism: Parallelism, *, 
         raise UserError('parallelism.activation_checkpointing: "budget" needs the compiler; use "selective" or "full"')
     # A global setting of the compiler.
     torch._functorch.config.activation_memory_budget = parallelism.activation_budget if mode == "budget" else 1.0
-    # With tensor parallelism the graph has a device mesh among its inputs, which takes no memory (torch 2.13 asks).
-    if hasattr(torch._functorch.config, "unsafe_treat_script_objects_as_zero_size"):
+    # With tensor parallelism the graph has a device mesh among its inputs; it takes no memory, but torch 2.13 asks.
+    if mode == "budget" and hasattr(torch._functorch.config, "unsafe_treat_script_objects_as_zero_size"):
         torch._functorch.config.unsafe_treat_script_objects_as_zero_size = True
     if mode in ("none", "budget"):
         return

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torchxihe.config.checks import context_methods
 from torchxihe.config.options import Config
-from torchxihe.data.loader import Batch
+from torchxihe.data.loader import Batch, all_of
 from torchxihe.kernels.attention import Attention
 from torchxihe.model.decoder import Decoder, SelfAttention
 from torchxihe.parallelisms.dims import ParallelDims
@@ -42,13 +42,13 @@ def cut_for(dims: ParallelDims, method: str) -> Callable[[Batch], Batch]:
 
     `valid` and `pairs` stay those of the rows: ranks of one "cp" group read the same rows.
     """
+    if dims.cp == 1:
+        return all_of
     return functools.partial(cut_batch, size=dims.cp, rank=dims.rank("cp"), method=method)
 
 
 def cut_batch(batch: Batch, *, size: int, rank: int, method: str) -> Batch:
     """See `cut_for`."""
-    if size == 1:
-        return batch
     rows, seq_len = batch.tokens.shape
     positions, cu_seqlens = positions_of(seq_len, size, rank, method), batch.cu_seqlens
     if method == "gather":

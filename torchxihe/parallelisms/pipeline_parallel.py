@@ -73,6 +73,8 @@ class Pipeline(nn.ModuleList):
         self._batches: list[Batch] = []
         self._tokens, self._losses = torch.ones(()), dict[int, Tensor]()
         self._sent: tuple[dist.Work | None, Tensor | None] = None, None
+        table = dict(self.named_parameters()).get(TABLE)
+        self._tied = table if parts[0].config.tie_word_embeddings else None
         for part in parts:
             # First of all hooks: FSDP2's would move the number of a micro-batch to the GPU, and the host would wait.
             part.register_forward_pre_hook(self._insert_batch, prepend=True, with_kwargs=True)
@@ -86,14 +88,6 @@ class Pipeline(nn.ModuleList):
     def copied(self) -> frozenset[str]:
         """Names of the parameters here that are copies of an earlier stage's."""
         return frozenset(name for name, _ in self.named_parameters() if name == TABLE and self._dims.rank("pp"))
-
-    @property
-    def expected(self) -> set[str]:
-        """What the states of all stages together must have in a checkpoint: every parameter of the model."""
-        part: Decoder = self[0]  # type: ignore[assignment]
-        with torch.device("meta"):
-            model = Decoder(part.config, seq_len=part.seq_len, dtype=part.dtype)
-        return {f"model.{name}" for name, _ in model.named_parameters()}
 
     def forward_backward(self, batches: list[Batch], tokens: Tensor) -> list[Tensor]:
         """All passes of a step, with the loss divided by `tokens` (float32 scalar); sums the gradients over `batches`.
@@ -194,13 +188,11 @@ class Pipeline(nn.ModuleList):
 
     def _sum_tied_gradients(self) -> None:
         """Add the gradient of the other copy of a tied table to this one's."""
-        table = dict(self.named_parameters()).get(TABLE)
-        first: Decoder = self[0]  # type: ignore[assignment]
-        if table is None or not first.config.tie_word_embeddings:
+        if self._tied is None:
             return
-        assert table.grad is not None
-        peer = self._dims.pp - 1 if first.first else 0
-        mine = local_part(table.grad)
+        assert self._tied.grad is not None
+        peer = 0 if self._dims.rank("pp") else self._dims.pp - 1
+        mine = local_part(self._tied.grad)
         other = torch.empty_like(mine)
         exchange = [
             dist.P2POp(dist.isend, mine, group=self._group, group_peer=peer),

@@ -16,7 +16,6 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -40,7 +39,7 @@ from torchxihe.components.checkpoint.staging import Staging, describe_state, fin
 from torchxihe.components.checkpoint.state import (
     corruption_explained,
     dcp_errors,
-    flat_state,
+    described_state,
     load_tensors,
     open_fitting,
 )
@@ -49,7 +48,6 @@ from torchxihe.components.checkpoint.tensor_files import TensorWriter
 from torchxihe.components.runtime import Ranks
 from torchxihe.config.options import Checkpoint, Model
 from torchxihe.errors import UserError, explained
-from torchxihe.model.decoder import Decoder
 from torchxihe.utils.distributed import is_main
 
 log = logging.getLogger(__name__)
@@ -116,9 +114,7 @@ class Checkpointer:
         `make` gives a tensor by its name in `flat_state`: float32, on the host. Raises UserError as `save`, and what
         `make` raises of it.
         """
-        with torch.device("meta"):
-            decoder = Decoder(model, seq_len=2, dtype=torch.float32)
-        self.save(step, flat_state(decoder, None), train_state, make=make)
+        self.save(step, described_state(model), train_state, make=make)
         self.close()
 
     def poll(self) -> None:

@@ -14,14 +14,13 @@ from torch import Tensor
 from torchxihe.components.checkpoint.export_tokenizer import write_tokenizer
 from torchxihe.components.checkpoint.manifest import read_manifest
 from torchxihe.components.checkpoint.saved_run import SavedRun, draft_of, open_weights
-from torchxihe.components.checkpoint.state import corruption_explained, flat_state
+from torchxihe.components.checkpoint.state import corruption_explained, described_state
 from torchxihe.data.prepare.chat import Chat
 from torchxihe.data.tokenizer import read_meta
 from torchxihe.errors import UserError, explained
-from torchxihe.model.decoder import Decoder
 from torchxihe.model.flops import parameter_counts
 from torchxihe.model.hf import hf_config, hf_name
-from torchxihe.version import __version__
+from torchxihe.utils.version import __version__
 
 SHARD_BYTES = 4 * 10**9
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -67,9 +66,7 @@ def _write_weights(
     saved: SavedRun, folder: Path, vocab_size: int, dtype: torch.dtype, shard_bytes: int, progress: Progress
 ) -> None:
     """The safetensors files, with an index if there are several."""
-    with torch.device("meta"):
-        model = Decoder(saved.model, seq_len=saved.seq_len, dtype=torch.float32)
-    state = flat_state(model, None)
+    state = described_state(saved.model)
     shapes = {}
     for key, tensor in state.items():
         rows = [vocab_size] if key in ("model.embed_tokens.weight", "model.lm_head.weight") else tensor.shape[:1]

@@ -8,10 +8,9 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from torchxihe.components.checkpoint.state import flat_state
+from torchxihe.components.checkpoint.state import described_state
 from torchxihe.config.options import Model
 from torchxihe.errors import UserError
-from torchxihe.model.decoder import Decoder
 from torchxihe.model.flops import parameter_counts
 from torchxihe.model.hf import hf_name, model_from_hf
 from torchxihe.utils.records import DamagedError, read_record
@@ -57,8 +56,7 @@ def open_folder(folder: Path, model: Model) -> Callable[[str], Tensor]:
 
     files = _weight_files(folder)
     _check_size(folder, files, model)
-    with torch.device("meta"):
-        state = flat_state(Decoder(model, seq_len=2, dtype=torch.float32), None)
+    state = described_state(model)
     wanted = {hf_name(key.removeprefix("model.")): (key, list(value.shape)) for key, value in state.items()}
     found: dict[str, Any] = {}
     flaws: list[str] = []

@@ -21,6 +21,7 @@ from torchxihe.components.checkpoint.manifest import TRAIN_STATE, read_manifest,
 from torchxihe.components.checkpoint.staging import describe_state
 from torchxihe.components.checkpoint.state import (
     corruption_explained,
+    described_state,
     flat_state,
     load_model_only,
     load_tensors,
@@ -193,8 +194,7 @@ def open_weights(saved: SavedRun, progress: Callable[[int], object] = lambda siz
     """
     if not saved.is_step:
         return open_folder(Path(saved.place), saved.model)
-    with torch.device("meta"):
-        state = flat_state(Decoder(saved.model, seq_len=saved.seq_len, dtype=torch.float32), None)
+    state = described_state(saved.model)
     with corruption_explained(saved.place):
         if flaws := step_flaws(saved.place, progress=progress):
             raise CorruptError("; ".join(flaws))

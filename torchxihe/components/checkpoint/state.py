@@ -30,7 +30,9 @@ from torchxihe.components.checkpoint.manifest import (
 from torchxihe.components.checkpoint.staging import Entry, describe_state
 from torchxihe.components.checkpoint.storage import CorruptError, Location, with_retries
 from torchxihe.components.checkpoint.tensor_files import TensorReader
+from torchxihe.config.options import Model
 from torchxihe.errors import UserError, explained
+from torchxihe.model.decoder import Decoder
 
 T = TypeVar("T")
 
@@ -58,6 +60,12 @@ def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dic
             for key, value in optimizer.state[parameter].items():
                 state[f"optim.{name}.{key}"] = value
     return state
+
+
+def described_state(model: Model) -> dict[str, Tensor]:
+    """`flat_state` of a whole model without memory: names, shapes and dtypes (float32)."""
+    with torch.device("meta"):
+        return flat_state(Decoder(model, seq_len=2, dtype=torch.float32), None)
 
 
 def resolve(path: str | PathLike[str]) -> Location:
