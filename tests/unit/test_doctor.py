@@ -66,7 +66,7 @@ def test_a_broken_kernel_is_named(broken: dict[str, Any], named: str, monkeypatc
         ((9, 0), ["--model.head_dim=80"], ["FlashAttention 4: has no head_dim of 80"]),
         ((9, 0), ["--model.attention=varlen", "--model.mlp=torch"], ['FlashAttention 4: model.attention is "varlen"',
                                                                      'quack: model.mlp is "torch"']),
-        ((12, 0), ["--float8.recipe=tensorwise"], ["quack: float8.recipe is set"]),
+        ((12, 0), ["--float8.recipe=tensorwise", "--float8.scope=all"], ["quack: float8.recipe is set"]),
     ],
 )  # fmt: skip
 def test_why_faster_kernels_are_not_used(

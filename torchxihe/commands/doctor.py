@@ -8,7 +8,6 @@ Axes: B batch, T position in the row, N = B·T tokens, C hidden size, H query he
 """
 
 import copy
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -212,17 +211,17 @@ def difference(found: Tensor, exact: Tensor) -> float:
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """Median of several runs, the device's work included."""
-
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    times = []
-    for _ in range(REPEATS + 2):
-        wait()
-        start = time.perf_counter()
+    """Of one run, the mean of several: on a GPU the time that its kernels take, since in training the host is ahead."""
+    for _ in range(2):
         action()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(REPEATS):
+                action()
+            torch.cuda.synchronize()
+        return sum(event.device_time_total for event in profile.key_averages()) / 1e6 / REPEATS
+    start = time.perf_counter()
+    for _ in range(REPEATS):
+        action()
+    return (time.perf_counter() - start) / REPEATS

@@ -48,7 +48,7 @@ def _chunked_float8(
     loss = torch.zeros((), dtype=torch.float32, device=x_NC.device)
     losses_N = torch.empty(rows, dtype=torch.float32, device=x_NC.device)
     dx = torch.empty_like(x_NC) if gradients else x_NC.new_empty(0)
-    dw = torch.zeros_like(w_VC, dtype=torch.float32) if gradients else w_VC.new_empty(0, dtype=torch.float32)
+    dw = w_VC.new_empty(0, dtype=torch.float32)
     x, x_CN, x_scale = _round_both(x_NC)
     w, w_CV, w_scale = _round_both(w_VC.to(x_NC.dtype))
     one_step = torch.full((), 1 / LARGEST, device=x_NC.device)
@@ -67,7 +67,8 @@ def _chunked_float8(
                 dx[chunk] = _product(grad_nV, w_CV, one_step, w_scale, x_NC.dtype)
                 del grad_nV
         if grad_Vm is not None:
-            dw += _product(grad_Vm, x_CN[:, first:last], one_step, x_scale, torch.float32)
+            part = _product(grad_Vm, x_CN[:, first:last], one_step, x_scale, torch.float32)
+            dw = dw.add_(part) if first else part
     loss += losses_N.sum()
     return loss, losses_N, dx, dw
 
