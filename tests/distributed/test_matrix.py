@@ -37,7 +37,7 @@ FLOAT8 = 5e-3
 ROUNDING = 10
 """Times the effect of rounding, seen in one process with other micro-batches, by which a layout may differ beyond the
 tolerance: some steps amplify it a thousandfold (a gradient norm of 49 between norms of 3)."""
-FAILED_ONCE = (59,)  # "budget" with tensor parallelism
+FAILED_ONCE = (59, 184)  # "budget" with tensor parallelism; a float8 norm that a last digit changes
 Values = dict[str, dict[str, Any]]
 
 
@@ -52,7 +52,7 @@ class Segment:
     parameters: dict[str, Tensor]
     """After the last step."""
     noise: np.ndarray | None = None
-    """By how much the history differs with micro-batches of one row."""
+    """By how much the history differs with other roundings: micro-batches of one row, or of float8 another rate."""
 
 
 def draw(seed: int, layouts: int) -> tuple[Values, list[dict[str, Any]]]:
@@ -236,10 +236,12 @@ def in_one_process(values: Values, root: Path, checkpoints: Path, steps: int) ->
     if not values["float8"]["recipe"]:
         alone["training"]["micro_batch_size"] = values["training"]["global_batch_size"]
     segment = run_segment(alone, {}, root, checkpoints, 0, steps)
-    alone["training"]["micro_batch_size"] = 1
-    other = run_segment(alone, {}, root, checkpoints.with_name("rows"), 0, steps)
-    segment.noise = np.zeros_like(segment.history) if values["float8"]["recipe"] else other.history - segment.history
-    segment.noise = np.abs(segment.noise)
+    if values["float8"]["recipe"]:  # other micro-batches have other scales: weights of other last digits instead
+        alone["optimizer"] = alone["optimizer"] | {"lr": (1 + 1e-6) * alone["optimizer"]["lr"]}
+    else:
+        alone["training"]["micro_batch_size"] = 1
+    other = run_segment(alone, {}, root, checkpoints.with_name("other"), 0, steps)
+    segment.noise = np.abs(other.history - segment.history)
     return segment
 
 

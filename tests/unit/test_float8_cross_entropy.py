@@ -7,6 +7,7 @@ from torch import Tensor
 from torchxihe.config.options import Config
 from torchxihe.kernels import float8_cross_entropy as module
 from torchxihe.kernels.float8_cross_entropy import E4M3, LARGEST, float8_cross_entropy
+from torchxihe.kernels.float8_product import float8_recipe
 from torchxihe.kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     LinearCrossEntropy,
@@ -105,7 +106,7 @@ def test_scope(options: dict[str, str], head: bool, blocks: str) -> None:
     data = {"sources": [{"path": "a"}], "seq_len": 64}
     values = {"model": model, "data": data, "training": training, "optimizer": {"lr": 1e-3}}
     config = Config.model_validate(values | {"float8": options})
-    assert config.float8_blocks == blocks
+    assert float8_recipe(config) == blocks
     assert (select_kernels(config, torch.device("cpu")).cross_entropy is float8_cross_entropy) == head
     wide = config.model_copy(update={"model": config.model.model_copy(update={"hidden_size": 2048})})
-    assert wide.float8_blocks == ("" if options.get("scope") == "head" else options.get("recipe", ""))
+    assert float8_recipe(wide) == ("" if options.get("scope") == "head" else options.get("recipe", ""))

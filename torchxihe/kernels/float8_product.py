@@ -10,7 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchxihe.config.options import Config
 from torchxihe.utils.distributed import local_weight
+
+WIDE = 2048
+"""Hidden size from which `float8.scope = "auto"` includes the blocks: 768 was measured to lose, 2048 to win."""
+
+
+def float8_recipe(config: Config) -> str:
+    """torchao's recipe for the products of the blocks; "" if they stay in `training.dtype`."""
+    scope, wide = config.float8.scope, config.model.hidden_size >= WIDE
+    return config.float8.recipe if scope in ("blocks", "all") or (scope == "auto" and wide) else ""
+
+
+def wants_float8_head(config: Config) -> bool:
+    """Whether the head's products shall be float8, where that works."""
+    scope = config.float8.scope
+    return config.float8.recipe == "tensorwise" and scope != "blocks" and config.parallelism.tp == 1
 
 
 def is_float8(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torchxihe.errors import UserError
 from torchxihe.kernels.attention import Attention, sdpa, varlen
 from torchxihe.kernels.flash_attention_4 import FA4_HEAD_DIMS, fa4, has_flash_attention_4
 from torchxihe.kernels.float8_cross_entropy import float8_cross_entropy, has_float8_head
+from torchxihe.kernels.float8_product import float8_recipe, wants_float8_head
 from torchxihe.kernels.float8_swiglu import has_float8, swiglu_float8
 from torchxihe.kernels.linear_cross_entropy import (
     LinearCrossEntropy,
@@ -73,9 +74,9 @@ def select_kernels(config: Config, device: torch.device) -> Kernels:
     return Kernels(
         select_attention(model, device, dtype, config.data.document_mask),
         select_qk_norm_rope(model.head_dim, device, dtype),
-        select_swiglu(model, device, dtype, config.float8_blocks, config.parallelism.tp),
+        select_swiglu(model, device, dtype, float8_recipe(config), config.parallelism.tp),
         float8_cross_entropy
-        if config.float8_head and has_float8_head(device, dtype, model.hidden_size, model.vocab_size)
+        if wants_float8_head(config) and has_float8_head(device, dtype, model.hidden_size, model.vocab_size)
         else linear_cross_entropy,
     )
 
@@ -149,7 +150,7 @@ def not_chosen(config: Config, device: torch.device, kernels: Kernels) -> list[s
         ],
         swiglu_quack: [
             (model.mlp not in ("auto", "quack"), asked["mlp"]),
-            (bool(config.float8_blocks), "float8.recipe is set"),
+            (bool(float8_recipe(config)), "float8.recipe is set"),
             (capability[0] != 9, f"its tiles were chosen for Hopper (compute capability 9.0, this one has {number})"),
             (float32, dtype),
             (not has_quack(device), install),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from torchxihe.config.options import Config
+from torchxihe.kernels.float8_product import float8_recipe
 from torchxihe.kernels.select import Kernels, not_chosen
 from torchxihe.model.decoder import Decoder
 from torchxihe.parallelisms.activation_checkpoint import apply_activation_checkpointing
@@ -66,7 +67,7 @@ def _build(
     reduce(model)
     apply_tensor_parallel(model, dims)
     apply_context_parallel(model, dims, context_method(config, dims.cp))
-    apply_float8(model, config.float8_blocks, device, dims)
+    apply_float8(model, float8_recipe(config), device, dims)
     compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
     if compiled:

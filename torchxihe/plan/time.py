@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from torchxihe.config.options import Config
 from torchxihe.data.loader import causal_pairs, micro_batches
+from torchxihe.kernels.float8_product import float8_recipe
 from torchxihe.model.flops import training_flops
 from torchxihe.parallelisms.context_parallel import context_method
 from torchxihe.plan.hardware import (
@@ -94,7 +95,7 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
     pairs = rows * (pairs or causal_pairs(config.data.seq_len)) // layout.cp
 
     blocks = s.layers * sum(_product(s.N, c, out, gpu) for c, out in _products(s))
-    blocks /= FLOAT8_GAIN if config.float8_blocks else 1
+    blocks /= FLOAT8_GAIN if float8_recipe(config) else 1
     last = stage == layout.pp - 1
     head = _product(s.N, s.C, s.V, gpu) if last else 0.0
     attention_rate = gpu.attention[max(dim for dim in gpu.attention if dim <= s.D)]
