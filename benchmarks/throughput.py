@@ -142,7 +142,9 @@ def print_table(result: dict[str, Any]) -> None:
         ("step time", f"{result['step_ms']} ms median, {result['step_ms_p10']} p10, {result['step_ms_p90']} p90"),
         (
             "memory",
-            f"{result['memory_allocated_gib']} GiB allocated, {result['memory_reserved_gib']} reserved",
+            f"{result['memory_allocated_gib']} GiB allocated, {result['memory_reserved_gib']} reserved"
+            if result["memory_reserved_gib"]
+            else "not measured on a CPU",
         ),
         (
             "start",

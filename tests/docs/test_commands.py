@@ -1,4 +1,4 @@
-"""Every command in README, CONTRIBUTING, docs/ and the examples of --help is run exactly as written.
+"""Every command and script in README, CONTRIBUTING, docs/ and the examples of --help is run exactly as written.
 
 In a copy of the checkout with shrunk presets, so that all commands together take minutes. Commands that cannot run here
 are in `ELSEWHERE`, with the reason.
@@ -175,14 +175,62 @@ def test_readme_from_a_fresh_clone(checkout: Path, tmp_path: Path) -> None:
     execute(folder, commands_of("README.md"))
 
 
+def execute_document(folder: Path, document: str) -> None:
+    """Its commands and Python scripts, in their order. A script with "..." is a fragment, and is not run."""
+    for language, block in blocks((ROOT / document).read_text(encoding="utf-8")):
+        if language == "bash":
+            execute(folder, commands_in(block))
+        elif language == "python" and "..." not in block:
+            (folder / "script.py").write_text(block, encoding="utf-8")
+            execute(folder, ["python script.py"])
+
+
+ADAPTERS = "docs/finetune_elsewhere.md"
 WITH_COMMANDS = [document for document in DOCUMENTS[1:] if set(commands_of(document)) - ELSEWHERE.keys()]
 
 
-@pytest.mark.parametrize("document", WITH_COMMANDS)
+@pytest.mark.parametrize("document", [document for document in WITH_COMMANDS if document != ADAPTERS])
 def test_a_document_after_the_first_run(trained: Path, tmp_path: Path, document: str) -> None:
     folder = tmp_path / "checkout"
     shutil.copytree(trained, folder, symlinks=True)
-    execute(folder, commands_of(document))
+    execute_document(folder, document)
+
+
+def test_adapters_and_preferences_come_back(trained: Path, tmp_path: Path) -> None:
+    """Five steps of LoRA and five of DPO change the model; what is imported has the logits of what was trained.
+
+    Seen to fail with the export imported instead of the merged adapter.
+    """
+    import torch
+
+    import torchxihe
+
+    folder = tmp_path / "checkout"
+    shutil.copytree(trained, folder, symlinks=True)
+    execute_document(folder, ADAPTERS)
+    auto: Any = pytest.importorskip("transformers").AutoModelForCausalLM
+    peft: Any = pytest.importorskip("peft")
+    ids = torch.arange(0, 256, 8)[None]
+
+    @torch.no_grad()
+    def theirs(name: str, adapter: str = "") -> torch.Tensor:
+        model = auto.from_pretrained(folder / name)
+        return (peft.PeftModel.from_pretrained(model, folder / adapter) if adapter else model).eval()(ids).logits
+
+    def ours(name: str) -> torch.Tensor:
+        return torchxihe.load(folder / name).logits(ids)
+
+    def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+        assert a.shape == b.shape
+        return (a - b).abs().max().item()
+
+    exported, adapted = theirs("exported/xihe_debug"), theirs("exported/xihe_debug", "finetuned/lora")
+    assert difference(exported, adapted) > 1e-3
+    assert difference(adapted, ours("imported/lora")) < 1e-4  # merging rounds
+    assert difference(theirs("finetuned/lora_merged"), ours("imported/lora")) < 1e-5
+    assert difference(adapted, ours("finetuned/merged_later")) < 1e-4
+    assert difference(ours("imported/lora"), ours("imported/dpo")) > 1e-5
+    assert difference(theirs("finetuned/dpo"), ours("imported/dpo")) < 1e-5
 
 
 def test_python_blocks_in_one_namespace(trained: Path, tmp_path: Path) -> None:

@@ -148,10 +148,12 @@ def make_tokenizer(folder: Path, special: list[str], **files: str) -> Path:
     return folder
 
 
-def make_chat(folder: Path, special: list[str], template: str, **settings: str) -> Chat:
+def make_chat(
+    folder: Path, special: list[str], template: str, roles: tuple[str, ...] = ("assistant",), **settings: str
+) -> Chat:
     """A tokenizer that brings this template along, as `obtain` hands it on."""
     made = make_tokenizer(folder, special, chat_template=template, **settings)
-    return Chat(obtain(Tokenizer(path=str(made)), folder / "cache", [], ""))
+    return Chat(obtain(Tokenizer(path=str(made)), folder / "cache", [], ""), roles)
 
 
 CHATML = (
@@ -225,6 +227,109 @@ def test_ids_are_those_of_transformers_and_the_assistant_alone_is_learned(
     asked = ours.prompt(messages[:-1])
     assert asked == theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     assert asked == ids.tolist()[: len(asked)] and loss[len(asked)] and not loss[len(asked) - 1]
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def by_roles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Chat]]:
+    """The template's name, and chats that learn of the user, of the assistant, and of both."""
+    special, template, more = TEMPLATES[request.param]
+    folder = tmp_path_factory.mktemp("roles")
+    roles = [("user",), ("assistant",), ("user", "assistant")]
+    return request.param, [
+        make_chat(folder / str(i), special, template, roles=learned, **more) for i, learned in enumerate(roles)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(turns=TURNS)
+def test_other_roles_are_learned_without_their_headers(
+    by_roles: tuple[str, list[Chat]], turns: list[tuple[str, str]]
+) -> None:
+    """The user's content and the token that ends it; with both roles, what each of them alone has.
+
+    Seen to fail with the first occurrence of the content instead of the last.
+    """
+    name, chats = by_roles
+    messages: list[Message] = conversation(*(content for turn in turns for content in turn))["messages"]
+    user, assistant, both = ([(p.text, p.loss) for p in _joined(chat.parts(messages)[0])] for chat in chats)
+    ends = {"ours": "<|endoftext|>", "ours with BOS": "</s>", "Llama 3": "<|eot_id|>", "Mistral": "", "Alpaca": ""}
+    end = ends.get(name, "<|im_end|>")
+    learned = [text for text, loss in user if loss]
+    assert all(text.endswith(end) for text in learned)
+    assert [text.removesuffix(end).rstrip() for text in learned] == [said.strip() for said, _ in turns if said.strip()]
+    spread = [[loss for text, loss in parts for _ in text] for parts in (user, assistant, both)]
+    assert spread[2] == [a or b for a, b in zip(*spread[:2], strict=True)]
+    assert not any(a and b for a, b in zip(*spread[:2], strict=True))
+
+
+def _joined(parts: list[Any]) -> list[Any]:
+    """Neighbours with the same loss as one part, if the text of one user is not beside another's."""
+    joined: list[Any] = []
+    for part in parts:
+        if joined and joined[-1].loss == part.loss:
+            joined[-1] = joined[-1]._replace(text=joined[-1].text + part.text)
+        else:
+            joined.append(part)
+    return joined
+
+
+def test_every_role_of_a_conversation_with_tools(tmp_path: Path) -> None:
+    """Results of tools in one turn, as Qwen's template writes them; a system message that another one repeats."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}"
+        "{% if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+        "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+        "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if tools and false %}{{ tools }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    messages: list[Message] = [
+        {"role": "system", "content": "user"}, {"role": "user", "content": " user "}, call,
+        {"role": "tool", "content": "1"}, {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "<|im_end|>"},
+    ]  # fmt: skip
+    expected = {
+        "system": ["user<|im_end|>"], "user": ["user <|im_end|>"], "tool": ["1", "1"],
+        "assistant": ["f<|im_end|>", "<|im_end|><|im_end|>"],
+    }  # fmt: skip
+    for i, (role, learned) in enumerate(expected.items()):
+        parts, why = make_chat(tmp_path / str(i), IM, template, roles=(role,)).parts(messages)
+        assert not why and [part.text for part in _joined(parts) if part.loss] == learned
+
+
+def test_the_next_header_does_not_end_a_message(tmp_path: Path) -> None:
+    """As in DeepSeek's template. Seen to fail without the end of the message as a limit."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}"
+        "{% else %}{{ '<|endoftext|>' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+    )
+    parts, why = make_chat(tmp_path / "t", IM, template, roles=("user",)).parts(conversation("a", "b")["messages"])
+    assert not why and [part.text for part in parts if part.loss] == ["a"]
+
+
+def test_a_template_that_changes_what_a_role_says(tmp_path: Path) -> None:
+    loud = CHATML.replace("CONTENT", "{{ (m.content | upper if m.role == 'system' else m.content) + '<|im_end|>' }}")
+    chat = make_chat(tmp_path / "t", IM, loud, roles=("system",))
+    _, problem = chat.parts(conversation("a", "b", system="be brief")["messages"])
+    assert problem and problem.detail.startswith("it does not write messages of 'system' as they are; remove it from")
+    with pytest.raises(UserError, match=r"tokenizer.chat_template: it does not write messages of 'user' as they are"):
+        make_chat(tmp_path / "u", IM, loud.replace("'system'", "'user'"), roles=("user",))
+
+
+def test_roles_are_part_of_what_is_prepared(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [conversation("ab", "c")])
+    found = {}
+    for roles in (["assistant"], ["user", "assistant"], ["assistant", "user"]):
+        data = {"loss_roles": roles, "packing": "concat"}
+        config = chat_config(tmp_path / "cache", source, seq_len=30, data=data, tokenizer=BYTES)
+        [read] = prepare(config).sources
+        found[tuple(roles)] = (read.key, read.targets)
+    assert found["assistant",][1] == 2 and found["user", "assistant"] == found["assistant", "user"]
+    assert found["user", "assistant"][1] == 5 and len({key for key, _ in found.values()}) == 2
 
 
 def test_marks_of_the_template_are_those_of_transformers(tmp_path: Path) -> None:

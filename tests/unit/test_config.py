@@ -208,6 +208,8 @@ def test_any_values_survive_the_round_trip(
         ("--data.sources=[{" + "a." * 5000 + "a=1}]", "[{" + "a." * 37 + f" ... {NO_TOML}"),
         ("--training.compile=1", "must be true or false, got 1"),
         ("--training.dtype=bf16", "must be 'bfloat16' or 'float32', got 'bf16'"),
+        ("--data.loss_roles=[]", 'names no role; the usual one is ["assistant"]'),
+        ('--data.loss_roles=["user"]', 'is for conversations; set data.format = "chat", or remove it'),
         ("--optimizer.lr=0", "must be greater than 0, got 0"),
         ("--optimizer.lr=inf", "must be a finite number, got inf"),
         ("--optimizer.betas=0.9", "must be a list, got 0.9"),

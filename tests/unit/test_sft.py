@@ -72,6 +72,8 @@ glob = "[a-d]*.py"
 format = "docstrings"
 [training]
 steps = 160
+[optimizer]
+lr = 5e-3
 [lr_scheduler]
 decay_fraction = 1.0
 [checkpoint]

@@ -68,8 +68,8 @@ def _table(lines: list[dict[str, str]]) -> str:
 def show_row(prepared: Prepared, order: Order, tokenizer: TextTokenizer, g: int, seq_len: int) -> str:
     """The row of sample `g`: a heading, then a paragraph per document; tokens without loss are in ⟦brackets⟧.
 
-    That is the first token of every document (nothing before it may predict it), padding, and what the assistant does
-    not say of a conversation. ⏹ is the end-of-text token.
+    That is the first token of every document (nothing before it may predict it), padding, and what roles say
+    that are not learned. ⏹ is the end-of-text token.
     """
     sources, rows, epochs = (int(x[0]) for x in order.samples(np.array([g])))
     source = prepared.sources[sources]

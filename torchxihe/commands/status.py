@@ -14,7 +14,7 @@ from torchxihe.config.load import load_config
 from torchxihe.config.options import Config
 from torchxihe.errors import UserError, explained
 from torchxihe.parsers import parse
-from torchxihe.utils.words import duration, scaled
+from torchxihe.utils.words import counted, duration, scaled
 
 PROBLEM = re.compile(r"^(\S+ \S+),\d+ rank (\d+) \[.*?\] (WARNING|ERROR|CRITICAL) (.*)$")
 CRASH = re.compile(r"^(\S+ \S+),\d+ rank (\d+) \[(.*?)\] DEBUG ended by an error$")
@@ -154,7 +154,7 @@ def _table(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "checkpoint", "none"
     if status["goodput"] is not None:
         what = f"{100 * status['goodput']:.1f} % of {duration(status['elapsed_seconds'])} were steps that count"
-        yield "goodput", f"{what}; {status['starts']} starts"
+        yield "goodput", f"{what}; {counted(status['starts'], 'start')}"
     for host, ranks in status["hosts"].items():
         logs = ", ".join(f"logs/rank-{rank:05}.log" for rank in ranks[:8]) + ", ..." * (len(ranks) > 8)
         yield "host", f"{host}: {logs}"

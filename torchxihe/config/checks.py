@@ -332,6 +332,12 @@ def _documents(config: Config) -> Iterator[Finding]:
         "checkpoint.best_by",
         f'must be "sources" or the name of one of validation.sets{_listed(sets)}, got {best_by!r}',
     )
+    yield (
+        config.data.format != "chat" and config.data.loss_roles not in ((), ("assistant",)),
+        "data.loss_roles",
+        'is for conversations; set data.format = "chat", or remove it',
+    )
+    yield not config.data.loss_roles, "data.loss_roles", 'names no role; the usual one is ["assistant"]'
     names: list[str] = []
     for at, source in documents_of(config):
         yield (

@@ -27,6 +27,9 @@ PRESETS = Path(__file__).parents[1] / "configs"
 """The top directory's configs/: a link to it in a checkout, its files in an installed package."""
 LARGEST_FILE = 2**20
 """Bytes of a config at most."""
+LR: Key = ("optimizer", "lr")
+FINE_TUNING_LR = 2e-5
+"""Default of `optimizer.lr` for fine-tuning: usual for all weights of models of one to eight billion parameters."""
 DEEPEST = 20
 """Tables and lists inside each other at most: three times what the options need."""
 
@@ -40,8 +43,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None, world_size
     file = find_config(str(path))
     if not file:
         raise UserError("no config file; expected CONFIG [--section.key=value ...], such as configs/xihe_debug.toml")
-    values, origins = _read_toml(file, ())
+    values, origins, inherits = _read_toml(file, ())
+    was_chat = _is_chat(values)
     mistakes = [mistake for flag in overrides or [] for mistake in _apply_override(values, origins, flag)]
+    inherits = (inherits or not was_chat) and not origins.get(LR, "").startswith("--")
+    _set_fine_tuning_rate(values, inherits)
     run = values.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
         run["name"] = Path(file).stem
@@ -91,8 +97,11 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json"))
 
 
-def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, str]]:
-    """The merged values of `file` and what it extends, and for each table and leaf the file it was last written in."""
+def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, str], bool]:
+    """The merged values of `file` and what it extends, and for each table and leaf the file it was last written in.
+
+    And whether it is of conversations and inherits the learning rate, if any, of a file that is not.
+    """
     where = f"{extended_by[-1]}: extends: {file}" if extended_by else file
     if os.path.realpath(file) in map(os.path.realpath, extended_by):
         raise UserError(f"{where}: the files extend each other in a circle; remove one `extends`")
@@ -113,13 +122,27 @@ def _read_toml(file: str, extended_by: Key) -> tuple[dict[str, Any], dict[Key, s
     parent = values.pop("extends", "")
     if not isinstance(parent, str):
         raise UserError(f"{where}: extends: must be the path of one TOML file, relative to this one")
-    merged, origins = {}, {}
+    merged, origins, inherits = {}, {}, False
     if parent:
         beside = os.path.normpath(Path(file).parent / os.path.expanduser(parent))
         parent = find_config(parent) if parent in presets() and not os.path.exists(beside) else beside
-        merged, origins = _read_toml(parent, (*extended_by, file))
+        merged, origins, inherits = _read_toml(parent, (*extended_by, file))
+    inherits = inherits or (_is_chat(values) and not _is_chat(merged))
     _merge(merged, values, origins, file, ())
-    return merged, origins
+    return merged, origins, inherits and origins.get(LR) != file
+
+
+def _is_chat(values: dict[str, Any]) -> bool:
+    data = values.get("data")
+    return isinstance(data, dict) and data.get("format") == "chat"
+
+
+def _set_fine_tuning_rate(values: dict[str, Any], inherits: bool) -> None:
+    """Give conversations that are trained on from a checkpoint their own default rate, not one that they inherit."""
+    checkpoint, optimizer = values.get("checkpoint"), values.get("optimizer", {})
+    if _is_chat(values) and isinstance(checkpoint, dict) and checkpoint.get("load") and isinstance(optimizer, dict):
+        default = {"lr": FINE_TUNING_LR}
+        values["optimizer"] = optimizer | default if inherits else default | optimizer
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

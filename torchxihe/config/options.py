@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from torchxihe.config.types import (
     LARGEST,
+    BatchRamp,
     BelowOne,
     Fraction,
     GivenPlace,
@@ -22,6 +23,7 @@ from torchxihe.config.types import (
     Place,
     PositiveFloat,
     PositiveInt,
+    Roles,
     Template,
 )
 
@@ -147,7 +149,9 @@ class Data(Section):
     """Where documents come from: one `[[data.sources]]` table each."""
     format: Literal["text", "chat"] = "text"
     """What a row of the data is. "text": a document, with loss on every token. "chat": a conversation, rendered by the
-    tokenizer's chat template, with loss on the assistant's messages only."""
+    tokenizer's chat template, with loss on the messages of `loss_roles`."""
+    loss_roles: Roles = ("assistant",)
+    """With `format = "chat"`: the roles whose messages carry a loss (docs/sft.md)."""
     seq_len: Annotated[int, Field(ge=2, le=LARGEST)]
     """Tokens of one training sequence. A stored row has one more, the last target."""
     packing: Literal["concat", "best_fit"] = "best_fit"
@@ -189,9 +193,7 @@ class Training(Section):
     """Tokens to train for; rounded up to full steps. Give this or `steps`, not both."""
     global_batch_size: PositiveInt
     """Sequences per optimizer step, over all GPUs and micro-batches."""
-    batch_ramp: Annotated[
-        tuple[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)], ...], Field(strict=False)
-    ] = ()
+    batch_ramp: BatchRamp = ()
     """Other batch sizes before `global_batch_size`: pairs of sequences per step and the step until which this size is
     used. [[64, 500], [128, 1000]]: 64 in the first 500 steps, 128 up to step 1000. []: none."""
     micro_batch_size: NonNegativeInt = 1
@@ -231,7 +233,8 @@ class Optimizer(Section):
     """"adamw": fused AdamW, weight decay on matrices only (none on embeddings and norms). "muon": Muon for the blocks'
     matrices, AdamW for everything else."""
     lr: PositiveFloat = 3e-4
-    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so that one rate serves both."""
+    """Peak learning rate; by default 2e-5 for fine-tuning on conversations, which does not inherit the rate of
+    pre-training (docs/sft.md). Muon's updates are scaled to the size of AdamW's, so that one rate serves both."""
     momentum: BelowOne = 0.95
     """Muon's decay rate of the momentum (Nesterov's)."""
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
@@ -445,7 +448,5 @@ class Config(Section):
 
 def documents_of(config: Config) -> list[tuple[str, Documents]]:
     """The sources and then the validation sets, each with its key ("data.sources.0")."""
-    sets = config.validation.sets
-    return [(f"data.sources.{i}", source) for i, source in enumerate(config.data.sources)] + [
-        (f"validation.sets.{i}", documents) for i, documents in enumerate(sets)
-    ]
+    tables = {"data.sources": config.data.sources, "validation.sets": config.validation.sets}
+    return [(f"{key}.{i}", documents) for key, table in tables.items() for i, documents in enumerate(table)]

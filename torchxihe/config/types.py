@@ -2,7 +2,7 @@
 
 import os
 import string
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -13,6 +13,8 @@ PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Roles = Annotated[tuple[Literal["assistant", "user", "system", "tool"], ...], Field(strict=False)]
+BatchRamp = Annotated[tuple[Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)], ...], Field(strict=False)]
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, perhaps a URL or a hub id; "~" is the home directory, which a shell leaves alone in --section.key=~/here."""
 GivenPlace = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]

@@ -43,7 +43,7 @@ KINDS: dict[Kind, dict[str, str]] = {
     "recorded": {
         "model": "initializer_range",
         "tokenizer": "path revision vocab_size train_bytes",  # its content is compared by hash
-        "data": "sources document_mask on_bad_rows max_bad_rows",
+        "data": "sources loss_roles document_mask on_bad_rows max_bad_rows",
         "validation": "every max_tokens sets",
         "training": "steps tokens global_batch_size batch_ramp dtype max_grad_norm max_skipped skip_spikes_beyond",
         "float8": "recipe scope",

@@ -18,6 +18,7 @@ import torch
 from torchxihe.components.observe.metrics import METRICS, read_metrics
 from torchxihe.components.optimizer import describe, state_bytes
 from torchxihe.config.checks import find_warnings
+from torchxihe.config.load import FINE_TUNING_LR
 from torchxihe.config.options import Config
 from torchxihe.data.loader import causal_pairs
 from torchxihe.data.order import Order
@@ -76,7 +77,7 @@ def report_start(
             f"{config.tokens_per_step:,} tokens, {counted(accumulation, 'micro-batch')}/step{ramp}",
         ),
         ("tokenizer", describe_tokenizer(config, prepared)),
-        ("optimizer", describe(optimizer)),
+        ("optimizer", describe(optimizer) + _why_this_rate(config)),
         (
             "plan",
             f"{counted(config.total_steps, 'step')}, {scaled(tokens)} tokens, {scaled(flops, FLOPS)}/step",
@@ -104,6 +105,13 @@ def report_start(
     _log_table(rows)
     for warning in find_warnings(config) if is_main() else []:  # other ranks print warnings, too
         log.warning("%s", warning)
+
+
+def _why_this_rate(config: Config) -> str:
+    """Of fine-tuning at its default rate."""
+    if config.data.format != "chat" or not config.checkpoint.load or config.optimizer.lr != FINE_TUNING_LR:
+        return ""
+    return ", fine-tuning's default: far below pre-training's, to retain what was learned; optimizer.lr sets another"
 
 
 def describe_tokenizer(config: Config, prepared: Prepared) -> str:

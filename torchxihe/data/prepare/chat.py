@@ -2,7 +2,8 @@
 
 A template (Jinja, in the dialect of `transformers`) renders messages as one text. The messages of the assistant in it
 carry the loss, up to and including the special token that ends the turn. Where they begin is marked by
-`{% generation %}` if the template has it; otherwise it is the end of the prompt for that message.
+`{% generation %}` if the template has it; otherwise it is the end of the prompt for that message. Of other roles
+(`data.loss_roles`), the content carries a loss, and a special token that follows it.
 """
 
 import itertools
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from torchxihe.data.prepare.conversations import Message
-from torchxihe.data.prepare.render import BEGIN, END, Renderer, RenderError
+from torchxihe.data.prepare.render import BEGIN, END, Rendered, Renderer, RenderError
 from torchxihe.data.prepare.rows import Problem
 from torchxihe.data.tokenizer import CHAT_TEMPLATE_FILE, Encoder, encodable, read_meta
 from torchxihe.errors import UserError
 from torchxihe.utils.records import DamagedError, read_bounded, read_record
 
+ASSISTANT = "assistant"
 LITERAL = "\ud802"
 """Before each character of a message that spells a special token. Like the marks BEGIN and END it is a lone surrogate,
 which no message has: `encodable` replaces them by question marks."""
@@ -62,8 +64,12 @@ class Part(NamedTuple):
 class Chat:
     """A tokenizer and its chat template."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder`: one that `obtain` has filled. Raises UserError if its template cannot be used for training."""
+    def __init__(self, folder: Path, roles: tuple[str, ...] = (ASSISTANT,)) -> None:
+        """`folder`: one that `obtain` has filled; `roles`: whose messages carry a loss.
+
+        Raises UserError if its template cannot be used for training.
+        """
+        self._roles = roles
         file = folder / CHAT_TEMPLATE_FILE
         if not file.exists():
             raise UserError(f"{folder}: it has no {CHAT_TEMPLATE_FILE}; train with data.format = 'chat'")
@@ -84,7 +90,9 @@ class Chat:
             raise UserError(f"tokenizer.chat_template: {error}") from None
         self.end_of_turn = self._encoder.special[self._end]
         """Id of the token that ends a message of the assistant."""
-        parts, _ = self.parts(PROBE)
+        parts, problem = self.parts(PROBE)
+        if problem:
+            raise UserError(f"tokenizer.chat_template: {problem.detail}")
         if self.encode(parts)[0].tolist() != self._encoder.encode_with_special("".join(part.text for part in parts)):
             raise UserError(
                 "tokenizer.path: its tokenizer.json encodes text after a special token differently than on its own (a "
@@ -93,7 +101,7 @@ class Chat:
 
     def _find_end(self) -> str:
         """The special token that the template writes after a message of the assistant."""
-        text, starts = self._renderer(PROBE, answers=[1])
+        text, starts, _ = self._renderer(PROBE, answers=[1])
         answer = re.split(f"[{BEGIN}{END}]", text)[1] if BEGIN in text else text[_checked(starts)[0] :]
         found = self._special.search(answer.partition(PROBE[1]["content"])[2])
         if not found:
@@ -110,23 +118,26 @@ class Chat:
 
         Raises UserError if the template exceeds a limit of time, memory or length.
         """
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = [i for i, message in enumerate(messages) if message["role"] in self._roles]
+        answers = [i for i in learned if messages[i]["role"] == ASSISTANT]
+        others = [i for i in learned if messages[i]["role"] != ASSISTANT]
         try:
             if lost := self._unwritten(messages, tools):
                 return [], Problem("the chat template does not write tools", f"it leaves out {lost}")
-            text, starts = self._renderer(self._literal(messages), answers=answers, tools=self._literal(tools))
-            if BEGIN in text:
-                pieces = enumerate(re.split(f"[{BEGIN}{END}]", text))  # unmarked and marked text alternate
-                return [part for i, piece in pieces for part in self._split(piece, loss=i % 2 == 1)], None
-            parts = self._split(text[: _checked(starts)[0]], loss=False)
-            for start, end in itertools.pairwise([*starts, len(text)]):
-                parts += self._turn(text[start:end])
+            written, tools = self._literal(messages), self._literal(tools)
+            rendered = self._renderer(written, answers=answers, others=others, tools=tools)
+            spans = self._answers(rendered) if answers else []
+            spans += [self._content(rendered, n, written[i]) for n, i in enumerate(others)]
         except (RenderError, _UnusableError) as error:
             return [], Problem("the chat template refuses it", str(error))
-        return parts, None
+        parts, at = list[Part](), 0
+        for start, end in sorted(spans):
+            parts += self._split(rendered.text[at:start], loss=False) + self._split(rendered.text[start:end], loss=True)
+            at = end
+        return parts + self._split(rendered.text[at:], loss=False), None
 
     def encode(self, parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, uint32 [n], and which of them carry a loss, bool [n]: those with a character of the assistant."""
+        """Token ids, uint32 [n], and which of them carry a loss, bool [n]: those with a character that does."""
         ids, loss = [], []
         for special, group in itertools.groupby(parts, key=lambda part: part.special):
             texts, _, losses = zip(*group, strict=True)
@@ -143,18 +154,42 @@ class Chat:
     def prompt(self, messages: list[Message]) -> list[int]:
         """Token ids that end where the assistant's answer to `messages` begins. Raises UserError."""
         try:
-            text, _ = self._renderer(self._literal(messages), prompt=True)
+            text = self._renderer(self._literal(messages), prompt=True).text
         except RenderError as error:
             raise UserError(f"the chat template refuses the conversation: {error}") from None
-        return self.encode(self._split(re.sub(f"[{BEGIN}{END}]", "", text), loss=False))[0].tolist()
+        return self.encode(self._split(text, loss=False))[0].tolist()
 
-    def _turn(self, text: str) -> list[Part]:
-        """Text that begins with a message of the assistant: it carries a loss up to and including the end of turn."""
-        parts = self._split(text, loss=True)
-        last = next((i for i, part in enumerate(parts) if part.special and part.text == self._end), -1)
-        if last < 0:
-            raise _UnusableError(f"a turn of the assistant does not end with {self._end}")
-        return parts[: last + 1] + [part._replace(loss=False) for part in parts[last + 1 :]]
+    def _answers(self, rendered: Rendered) -> list[tuple[int, int]]:
+        """Where the messages of the assistant are in the text, each with the end of its turn. Raises _UnusableError."""
+        text = rendered.text
+        if BEGIN in text:
+            return [found.span() for found in re.finditer(f"{BEGIN}[^{END}]*{END}", text)]
+        spans = []
+        for start, end in itertools.pairwise([*_checked(rendered.starts), len(text)]):
+            last = next((found for found in self._special.finditer(text, start, end) if found[0] == self._end), None)
+            if last is None:
+                raise _UnusableError(f"a turn of the assistant does not end with {self._end}")
+            spans.append((start, last.end()))
+        return spans
+
+    def _content(self, rendered: Rendered, number: int, message: Message) -> tuple[int, int]:
+        """Where the content of the message `others[number]` is in the text, with the special token that ends it.
+
+        It is the last of what the conversation up to this message, rendered alone, has before special tokens. Raises
+        _UnusableError.
+        """
+        (end, rest), content = rendered.ends[number], message["content"].strip()
+        if not content:
+            return end, end
+        before = self._special.sub(lambda found: "\0" * len(found[0]), rendered.text[:end])
+        start = -1 if self._special.sub("", rest).strip() else before.rfind(content)
+        if start < 0:
+            role = message["role"]
+            raise _UnusableError(f"it does not write messages of {role!r} as they are; remove it from data.loss_roles")
+        after = re.compile(f"{re.escape(content)}\\s*").match(rendered.text, start)
+        assert after
+        following = self._special.match(rendered.text, after.end(), end)
+        return start, following.end() if following else start + len(content)
 
     def _unwritten(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
         """What of the tools in a conversation the template leaves out; "" if nothing."""
@@ -167,7 +202,7 @@ class Chat:
     @cached_property
     def _lost(self) -> list[str]:
         """What the template leaves out of `TOOL_PROBE`."""
-        text, _ = self._renderer(TOOL_PROBE, tools=TOOL_PROBE_TOOLS)
+        text = self._renderer(TOOL_PROBE, tools=TOOL_PROBE_TOOLS).text
         return [what for what, written in TOOL_PROBE_TEXTS.items() if written not in text]
 
     def _literal(self, value: Any) -> Any:
@@ -181,8 +216,8 @@ class Chat:
         return self._special.sub(lambda found: "".join(LITERAL + char for char in found[0]), encodable(value))
 
     def _split(self, text: str, loss: bool) -> list[Part]:
-        """`text` cut at its special tokens, without the marks of `_literal`."""
-        pieces = enumerate(self._special.split(text))
+        """`text` cut at its special tokens, without the marks of `_literal` and of `{% generation %}`."""
+        pieces = enumerate(self._special.split(re.sub(f"[{BEGIN}{END}]", "", text)))
         return [Part(piece.replace(LITERAL, ""), i % 2 == 1, loss) for i, piece in pieces if piece]
 
 

@@ -54,8 +54,8 @@ class Job:
     max_bad_rows: float
     """Fraction of a source's rows that may be bad; -1: the first bad row is an error."""
     max_tokens: int
-    chat: bool
-    """Whether rows are conversations."""
+    roles: tuple[str, ...]
+    """Of conversations, whose messages carry a loss; none: rows are text."""
 
 
 def run_jobs(jobs: list[list[Job]]) -> Iterator[tuple[int, Shard]]:
@@ -136,9 +136,9 @@ def _encoder(tokenizer: Path) -> Encoder:
 
 
 @lru_cache(maxsize=1)
-def _chat(tokenizer: Path) -> Chat:
+def _chat(tokenizer: Path, roles: tuple[str, ...]) -> Chat:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return Chat(tokenizer)
+    return Chat(tokenizer, roles)
 
 
 def prepare_shard(job: Job) -> Shard:
@@ -195,7 +195,7 @@ class _Chats:
     """Encodes rows of conversations. BOS is written by their chat template, if at all."""
 
     def __init__(self, job: Job) -> None:
-        self._chat = _chat(job.tokenizer)
+        self._chat = _chat(job.tokenizer, job.roles)
         self._column = job.source.messages
         self._eos_id = job.eos_id
         self.columns = columns_of(self._column)
@@ -224,9 +224,9 @@ class _Chats:
 
 def _encode_shard(job: Job) -> Shard:
     """Read documents, encode and commit them."""
-    documents = _Chats(job) if job.chat else _Texts(job)
+    documents = _Chats(job) if job.roles else _Texts(job)
     dropped, bad, examples, rows = Counter[str](), Counter[str](), {}, 0
-    with ShardWriter(job.store, job.name, job.dtype, ("bin", "idx", "msk") if job.chat else ("bin", "idx")) as writer:
+    with ShardWriter(job.store, job.name, job.dtype, ("bin", "idx", "msk") if job.roles else ("bin", "idx")) as writer:
         needed, optional = documents.columns
         for row in chain.from_iterable(read_rows(p, needed, job.source, job.key, optional) for p in job.pieces):
             rows += 1

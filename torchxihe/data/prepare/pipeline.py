@@ -30,7 +30,7 @@ from torchxihe.data.manifests import (
     write_sealed,
 )
 from torchxihe.data.order import Order, check_epochs, plan_stages
-from torchxihe.data.prepare.chat import Chat
+from torchxihe.data.prepare.chat import ASSISTANT, Chat
 from torchxihe.data.prepare.conversations import columns_of, read_conversation
 from torchxihe.data.prepare.encode import Job, check_bad_rows, run_jobs
 from torchxihe.data.prepare.obtain_tokenizer import obtain
@@ -196,7 +196,7 @@ def _tokenizer(config: Config, plans: list[Plan], cache: Path) -> Path:
     folder = obtain(config.tokenizer, cache, sample, key, config.data.format == "chat")
     check_vocab_size(config, read_meta(folder).vocab_size)
     if config.data.format == "chat":
-        Chat(folder)  # reports an unusable template once, rather than in every worker
+        Chat(folder, config.data.loss_roles)  # reports an unusable template once, rather than in every worker
     return folder
 
 
@@ -239,6 +239,8 @@ def _store(plan: Plan, config: Config, tokenizer: Path, cache: Path) -> Path:
     }
     if plan.chat:
         key["chat_template"] = (tokenizer / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
+        if config.data.loss_roles != (ASSISTANT,):
+            key["loss_roles"] = sorted(set(config.data.loss_roles))
     return cache / "stores" / digest(key)
 
 
@@ -270,7 +272,7 @@ def _jobs(plans: list[Plan], stores: list[Path], config: Config, tokenizer: Path
                 fraction=plan.fraction,
                 max_bad_rows=_max_bad_rows(config),
                 max_tokens=plan.source.max_tokens,
-                chat=plan.chat,
+                roles=config.data.loss_roles if plan.chat else (),
             )
             for i, pieces in enumerate(plan.shards)
         ]

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
@@ -45,6 +45,18 @@ class RenderError(Exception):
     """The template raised an error, or cannot be compiled. The message is one line of at most 300 characters."""
 
 
+class Rendered(NamedTuple):
+    """What a template makes of messages."""
+
+    text: str
+    starts: list[int]
+    """Where the messages `answers` begin in it: at the end of the prompt for each (-1: the text does not begin with
+    that prompt). Empty if the text has generation marks."""
+    ends: list[tuple[int, str]]
+    """For each of the messages `others`: how far the conversation up to and including it, rendered alone, is the
+    beginning of the text, and the rest of what was rendered."""
+
+
 class Renderer:
     """A template, compiled in a process that ends with this object."""
 
@@ -66,16 +78,15 @@ class Renderer:
         messages: list[dict[str, Any]],
         prompt: bool = False,
         answers: Sequence[int] = (),
+        others: Sequence[int] = (),
         tools: list[dict[str, Any]] | None = None,
-    ) -> tuple[str, list[int]]:
-        """The rendered text, and where the messages `answers` (indices) begin in it: at the end of the prompt for each
-        (-1: the text does not begin with that prompt). If the text has generation marks, this list is empty.
+    ) -> Rendered:
+        """The rendered text, and where the messages `answers` and `others` (indices) are in it.
 
         `prompt`: end with the prompt for an answer. Raises RenderError for an error of the template, and UserError if
         it exceeds a limit.
         """
-        text, starts = self._ask([messages, prompt, answers, tools])
-        return text, starts
+        return Rendered(*self._ask([messages, prompt, answers, others, tools]))
 
     def _ask(self, request: object) -> Any:
         """Send a request and return the reply."""
@@ -176,8 +187,9 @@ def _render(
     messages: list[dict[str, Any]],
     prompt: bool,
     answers: list[int],
+    others: list[int],
     tools: list[dict[str, Any]] | None,
-) -> tuple[str, list[int]]:
+) -> Rendered:
     """See `Renderer.__call__`. Ends the process if a text is too long, or takes too long."""
     most = CHARACTERS + CHARACTERS_PER_CHARACTER * len(json.dumps([messages, tools], ensure_ascii=False))
 
@@ -194,7 +206,13 @@ def _render(
         for answer in answers:
             asked = limited(messages[:answer], True)
             starts.append(len(asked) if text.startswith(asked) else -1)
-    return text, starts
+    ends = []
+    for other in others:
+        alone = limited(messages[: other + 1], False)
+        differs = (i for i, (a, b) in enumerate(zip(alone, text, strict=False)) if a != b)
+        same = len(alone) if text.startswith(alone) else next(differs, len(text))
+        ends.append((same, alone[same:]))
+    return Rendered(text, starts, ends)
 
 
 def _serve() -> None:
