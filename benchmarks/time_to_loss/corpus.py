@@ -1,0 +1,190 @@
+"""The corpus of Python code: the sources in wheels from PyPI, named by a list with a hash of each package.
+
+The files are taken from this interpreter's site-packages where it has the listed version, else from a folder of wheels.
+"""
+
+import base64
+import hashlib
+import os
+import shutil
+import sysconfig
+import zipfile
+from importlib.metadata import Distribution, distributions
+from pathlib import Path, PurePosixPath
+
+from torchxihe.data.prepare.sources import NOT_INSTALLED
+from torchxihe.errors import UserError
+from torchxihe.utils.files import write_text
+from torchxihe.utils.records import DamagedError, Record, read_record
+from torchxihe.utils.words import counted
+
+SMALLEST = 250_000
+"""Bytes of Python below which a package is not listed."""
+PLATFORM = "--python-version 3.12 --only-binary=:all: --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64"
+
+Files = dict[str, bytes]
+"""Contents by the path in site-packages."""
+
+
+class Package(Record):
+    """The Python files of one wheel, without its tests."""
+
+    name: str
+    version: str
+    files: int
+    bytes: int
+    sha256: str
+    """Of a line "PATH SHA256" for each file, sorted by path."""
+
+    @property
+    def requirement(self) -> str:
+        """As pip takes it."""
+        return f"{self.name}=={self.version}"
+
+
+class Corpus(Record):
+    """A list of packages."""
+
+    packages: tuple[Package, ...]
+
+
+def read_list(path: Path) -> Corpus:
+    """The list in a file. Raises UserError."""
+    try:
+        return read_record(path, Corpus)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; make one with --write-list={path}") from None
+    except DamagedError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def write_list(path: Path) -> Corpus:
+    """List what is installed from wheels of an index, unchanged; prints what is left out and why."""
+    packages, left_out = [], []
+    for name, found in sorted(_installed().items()):
+        package = _describe(name, found.version, _files_of(found))
+        if package.bytes < SMALLEST:
+            continue
+        if why := _unfit(found):
+            left_out.append(f"{package.requirement} ({why})")
+        else:
+            packages.append(package)
+    if not packages:
+        raise UserError(f"{_site_packages()}: no package of {SMALLEST:,} bytes of Python that is as its wheel")
+    lines = ",\n".join(f"  {package.model_dump_json()}" for package in packages)
+    write_text(path, f'{{"packages": [\n{lines}\n]}}\n')
+    print(f"{path}: {_size(packages)}")
+    print(f"left out: {', '.join(left_out) or 'none'}", flush=True)
+    return Corpus(packages=tuple(packages))
+
+
+def collect(corpus: Corpus, listed: Path, into: Path, wheels: Path | None = None) -> None:
+    """Put the files of all packages into `into`, which has nothing else afterwards.
+
+    What is there already was checked when it was written. Raises UserError, with a line for each package that is
+    missing or has other files than the list.
+    """
+    installed, missing, mistakes = _installed(), [], []
+    into.mkdir(parents=True, exist_ok=True)
+    wanted = {f"{p.name}-{p.version}-{p.sha256[:16]}": p for p in corpus.packages}
+    for folder in into.iterdir():
+        if folder.name not in wanted:
+            shutil.rmtree(folder)
+    for folder, package in wanted.items():
+        if (into / folder).exists():
+            continue
+        files = _from_wheel(package, wheels) if wheels else {}
+        if not files and package.name in installed and installed[package.name].version == package.version:
+            files = _files_of(installed[package.name])
+        if not files:
+            missing.append(package.requirement)
+        elif (found := _describe(package.name, package.version, files)) != package:
+            why = f"{package.requirement} has {counted(found.files, 'Python file')}, SHA-256 {found.sha256}"
+            mistakes.append(f"{listed}: {why}, and not the listed {package.files}, {package.sha256}; install it anew")
+        else:
+            _write(files, into, folder)
+    if missing:
+        what = f"pip download --no-deps --dest wheels {PLATFORM} {' '.join(missing)}"
+        mistakes.append(f"{listed}: not installed here: {', '.join(missing)}; run `{what}` and add --wheels=wheels")
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    print(f"{into}: {_size(corpus.packages)}", flush=True)
+
+
+def _size(packages: list[Package] | tuple[Package, ...]) -> str:
+    files, size = sum(p.files for p in packages), sum(p.bytes for p in packages)
+    return f"{counted(len(packages), 'package')}, {counted(files, 'file')}, {size / 1e6:.1f} MB"
+
+
+def _site_packages() -> Path:
+    return Path(sysconfig.get_paths()["purelib"])
+
+
+def _installed() -> dict[str, Distribution]:
+    """The distributions in site-packages by their name on PyPI."""
+    found = distributions(path=[str(_site_packages())])
+    return {d.metadata["Name"].lower().replace("_", "-").replace(".", "-"): d for d in found}
+
+
+def _wanted(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return path.endswith(".py") and ".." not in parts and not NOT_INSTALLED.intersection(parts)
+
+
+def _files_of(package: Distribution) -> Files:
+    """The Python files that an installed package's RECORD names and that are there."""
+    names = [str(file) for file in package.files or () if file.hash and _wanted(str(file))]
+    return {name: path.read_bytes() for name in names if (path := _site_packages() / name).is_file()}
+
+
+def _unfit(package: Distribution) -> str:
+    """Why not everybody can get the same files from PyPI; "" if they can."""
+    if "+" in package.version:
+        return "a local version"
+    if package.read_text("direct_url.json"):
+        return "not from an index"
+    for file in package.files or ():
+        if not (file.hash and _wanted(str(file))):
+            continue
+        path = _site_packages() / file
+        if not path.is_file():
+            return f"{file} is missing"
+        content = hashlib.new(file.hash.mode, path.read_bytes()).digest()
+        if base64.urlsafe_b64encode(content).rstrip(b"=").decode() != file.hash.value:
+            return f"{file} was changed"
+    return ""
+
+
+def _from_wheel(package: Package, wheels: Path) -> Files:
+    """The Python files in a package's wheel; none if the folder has no wheel of it."""
+    stem = f"{package.name.replace('-', '_')}-{package.version}-"
+    for wheel in sorted(wheels.glob("*.whl")):
+        if wheel.name.lower().replace(".", "_").startswith(stem.replace(".", "_")):
+            with zipfile.ZipFile(wheel) as archive:
+                return {n: archive.read(name) for name in archive.namelist() if _wanted(n := _place(name))}
+    return {}
+
+
+def _place(name: str) -> str:
+    """Where a wheel's file is installed, relative to site-packages."""
+    parts = PurePosixPath(name).parts
+    if len(parts) > 2 and parts[0].endswith(".data"):
+        return "/".join(parts[2:]) if parts[1] in ("purelib", "platlib") else "../" + name
+    return name
+
+
+def _describe(name: str, version: str, files: Files) -> Package:
+    lines = sorted(f"{path} {hashlib.sha256(content).hexdigest()}\n" for path, content in files.items())
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    size = sum(map(len, files.values()))
+    return Package(name=name, version=version, files=len(files), bytes=size, sha256=digest)
+
+
+def _write(files: Files, into: Path, folder: str) -> None:
+    """Write a package's folder; it exists only when it is complete."""
+    draft = into / f"{folder}.tmp"
+    for name, content in files.items():
+        path = draft / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    os.rename(draft, into / folder)
