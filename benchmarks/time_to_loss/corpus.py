@@ -1,6 +1,7 @@
-"""The corpus of Python code: the sources in wheels from PyPI, named by a list with a hash of each package.
+"""The corpora of the track, each named by a list of files with hashes.
 
-The files are taken from this interpreter's site-packages where it has the listed version, else from a folder of wheels.
+Python code: the sources in wheels from PyPI, a hash for each package. They are taken from this interpreter's
+site-packages where it has the listed version, else from a folder of wheels. English: files of a dataset on the hub.
 """
 
 import base64
@@ -9,6 +10,7 @@ import os
 import shutil
 import sysconfig
 import zipfile
+from collections.abc import Sequence
 from importlib.metadata import Distribution, distributions
 from pathlib import Path, PurePosixPath
 
@@ -42,23 +44,87 @@ class Package(Record):
         return f"{self.name}=={self.version}"
 
 
-class Corpus(Record):
-    """A list of packages."""
+class Packages(Record):
+    """code.json."""
 
     packages: tuple[Package, ...]
 
 
-def read_list(path: Path) -> Corpus:
-    """The list in a file. Raises UserError."""
+class HubFile(Record):
+    """A file of a dataset."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class HubFiles(Record):
+    """english.json: files of one commit of a dataset."""
+
+    repository: str
+    revision: str
+    files: tuple[HubFile, ...]
+
+
+def collect(listed: Path, into: Path, wheels: Path | None = None) -> None:
+    """Put the files of a list into `into`, which has nothing else afterwards.
+
+    What is there already was checked when it was written. Raises UserError, with a line for each package or file that
+    is missing or differs from the list.
+    """
     try:
-        return read_record(path, Corpus)
+        corpus = read_record(listed, Packages | HubFiles)  # pyright: ignore[reportArgumentType]
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; make one with --write-list={path}") from None
+        raise UserError(f"{listed}: no such file; make it with --write-list={listed}") from None
     except DamagedError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{listed}: {error}") from None
+    into.mkdir(parents=True, exist_ok=True)
+    if isinstance(corpus, Packages):
+        _collect_packages(corpus, listed, into, wheels)
+    else:
+        _collect_hub(corpus, listed, into)
 
 
-def write_list(path: Path) -> Corpus:
+def write_hub_list(path: Path, repository: str, names: Sequence[str]) -> None:
+    """List files of a dataset with the hashes that the hub has of them. Raises UserError."""
+    import huggingface_hub  # slow, and for this corpus alone
+
+    info = huggingface_hub.HfApi().dataset_info(repository, files_metadata=True)
+    there = {file.rfilename: file.lfs for file in info.siblings or []}
+    files = []
+    for name in names:
+        if not (lfs := there.get(name)):
+            raise UserError(f"{repository}: has no file {name}")
+        files.append(HubFile(path=name, bytes=lfs.size, sha256=lfs.sha256))
+    corpus = HubFiles(repository=repository, revision=info.sha or "", files=tuple(files))
+    write_text(path, corpus.model_dump_json(indent=2) + "\n")
+
+
+def _collect_hub(corpus: HubFiles, listed: Path, into: Path) -> None:
+    import huggingface_hub  # slow, and for this corpus alone
+
+    for file in corpus.files:
+        place = into / file.path
+        if place.exists():
+            continue
+        found = huggingface_hub.hf_hub_download(
+            corpus.repository, file.path, repo_type="dataset", revision=corpus.revision
+        )
+        if (digest := _sha256_of(Path(found))) != file.sha256:
+            raise UserError(f"{listed}: {file.path}: SHA-256 {digest}, not {file.sha256}; delete {found}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(os.path.abspath(found))
+
+
+def _sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_list(path: Path) -> None:
     """List what is installed from wheels of an index, unchanged; prints what is left out and why."""
     packages, left_out = [], []
     for name, found in sorted(_installed().items()):
@@ -75,17 +141,10 @@ def write_list(path: Path) -> Corpus:
     write_text(path, f'{{"packages": [\n{lines}\n]}}\n')
     print(f"{path}: {_size(packages)}")
     print(f"left out: {', '.join(left_out) or 'none'}", flush=True)
-    return Corpus(packages=tuple(packages))
 
 
-def collect(corpus: Corpus, listed: Path, into: Path, wheels: Path | None = None) -> None:
-    """Put the files of all packages into `into`, which has nothing else afterwards.
-
-    What is there already was checked when it was written. Raises UserError, with a line for each package that is
-    missing or has other files than the list.
-    """
+def _collect_packages(corpus: Packages, listed: Path, into: Path, wheels: Path | None) -> None:
     installed, missing, mistakes = _installed(), [], []
-    into.mkdir(parents=True, exist_ok=True)
     wanted = {f"{p.name}-{p.version}-{p.sha256[:16]}": p for p in corpus.packages}
     for folder in into.iterdir():
         if folder.name not in wanted:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch._dynamo
 from convergence import steps_to
-from corpus import collect, read_list, write_list
+from corpus import collect, write_hub_list, write_list
 from pydantic import Field, ValidationError
 
 import torchxihe
@@ -44,19 +44,30 @@ from torchxihe.errors import UserError
 from torchxihe.utils.device import default_device, device_name
 from torchxihe.utils.log import setup_logging
 
+HUB = {"code": ("", []), "english": ("HuggingFaceFW/fineweb-edu", ["sample/10BT/000_00000.parquet"])}
+"""The corpora; dataset and files of those on the hub."""
+FIXED = "data", "tokenizer", "validation"
+"""Sections that an entry does not change."""
 START_SECONDS = 90.0, 25.0
 """Start, compilation and last checkpoint of the first and of a later job, for the deadline."""
 SMALLEST_PART, SAVING = 120.0, 20.0
 """Seconds for which beginning a job is worth it; seconds before the deadline at which it stops, to save."""
 
 
-class Track(Section):
-    """track.toml."""
+class Reference(Section):
+    """What was measured on a corpus."""
 
     target: float
     """Held-out loss to reach. 0: not yet measured."""
     data_key: str
     """Content key of the prepared source. "": unknown."""
+
+
+class Track(Section):
+    """track.toml."""
+
+    code: Reference
+    english: Reference
     jobs: Annotated[tuple[Annotated[tuple[str, int], Field(strict=False)], ...], Field(strict=False)]
     """Entry and seed, in the order in which they run."""
 
@@ -66,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entries", nargs="*", metavar="ENTRY")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of each ENTRY (default 0)")
+    parser.add_argument("--corpus", choices=list(HUB), default="code", help="what to train on (default code)")
     parser.add_argument("--target", type=float, default=0.0, help="held-out loss (default: that of track.toml)")
     parser.add_argument("--json", default="", metavar="FILE", help="results (default: results.jsonl in run.dir)")
     parser.add_argument("--deadline", type=float, default=math.inf, metavar="SECONDS", help="from now (default: none)")
@@ -77,7 +89,8 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     try:
         if options.write_list:
-            write_list(options.write_list)
+            repository, files = HUB[options.corpus]
+            write_hub_list(options.write_list, repository, files) if files else write_list(options.write_list)
             return
         setup_logging()
         # One process compiles once for all jobs: models of the same shape share their graphs. Others need more of them.
@@ -91,9 +104,11 @@ def run_jobs(options: argparse.Namespace, overrides: list[str]) -> None:
     """Train and report every job that ends before the deadline. Raises UserError."""
     track = read_track(options.track / "track.toml")
     jobs = [(entry, seed) for entry in options.entries for seed in options.seeds] or list(track.jobs)
-    configs = {job: entry_config(options.track, *job, overrides) for job in jobs}  # all mistakes before the first job
-    target, step_seconds = options.target or track.target, options.step_seconds
-    check_data(options, next(iter(configs.values())), track.data_key)
+    # All mistakes before the first job.
+    configs = {job: entry_config(options.track, options.corpus, *job, overrides) for job in jobs}
+    reference: Reference = getattr(track, options.corpus)
+    target, step_seconds = options.target or reference.target, options.step_seconds
+    check_data(options, next(iter(configs.values())), reference.data_key)
     results: list[dict[str, Any]] = []
     for (entry, seed), config in configs.items():
         left = options.deadline - (time.monotonic() - BEGIN)
@@ -104,13 +119,13 @@ def run_jobs(options: argparse.Namespace, overrides: list[str]) -> None:
         if not train(config, left):
             print(f"{entry}, seed {seed}: stopped; the same command resumes it", flush=True)
             return
-        result = {"entry": entry, "seed": seed} | measure(config)
+        result = {"entry": entry, "corpus": options.corpus, "seed": seed} | measure(config)
         step_seconds = result["step_seconds"] or step_seconds
         target = target or (result["validation"][-1][1] if entry == "adamw" and seed == 0 else 0.0)
         result |= reached(result, target)
         append(Path(options.json or Path(config.run.dir) / "results.jsonl"), result)
+        print_row(result, header=not results)
         results.append(result)
-        print_rows(results)
 
 
 def read_track(path: Path) -> Track:
@@ -123,26 +138,26 @@ def read_track(path: Path) -> Track:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def entry_config(track: Path, entry: str, seed: int, overrides: list[str]) -> Config:
+def entry_config(track: Path, corpus: str, entry: str, seed: int, overrides: list[str]) -> Config:
     """The config of a run. Raises UserError, also if the entry changes what the track keeps fixed."""
     file = track / "entries" / f"{entry}.toml"
     if not file.is_file():
         there = ", ".join(sorted(path.stem for path in file.parent.glob("*.toml")))
         raise UserError(f"{file}: no such entry; there are {there}")
-    own = [f"--training.seed={seed}", f"--run.name={entry}-seed{seed}"]
+    own = [f"--training.seed={seed}", f"--run.name={corpus}-{entry}-seed{seed}"]
     config = load_config(file, [*own, *overrides])
     base = load_config(track / "code.toml", overrides)
-    for section in ("data", "tokenizer", "validation"):
+    for section in FIXED:
         for name, value in getattr(base, section):
-            if name != "cache_dir" and value != getattr(getattr(config, section), name):
+            if value != getattr(getattr(config, section), name):
                 raise UserError(f"{file}: {section}.{name}: is the same for all entries (code.toml); remove it")
-    return config
+    of_corpus = load_config(track / f"{corpus}.toml", overrides)
+    return config.model_copy(update={section: getattr(of_corpus, section) for section in FIXED})
 
 
 def check_data(options: argparse.Namespace, config: Config, data_key: str) -> None:
     """Collect and prepare the corpus, unless it is there. Raises UserError if it is not the track's."""
-    listed = options.track / "code.json"
-    collect(read_list(listed), listed, Path(config.data.sources[0].path), options.wheels)
+    collect(options.track / f"{options.corpus}.json", Path(config.data.sources[0].path), options.wheels)
     key = prepare(config).sources[0].key
     print(f"data key: {key}", flush=True)
     if data_key and key != data_key:
@@ -239,19 +254,19 @@ def append(file: Path, result: dict[str, Any]) -> None:
         lines.write(line + "\n")
 
 
-def print_rows(results: list[dict[str, Any]]) -> None:
-    """Print the last job's held-out curve, and a table of all."""
-    last = results[-1]
-    print("held-out loss: " + ", ".join(f"{step} {loss:.4f}" for step, loss, _ in last["validation"]))
-    print(f"{'entry':24} {'seed':>4} {'steps':>6} {'s/step':>7} {'seconds':>8} {'loss':>8} {'target':>8} {'at':>14}")
-    for r in results:
-        at = f"{r['steps_to_target']:.0f} ({r['seconds_to_target']:.1f} s)" if r["steps_to_target"] else "not reached"
-        target = f"{r['target']:.4f}" if r["target"] else "unknown"
+def print_row(r: dict[str, Any], *, header: bool) -> None:
+    """Print a job's held-out curve and its row of the table."""
+    print("held-out loss: " + ", ".join(f"{step} {loss:.4f}" for step, loss, _ in r["validation"]))
+    if header:
         print(
-            f"{r['entry']:24} {r['seed']:4} {r['steps']:6,} {r['step_seconds']:7.4f} {r['seconds']:8.1f} "
-            f"{r['validation'][-1][1]:8.4f} {target:>8} {at if r['target'] else '':>14}",
-            flush=True,
+            f"{'entry':24} {'seed':>4} {'steps':>6} {'s/step':>7} {'seconds':>8} {'loss':>8} {'target':>8} reached at"
         )
+    at = f"step {r['steps_to_target']:,.0f}, {r['seconds_to_target']:,.1f} s" if r["steps_to_target"] else "-"
+    print(
+        f"{r['entry']:24} {r['seed']:4} {r['steps']:6,} {r['step_seconds']:7.4f} {r['seconds']:8.1f} "
+        f"{r['validation'][-1][1]:8.4f} {format(r['target'], '8.4f') if r['target'] else ' unknown'} {at}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
