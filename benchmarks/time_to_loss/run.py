@@ -32,10 +32,9 @@ import torch._dynamo
 from convergence import steps_to
 from corpus import collect, write_hub_list, write_list
 from pydantic import Field, ValidationError
+from trials import check_same, lines_of, taken
 
 import torchxihe
-from torchxihe.components.checkpoint.history import KINDS, newest_train_state
-from torchxihe.components.observe.metrics import METRICS, read_metrics
 from torchxihe.config.load import load_config, tomllib
 from torchxihe.config.options import Config, Section
 from torchxihe.data.prepare.pipeline import prepare
@@ -175,29 +174,9 @@ def train(config: Config, seconds: float) -> bool:
     return taken(config) == config.total_steps
 
 
-def taken(config: Config) -> int:
-    """Steps that the run's newest checkpoint has behind it."""
-    saved = newest_train_state(config)
-    return saved["step"] if saved else 0
-
-
-def check_same(config: Config) -> None:
-    """Raise UserError if the run's directory has a run of other options."""
-    file = config.run_dir / "config.toml"
-    if not file.exists():
-        return
-    before = load_config(file)
-    for section, options in config:
-        free = KINDS["free"].get(section, "").split()
-        for name, value in options:
-            if name not in free and value != getattr(getattr(before, section), name):
-                what = f"{section}.{name} was {getattr(getattr(before, section), name)!r} there"
-                raise UserError(f"{config.run_dir}: {what}, and is {value!r} now; move the directory away")
-
-
 def measure(config: Config) -> dict[str, Any]:
     """What the files of a finished run say of it; `validation` has [step, loss, seconds of training]."""
-    lines, validations = read_metrics(config.run_dir / METRICS)
+    lines, validations = lines_of(config.run_dir)
     known = [line["step_seconds"] for line in lines if "step_seconds" in line]
     median = statistics.median(known) if known else 0.0
     seconds, step, at = 0.0, 0, {0: 0.0}
