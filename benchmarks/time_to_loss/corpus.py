@@ -7,6 +7,7 @@ site-packages where it has the listed version, else from a folder of wheels. Eng
 import base64
 import hashlib
 import os
+import re
 import shutil
 import sysconfig
 import zipfile
@@ -182,7 +183,7 @@ def _site_packages() -> Path:
 def _installed() -> dict[str, Distribution]:
     """The distributions in site-packages by their name on PyPI."""
     found = distributions(path=[str(_site_packages())])
-    return {d.metadata["Name"].lower().replace("_", "-").replace(".", "-"): d for d in found}
+    return {re.sub(r"[-_.]+", "-", name).lower(): d for d in found if (name := d.metadata["Name"])}
 
 
 def _wanted(path: str) -> bool:
@@ -216,9 +217,9 @@ def _unfit(package: Distribution) -> str:
 
 def _from_wheel(package: Package, wheels: Path) -> Files:
     """The Python files in a package's wheel; none if the folder has no wheel of it."""
-    stem = f"{package.name.replace('-', '_')}-{package.version}-"
     for wheel in sorted(wheels.glob("*.whl")):
-        if wheel.name.lower().replace(".", "_").startswith(stem.replace(".", "_")):
+        name, version, *_ = wheel.name.split("-")
+        if (re.sub(r"[-_.]+", "-", name).lower(), version) == (package.name, package.version):
             with zipfile.ZipFile(wheel) as archive:
                 return {n: archive.read(name) for name in archive.namelist() if _wanted(n := _place(name))}
     return {}
