@@ -7,6 +7,7 @@ site-packages where it has the listed version, else from a folder of wheels. Eng
 import base64
 import hashlib
 import os
+import platform
 import re
 import shutil
 import sysconfig
@@ -23,7 +24,7 @@ from torchxihe.utils.words import counted
 
 SMALLEST = 250_000
 """Bytes of Python below which a package is not listed."""
-PLATFORM = "--python-version 3.12 --only-binary=:all: --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64"
+PLATFORM = "--only-binary=:all: --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64"
 
 Files = dict[str, bytes]
 """Contents by the path in site-packages."""
@@ -48,6 +49,8 @@ class Package(Record):
 class Packages(Record):
     """code.json."""
 
+    python: str
+    """Version of Python that the wheels are for, "3.12": some packages have other files for another one."""
     packages: tuple[Package, ...]
 
 
@@ -139,7 +142,8 @@ def write_list(path: Path) -> None:
     if not packages:
         raise UserError(f"{_site_packages()}: no package of {SMALLEST:,} bytes of Python that is as its wheel")
     lines = ",\n".join(f"  {package.model_dump_json()}" for package in packages)
-    write_text(path, f'{{"packages": [\n{lines}\n]}}\n')
+    python = ".".join(platform.python_version_tuple()[:2])
+    write_text(path, f'{{"python": "{python}", "packages": [\n{lines}\n]}}\n')
     print(f"{path}: {_size(packages)}")
     print(f"left out: {', '.join(left_out) or 'none'}", flush=True)
 
@@ -154,18 +158,20 @@ def _collect_packages(corpus: Packages, listed: Path, into: Path, wheels: Path |
         if (into / folder).exists():
             continue
         files = _from_wheel(package, wheels) if wheels else {}
+        is_wheel = bool(files)
         if not files and package.name in installed and installed[package.name].version == package.version:
             files = _files_of(installed[package.name])
-        if not files:
-            missing.append(package.requirement)
-        elif (found := _describe(package.name, package.version, files)) != package:
-            why = f"{package.requirement} has {counted(found.files, 'Python file')}, SHA-256 {found.sha256}"
-            mistakes.append(f"{listed}: {why}, and not the listed {package.files}, {package.sha256}; install it anew")
-        else:
+        if (found := _describe(package.name, package.version, files)) == package:
             _write(files, into, folder)
+        elif is_wheel:
+            why = f"{wheels}: {package.requirement} has {counted(found.files, 'Python file')}, SHA-256 {found.sha256}"
+            mistakes.append(f"{why}, and not the {package.files}, {package.sha256} of {listed}; delete that wheel")
+        else:
+            missing.append(package.requirement)
     if missing:
-        what = f"pip download --no-deps --dest wheels {PLATFORM} {' '.join(missing)}"
-        mistakes.append(f"{listed}: not installed here: {', '.join(missing)}; run `{what}` and add --wheels=wheels")
+        pip = f"pip download --no-deps --dest wheels --python-version {corpus.python} {PLATFORM}"
+        what = f"not installed here as listed: {', '.join(missing)}"
+        mistakes.append(f"{listed}: {what}; run `{pip} {' '.join(missing)}` and add --wheels=wheels")
     if mistakes:
         raise UserError("\n".join(mistakes))
     print(f"{into}: {_size(corpus.packages)}", flush=True)

@@ -125,6 +125,8 @@ def run_jobs(options: argparse.Namespace, overrides: list[str]) -> None:
         append(Path(options.json or Path(config.run.dir) / "results.jsonl"), result)
         print_row(result, header=not results)
         results.append(result)
+    for entry in dict.fromkeys(result["entry"] for result in results):
+        print(markdown_row([result for result in results if result["entry"] == entry]))
 
 
 def read_track(path: Path) -> Track:
@@ -246,6 +248,27 @@ def print_row(r: dict[str, Any], *, header: bool) -> None:
         f"{r['validation'][-1][1]:8.4f} {format(r['target'], '8.4f') if r['target'] else ' unknown'} {at}",
         flush=True,
     )
+
+
+def markdown_row(seeds: list[dict[str, Any]]) -> str:
+    """The row of README.md for the runs of an entry: mean (lowest to highest)."""
+
+    def cell(values: list[float | None], form: str) -> str:
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return f"reached by {len(known)} of {len(values)}"
+        mean = format(statistics.mean(known), form)
+        return mean if len(known) == 1 else f"{mean} ({min(known):{form}} to {max(known):{form}})"
+
+    first = seeds[0]
+    cells = [
+        f"[{first['entry']}](entries/{first['entry']}.toml)",
+        f"{first['steps']:,}",
+        cell([r["validation"][-1][1] for r in seeds], ".4f"),
+        cell([r["steps_to_target"] for r in seeds], ",.0f"),
+        cell([r["seconds_to_target"] for r in seeds], ".1f"),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

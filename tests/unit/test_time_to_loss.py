@@ -74,6 +74,10 @@ def package(name: str) -> dict[str, Any]:
     }
 
 
+def write_list(track: Path, *packages: dict[str, Any]) -> None:
+    (track / "code.json").write_text(json.dumps({"python": "3.12", "packages": packages}))
+
+
 def write_wheel(folder: Path, name: str) -> None:
     """A wheel of modules of the standard library, with a test and data, neither of which belongs to the corpus."""
     folder.mkdir(exist_ok=True)
@@ -100,7 +104,7 @@ def track(tmp_path: Path) -> Path:
             f'extends = "../code.toml"\noptimizer = {{name = "{name}", lr = 1e-2}}\nlr_scheduler.warmup_steps = 0\n'
         )
     (tmp_path / "track.toml").write_text(SETTINGS)
-    (tmp_path / "code.json").write_text(json.dumps({"packages": [package("one-package"), package("another")]}))
+    write_list(tmp_path, package("one-package"), package("another"))
     return tmp_path
 
 
@@ -128,6 +132,8 @@ def test_the_jobs_of_the_track_run_and_are_reported(track: Path) -> None:
     target = adamw["validation"][-1][1]  # the first entry sets it, unless the track has one
     assert adamw["target"] == muon["target"] == target and adamw["steps_to_target"] == 12
     assert adamw["seconds_to_target"] == adamw["seconds"] == pytest.approx(adamw["validation"][-1][2])
+    row = f"| [adamw](entries/adamw.toml) | 12 | {target:.4f} | 12 | {adamw['seconds']:.1f} |"
+    assert row in done.stdout and "| reached by 0 of 1 |" in done.stdout
     assert muon["optimizer"]["name"] == "muon" and adamw["data_key"] in done.stdout
 
     again = run(track, "muon", "--seeds", "1", f"--target={muon['validation'][1][1]}")
@@ -149,6 +155,31 @@ def test_a_deadline_leaves_out_what_would_not_end(track: Path) -> None:
     done = run(track, "--deadline=91", "--step-seconds=1000")
     assert done.returncode == 0 and done.stdout.count("not started") == 2, done.stderr
     assert not (track / "runs").exists()
+
+
+def test_the_row_of_several_seeds_has_mean_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load(monkeypatch, "run")
+    seeds = [
+        {
+            "entry": "e",
+            "steps": 910,
+            "validation": [[910, loss, 9.0]],
+            "steps_to_target": at,
+            "seconds_to_target": 0.2 * at,
+        }
+        for loss, at in ((1.42, 800.0), (1.44, 850.0), (1.43, 810.0))
+    ]
+    row = "| [e](entries/e.toml) | 910 | 1.4300 (1.4200 to 1.4400) | 820 (800 to 850) | 164.0 (160.0 to 170.0) |"
+    assert module.markdown_row(seeds) == row
+    assert module.markdown_row([*seeds, seeds[0] | {"steps_to_target": None}]).split(" | ")[3] == "reached by 3 of 4"
+
+
+def test_steps_to_the_target_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load(monkeypatch, "run")
+    result = {"validation": [(10, 3.0, 1.0), (20, 2.0, 3.0), (30, 1.0, 4.0)]}
+    found = module.reached(result, 1.75)
+    assert (found["steps_to_target"], found["seconds_to_target"]) == (22.5, 3.25)
+    assert module.reached(result, 0.5)["steps_to_target"] is None is module.reached(result, 0.0)["steps_to_target"]
 
 
 def test_an_entry_that_changes_the_data_is_refused(track: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,13 +205,13 @@ def test_the_entries_of_the_track_are_valid(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_package_that_is_missing_or_different_is_named(track: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collect, into = load(monkeypatch, "corpus").collect, track / "corpus"
-    with pytest.raises(UserError, match=r"not installed here: one-package==1.0, another==1.0; run `pip download"):
+    with pytest.raises(UserError, match=r"not installed here as listed: one-package==1.0, another==1.0; run `pip"):
         collect(track / "code.json", into)
     different = package("one-package") | {"sha256": "0" * 64}
-    (track / "code.json").write_text(json.dumps({"packages": [different, package("another")]}))
-    with pytest.raises(UserError, match=r"one-package==1.0 has 6 Python files, SHA-256 \w+, and not the listed 6, 000"):
+    write_list(track, different, package("another"))
+    with pytest.raises(UserError, match=r"one-package==1.0 has 6 Python files, SHA-256 \w+, and not the 6, 000"):
         collect(track / "code.json", into, track / "wheels")
-    (track / "code.json").write_text(json.dumps({"packages": [package("another")]}))
+    write_list(track, package("another"))
     collect(track / "code.json", into, track / "wheels")
     assert [folder.name[:11] for folder in into.iterdir()] == ["another-1.0"]
     with pytest.raises(UserError, match=r"none.json: no such file"):
@@ -208,6 +239,8 @@ def test_what_is_installed_is_listed_as_wheels_give_it(track: Path, monkeypatch:
     assert json.loads((track / "new.json").read_text())["packages"] == [package("another"), package("one-package")]
     corpus.collect(track / "new.json", track / "corpus")
     (site / "another" / "csv.py").write_text("edited = 1\n")
+    with pytest.raises(UserError, match=r"not installed here as listed: another==1.0; run `pip"):
+        corpus.collect(track / "new.json", track / "corpus-2")
     corpus.write_list(track / "new.json")
     assert [p["name"] for p in json.loads((track / "new.json").read_text())["packages"]] == ["one-package"]
 
