@@ -1,4 +1,4 @@
-"""torchxihe and other trainers on one GPU: `python benchmarks/compare.py --config configs/xihe_120m_llama.toml`.
+"""torchxihe and other trainers: `python benchmarks/compare.py --config configs/xihe_120m_llama.toml`.
 
 Every entry runs in its own process, in the order A B A B, with the same shape, tokens per step, precision (bfloat16,
 float32 master weights), AdamW and random tokens. Documents are not masked and the head is not tied, because torchtitan
@@ -7,7 +7,9 @@ round, and one formula counts the FLOPs of all. The other trainers are installed
 is reported.
 
 Entries are `name@rows`; rows is the micro-batch size. Names: torchxihe, torchxihe_plain (without the extra [kernels]),
-torchtitan, transformers; torchxihe_float8 and torchtitan_float8 use tensorwise float8.
+torchtitan, transformers; torchxihe_float8 and torchtitan_float8 use tensorwise float8 (torchtitan with float8
+all-gathers). With `--gpus N` each entry runs on N GPUs of this machine, torchxihe and torchtitan in the layout that the
+config and flags such as `--parallelism.tp=2` name, with the same activation checkpointing ("selective": by operator).
 """
 
 import time
@@ -18,9 +20,9 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="CONFIG")
     parser.add_argument("--entries", default="", help="comma-separated name@rows (default: all, at the config's rows)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs of this machine for each entry (default 1)")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each entry (default 2)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps per run (default 20)")
     parser.add_argument("--warmup", type=int, default=5, help="untimed steps before them (default 5)")
@@ -63,7 +66,9 @@ def main() -> None:
     try:
         config = load_config(options.config, [*overrides, *SHARED])
         if options.peer:
-            print(json.dumps(run_peer(options.peer, config, options.steps, options.warmup)))
+            result = run_peer(options.peer, config, options.steps, options.warmup)
+            if os.environ.get("RANK", "0") == "0":
+                print(json.dumps(result))
             return
         rows = config.training.micro_batch_size
         names = ["torchxihe", "torchxihe_plain", "torchtitan", "transformers"]
@@ -78,7 +83,7 @@ def main() -> None:
         if options.json:
             with Path(options.json).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
-    print_table(config, results)
+    print_table(config, results, options.gpus)
 
 
 def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
@@ -87,23 +92,31 @@ def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> 
     here = Path(__file__).parent
     shared = [f"--config={options.config}", f"--steps={options.steps}", f"--warmup={options.warmup}", *overrides]
     shared += [*SHARED, f"--training.micro_batch_size={rows}"]
+    command = [sys.executable]
+    if options.gpus > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.gpus}"]
     if name in OURS:
-        command = [sys.executable, str(here / "throughput.py"), *shared, *OURS[name]]
+        command += [str(here / "throughput.py"), *shared, *OURS[name]]
     else:
-        command = [sys.executable, __file__, f"--peer={name}", *shared]
+        command += [__file__, f"--peer={name}", *shared]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
+        stdout, stderr = run.communicate(timeout=options.timeout)
     except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)  # the launcher's workers, too
+        run.wait()
         return {"entry": entry, "error": f"timeout after {options.timeout} s"}
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "failed without an error message").splitlines()
-        return {"entry": entry, "error": said[-1][:300]}
-    result = json.loads(done.stdout.splitlines()[-1])
+    if run.returncode:
+        said = (stderr.strip() or stdout.strip() or "failed without an error message").splitlines()
+        errors = [line for line in said if "Error" in line and "ChildFailedError" not in line]
+        return {"entry": entry, "error": (errors or said)[-1][:300]}
+    result = json.loads(stdout.splitlines()[-1])
     return {
         "entry": entry,
         "tokens_per_second": result["tokens_per_second_per_gpu"],
         "step_ms": result["step_ms"],
         "peak_gib": result["memory_allocated_gib"],
+        "reserved_gib": result["memory_reserved_gib"],
         "seconds_to_first_step": result["seconds_to_first_step"],
         "loss": result["loss"],
         "version": result["versions"].get(name.partition("_")[0], ""),
@@ -118,7 +131,7 @@ def run_peer(name: str, config: Config, steps: int, warmup: int) -> dict[str, An
         raise UserError(f"--entries: no entry {name}; use one of {', '.join([*OURS, *builders])}")
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{package} is not installed (pip install {package})")
-    device = default_device()
+    device = default_device(int(os.environ.get("LOCAL_RANK", "0")))
     step = builders[package](config, device, precision == "float8")
     loss = float(step())
     to_first_step = time.perf_counter() - STARTED
@@ -128,9 +141,10 @@ def run_peer(name: str, config: Config, steps: int, warmup: int) -> dict[str, An
     loss = float(step())
     median = float(np.median(seconds))
     return {
-        "tokens_per_second_per_gpu": round(config.tokens_per_step / median),
+        "tokens_per_second_per_gpu": round(config.tokens_per_step / median / int(os.environ.get("WORLD_SIZE", "1"))),
         "step_ms": round(1e3 * median, 2),
         "memory_allocated_gib": round(memory_gib(device)[0], 2),
+        "memory_reserved_gib": round(memory_gib(device)[1], 2),
         "seconds_to_first_step": round(to_first_step, 1),
         "loss": round(loss, 4),
         "versions": {package: importlib.metadata.version(package)},
@@ -154,6 +168,8 @@ def transformers_step(config: Config, device: torch.device, float8: bool) -> Cal
     """`AutoModelForCausalLM`: SDPA, whole-model compile, autocast, fused AdamW, clipping."""
     if float8:
         raise UserError("--entries: transformers_float8: transformers has no float8 training; use transformers")
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--entries: transformers runs on one GPU only; leave --gpus out")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = hf_config(
@@ -182,7 +198,7 @@ def transformers_step(config: Config, device: torch.device, float8: bool) -> Cal
 
 
 def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Callable[[], torch.Tensor]:
-    """torchtitan's trainer and Llama 3: compiled, no activation checkpointing, otherwise its defaults."""
+    """torchtitan's trainer and Llama 3: compiled, layout and checkpointing of `config`, otherwise its defaults."""
     from torchtitan.config import JobConfig
     from torchtitan.models.llama3 import TransformerModelArgs, get_train_spec
     from torchtitan.protocols.train_spec import register_train_spec
@@ -207,10 +223,11 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
         rope_theta=model.rope_theta,
     )
     rows = random_rows(config)
-    batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def batches(**_: Any) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        return itertools.repeat(({"input": batch[0]}, batch[1]))  # on the host, like the batches of its own loader
+        inputs, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        while True:  # on the host, like the batches of its own loader; it replaces what is in the dictionary
+            yield {"input": inputs}, labels
 
     spec = dataclasses.replace(
         get_train_spec(), model_args={"ours": shape}, build_dataloader_fn=batches, build_tokenizer_fn=None
@@ -220,15 +237,27 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
     job.job.dump_folder = tempfile.mkdtemp()
     job.model.name, job.model.flavor = "compare", "ours"
     job.training.local_batch_size, job.training.global_batch_size = len(rows), config.training.global_batch_size
+    layout, theirs = config.parallelism, job.parallelism
+    theirs.data_parallel_shard_degree, theirs.data_parallel_replicate_degree = layout.dp_shard, layout.dp_replicate
+    theirs.tensor_parallel_degree, theirs.context_parallel_degree = layout.tp, layout.cp
+    if layout.pp > 1:  # its local batch is cut into micro-batches
+        theirs.pipeline_parallel_degree, theirs.pipeline_parallel_microbatch_size = layout.pp, len(rows)
+        theirs.pipeline_parallel_schedule = {"1F1B": "1F1B", "interleaved": "Interleaved1F1B"}[layout.pp_schedule]
+        sharing = layout.pp * layout.tp * layout.cp
+        job.training.local_batch_size = config.training.global_batch_size * sharing // int(os.environ["WORLD_SIZE"])
+        rows = rows.repeat(job.training.local_batch_size // len(rows), 1)
     job.training.seq_len, job.training.steps = config.data.seq_len, 10**6
     job.compile.enable = True
-    job.activation_checkpoint.mode = "none"
+    job.activation_checkpoint.mode = layout.activation_checkpointing
+    job.activation_checkpoint.selective_ac_option = "op"
     job.metrics.log_freq = 10**9
     if float8:
         job.model.converters = ["quantize.linear.float8"]
         job.quantize.linear.float8.filter_fqns = ["output"]
+        job.quantize.linear.float8.enable_fsdp_float8_all_gather = "WORLD_SIZE" in os.environ
+        job.quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp = "WORLD_SIZE" in os.environ
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
-    os.environ.update(alone)
+    os.environ.update({name: value for name, value in alone.items() if name not in os.environ})
     trainer = Trainer(job)
     losses: list[torch.Tensor] = []
     forward_backward = trainer.forward_backward_step
@@ -250,7 +279,7 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
     return step
 
 
-def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> None:
+def print_table(config: Config, results: dict[str, list[dict[str, Any]]], gpus: int) -> None:
     """Print a Markdown table of the comparison; ratios are to torchtitan's best run, or else to the first entry."""
     device = default_device()
     best = {
@@ -262,8 +291,12 @@ def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> Non
     base = max(peers) if peers else next((run["tokens_per_second"] for run in best.values()), 0)
     model, seq_len, peak = config.model, config.data.seq_len, peak_flops(device)
     flops = training_flops(model, seq_len, causal_pairs(seq_len)) / seq_len, palm_flops_per_token(model, seq_len)
-    print(f"\n{device_name(device)}, torch {torch.__version__}, {config.tokens_per_step:,} tokens per step\n")
-    print("| Entry | Version | tokens/s, best (all) | Ratio | MFU (PaLM's) | Peak GiB | First step s, cold (warm) |")
+    where = f"{gpus} × {device_name(device)}" if gpus > 1 else device_name(device)
+    print(f"\n{where}, torch {torch.__version__}, {config.tokens_per_step:,} tokens per step\n")
+    columns = (
+        "Version | tokens/s/GPU, best (all) | Ratio | MFU (PaLM's) | Peak GiB (reserved) | First step s, cold (warm)"
+    )
+    print(f"| Entry | {columns} |")
     print("|---|---|---|---|---|---|---|")
     for entry, runs in results.items():
         if entry not in best:
@@ -276,7 +309,7 @@ def print_table(config: Config, results: dict[str, list[dict[str, Any]]]) -> Non
         starts = [r["seconds_to_first_step"] for r in runs if "error" not in r]
         print(
             f"| `{entry}` | {run['version']} | {run['tokens_per_second']:,} ({every}) | "
-            f"{run['tokens_per_second'] / base:.3f} | {shown} | {run['peak_gib']} | "
+            f"{run['tokens_per_second'] / base:.3f} | {shown} | {run['peak_gib']} ({run['reserved_gib']}) | "
             f"{starts[0]} ({min(starts[1:], default='-')}) |"
         )
 

@@ -91,7 +91,7 @@ def test_compiled_and_checkpointed(mode: str, axis: dict[str, Any]) -> None:
         assert max((ours[name] - parameters[name]).abs().max() for name in ours) < 5e-5
 
 
-FLOAT8 = {"float8": {"recipe": "tensorwise"}, **OPTIMIZERS["adamw"]}
+FLOAT8 = {"float8": {"recipe": "tensorwise", "scope": "blocks"}, **OPTIMIZERS["adamw"]}
 FLOAT8 |= {"model": SHAPES["qwen3"] | {"intermediate_size": 64}}  # each rank's parts are multiples of 16
 
 

@@ -102,7 +102,7 @@ def draw_values(choose: random.Random, compile: bool) -> Values:
         },
         "optimizer": {"name": choose.choice(["adamw", "muon"]), "lr": 2e-3},
         "lr_scheduler": {"warmup_steps": 4},
-        "float8": {"recipe": "tensorwise" if float8 else ""},
+        "float8": {"recipe": "tensorwise" if float8 else "", "scope": "blocks"},
         "parallelism": {
             "activation_checkpointing": mode,
             "reshard_after_forward": choose.random() < 0.5,

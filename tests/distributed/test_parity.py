@@ -252,7 +252,7 @@ def test_losses_agree_under_activation_checkpointing(mode: str, world_size: int)
 def test_float8_learns_nearly_the_same(recipe: str, world_size: int, parallelism: dict[str, Any]) -> None:
     """With a larger tolerance: a scale is shared by one micro-batch of one process."""
     pytest.importorskip("torchao")
-    options = {"float8": {"recipe": recipe}, "parallelism": parallelism}
+    options = {"float8": {"recipe": recipe, "scope": "all"}, "parallelism": parallelism}
     ranks = run_distributed(rank_losses, 2, options, 2) if world_size == 2 else [losses(options)]
     for history, _ in ranks:
         difference = np.abs(np.array(history) - reference())[:, 0]
@@ -270,7 +270,7 @@ def test_float8_needs_rows_that_its_units_can_sum_over(monkeypatch: pytest.Monke
 
 def test_float8_keeps_its_numbers_under_activation_checkpointing() -> None:
     pytest.importorskip("torchao")
-    float8 = {"recipe": "tensorwise"}
+    float8 = {"recipe": "tensorwise", "scope": "all"}
     kept, again = (
         losses({"float8": float8, "parallelism": {"activation_checkpointing": mode}}) for mode in ("none", "selective")
     )

@@ -114,3 +114,37 @@ def test_losses_agree(world_size: int, parallelism: dict[str, Any], optimizer: s
         assert losses.max() < (1e-5 if plain else 1e-2)
         # In 16-bit the norms diverge with the weights. The first norm is of equal weights and would show a wrong scale.
         assert norms.max() < 1e-4 if plain else norms[0] < 1e-2 * expected[0, 1]
+
+
+def long_row(options: dict[str, Any], rank: int = 0) -> float:
+    """The loss of one row of 65,536 tokens, in six documents unless in float32."""
+    length, plain = options["data"]["seq_len"], options["training"]["dtype"] == "float32"
+    device = torch.device("cuda", rank)
+    trainer = Trainer(config(**options), device, np.ones(VOCAB, np.int32))
+    tokens = torch.randint(0, VOCAB, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    cu_seqlens = torch.tensor([0, 3000, 20_000, 20_001, 40_000, 65_000, length], dtype=torch.int32)
+    cut = None if plain else cu_seqlens
+    row = Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), cut, (), torch.zeros(1, dtype=torch.int64), length)
+    trainer.train_step(iter([of_rank(row, trainer.batch_spec)]))
+    return trainer.sums.read()["loss"]
+
+
+def rank_long_row(options: dict[str, Any]) -> float:
+    return long_row(options, torch.distributed.get_rank())
+
+
+@pytest.mark.parametrize("method", ["ulysses", "gather"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_long_row_has_the_loss_of_one_gpu(method: str, plain: bool) -> None:
+    world_size = 4 if torch.cuda.device_count() >= 4 and method == "gather" else 2  # the test's model has two heads
+    one_row = {"micro_batch_size": 1, "global_batch_size": 1}
+    options: dict[str, Any] = (PLAIN if plain else {}) | {
+        "data": {"seq_len": 65_536, "document_mask": not plain},
+        "training": one_row | (PLAIN["training"] if plain else {"dtype": "bfloat16"}),
+    }
+    expected = long_row(options)
+    options["parallelism"] = {"cp": world_size, "cp_method": method}
+    devices = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(world_size))))}
+    for found in run_distributed(rank_long_row, world_size, options, env=devices, timeout=200):
+        print(f"{method} {'float32' if plain else 'bfloat16'}: {found} {found - expected}")
+        assert abs(found - expected) < (1e-5 if plain else 2e-3)

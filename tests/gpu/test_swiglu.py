@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "seq_len", "hidden", "width"), [(5, 200, 256, 704), (3, 1, 768, 2048), (8, 64, 8, 24)]
+    ("batch", "seq_len", "hidden", "width"),
+    [(5, 200, 256, 704), (3, 1, 768, 2048), (8, 64, 8, 24), (3, 700, 2048, 5632)],
 )
 def test_equals_the_reference(batch: int, seq_len: int, hidden: int, width: int, compiled: bool) -> None:
     generator = torch.Generator("cuda").manual_seed(0)

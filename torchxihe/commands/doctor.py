@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchxihe.config.load import load_config
 from torchxihe.config.options import Config
 from torchxihe.errors import UserError
+from torchxihe.kernels.float8_cross_entropy import float8_cross_entropy
 from torchxihe.kernels.float8_swiglu import swiglu_float8
 from torchxihe.kernels.select import LABELS, REFERENCE, Kernels, not_chosen, select_kernels
 from torchxihe.model.decoder import MLP, SelfAttention
@@ -185,7 +186,7 @@ def compare(
     if kernel is not getattr(REFERENCE, field):
         error, seconds = measured(kernels)
     torch._dynamo.reset()
-    bound = FLOAT8_ERROR if kernel is swiglu_float8 else 2 * expected_error + 1e-4
+    bound = FLOAT8_ERROR if kernel in (swiglu_float8, float8_cross_entropy) else 2 * expected_error + 1e-4
     name = str(LABELS.get(kernel, kernel.__name__))
     return Finding(operation, name, error, expected_error, seconds, reference_seconds, bound)
 

@@ -25,6 +25,9 @@ from torchxihe.config.types import (
     Template,
 )
 
+FLOAT8_WIDTH = 2048
+"""Hidden size from which `float8.scope = "auto"` includes the blocks: 768 was measured to lose, 2048 to win."""
+
 
 class Section(BaseModel):
     """Base of the sections: unknown keys and implicit conversions are errors, instances are immutable."""
@@ -299,12 +302,15 @@ class Parallelism(Section):
 
 
 class Float8(Section):
-    """Float8 products in the blocks, by torchao (the extra `[float8]`)."""
+    """Float8 products in head and blocks."""
 
     recipe: Literal["", "tensorwise", "rowwise", "rowwise_with_gw_hp"] = ""
-    """torchao's scaling recipe: one scale per tensor (fastest; on a GPU the feed-forward's activation has one per
-    token), or per row (most accurate; `_with_gw_hp` keeps the weights' gradients in 16-bit). The head stays in 16-bit.
-    "": off; below about a billion parameters float8 is slower (docs/performance.md)."""
+    """One scale per tensor (fastest; on a GPU the feed-forward's activation has one per token), or in the blocks one
+    per row (most accurate; `_with_gw_hp` keeps the weights' gradients in 16-bit). "": off."""
+    scope: Literal["auto", "head", "blocks", "all"] = "auto"
+    """Which products: those of the head, which torchxihe computes itself with one scale per tensor and without `tp`, or
+    those of the blocks, by torchao (the extra `[float8]`). "auto": the head, and the blocks where `model.hidden_size`
+    is at least 2048; narrower ones lose more by rounding than they gain (docs/performance.md)."""
 
 
 class Checkpoint(Section):
@@ -405,6 +411,18 @@ class Config(Section):
         config = self.model_copy()
         config._behind = step, samples
         return config
+
+    @property
+    def float8_blocks(self) -> str:
+        """torchao's recipe for the products of the blocks; "" if they stay in `training.dtype`."""
+        scope, wide = self.float8.scope, self.model.hidden_size >= FLOAT8_WIDTH
+        return self.float8.recipe if scope in ("blocks", "all") or (scope == "auto" and wide) else ""
+
+    @property
+    def float8_head(self) -> bool:
+        """Whether the products of the head are asked to be float8."""
+        scope = self.float8.scope
+        return self.float8.recipe == "tensorwise" and scope != "blocks" and self.parallelism.tp == 1
 
     @property
     def tokens_per_step(self) -> int:

@@ -15,7 +15,10 @@ WARPS = 16
 
 
 @triton.jit
-def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.constexpr, block: tl.constexpr):
+def _kernel(
+    logits, targets, losses, lses, vocab, stride, ignore, gradients: tl.constexpr, keep: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     columns = tl.arange(0, block)
@@ -36,8 +39,10 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
         highest = higher
     lse = highest + tl.log2(tl.sum(sums))
     tl.store(losses + row, tl.where(valid, lse / log2e - target_logit, 0.0))
+    shift = tl.where(valid, lse, float("inf"))  # exp2(-inf) = 0: an ignored row has no gradient
+    if keep:
+        tl.store(lses + row, shift)
     if gradients:
-        shift = tl.where(valid, lse, float("inf"))  # exp2(-inf) = 0: an ignored row has no gradient
         for start in range(0, whole, block):
             x = tl.load(base + start + columns).to(tl.float32) * log2e
             tl.store(base + start + columns, tl.exp2(x - shift).to(logits.dtype.element_ty))
@@ -47,12 +52,22 @@ def _kernel(logits, targets, losses, vocab, stride, ignore, gradients: tl.conste
         tl.store(base + target, (tl.exp2(target_logit * log2e - shift) - 1.0).to(logits.dtype.element_ty), mask=valid)
 
 
-def cross_entropy_(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, ignore: int, gradients: bool) -> None:
+def cross_entropy_(
+    logits_nV: Tensor,
+    targets_n: Tensor,
+    losses_n: Tensor,
+    ignore: int,
+    gradients: bool,
+    lse_n: Tensor | None = None,
+) -> None:
     """Write the losses of a chunk; with `gradients`, the logits are overwritten with the gradient of their sum.
 
     logits: [n, V] on a GPU, contiguous. targets: int64 [n]; rows of target `ignore` have no loss and no gradient.
-    losses: float32 [n].
+    losses: float32 [n]. lse: float32 [n], to which log2 of the sums of exponentials is written, infinite for an
+    ignored row.
     """
     rows, vocab = logits_nV.shape
     grid: Any = _kernel[(rows,)]  # type: ignore[index]
-    grid(logits_nV, targets_n, losses_n, vocab, logits_nV.stride(0), ignore, gradients, BLOCK, num_warps=WARPS)
+    keep = lse_n is not None
+    lses, stride = lse_n if keep else losses_n, logits_nV.stride(0)
+    grid(logits_nV, targets_n, losses_n, lses, vocab, stride, ignore, gradients, keep, BLOCK, num_warps=WARPS)

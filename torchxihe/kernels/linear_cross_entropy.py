@@ -56,9 +56,9 @@ def linear_cross_entropy_reference(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor
     return losses_N.sum(), losses_N.detach()
 
 
-def chunk_rows(rows: int, vocab: int) -> int:
-    """Rows of one chunk, of `rows` with `vocab` logits each: equal chunks of about CHUNK_LOGITS at most."""
-    size = -(-rows // -(-rows * vocab // CHUNK_LOGITS))
+def chunk_rows(rows: int, vocab: int, logits: int = CHUNK_LOGITS) -> int:
+    """Rows of one chunk, of `rows` with `vocab` logits each: equal chunks of about `logits` at most."""
+    size = -(-rows // -(-rows * vocab // logits))
     return -(-size // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
@@ -162,12 +162,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     dx, dw = ctx.saved_tensors
-    return (dx.float() * grad).to(dx.dtype), (dw * grad).to(ctx.w_dtype), None, None, None, None
+    others = (None,) * (len(ctx.needs_input_grad) - 2)
+    return (dx.float() * grad).to(dx.dtype), (dw * grad).to(ctx.w_dtype), *others
 
 
-_chunked.register_autograd(_backward, setup_context=_setup_context)
+def add_gradients(op: Any) -> None:
+    """Register the backward pass of an operator of (x, w, ...) that returns (loss, its terms, dX, dW)."""
+    op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.torchxihe.linear_cross_entropy)
-def _flops(x: tuple[int, int], w: tuple[int, int], targets: Any, gradients: bool, *args: Any, **kwargs: Any) -> int:
-    return (6 if gradients else 2) * x[0] * w[0] * w[1]  # high enough that no memory budget recomputes it
+def linear_cross_entropy_flops(
+    x: tuple[int, int], w: tuple[int, int], targets: Any, gradients: bool, *args: Any, **kwargs: Any
+) -> int:
+    """FLOPs of the products; high enough that no memory budget recomputes them."""
+    return (6 if gradients else 2) * x[0] * w[0] * w[1]
+
+
+add_gradients(_chunked)
+register_flop_formula(torch.ops.torchxihe.linear_cross_entropy)(linear_cross_entropy_flops)

@@ -17,9 +17,17 @@ from torch.utils.flop_counter import register_flop_formula
 from torchxihe.utils.device import compute_capability
 from torchxihe.utils.distributed import local_weight
 
-# Tiles of quack's products on Hopper: the fastest of its candidates at three widths (docs/performance.md). Its own
-# autotuning takes minutes per shape.
-TILES: dict[str, Any] = {"tile_m": 128, "tile_n": 128, "pingpong": True, "cluster_m": 1, "cluster_n": 2}
+WIDE = 2048  # hidden size from which larger tiles are faster
+
+
+def _tiles(hidden_size: int, *, backward: bool = False) -> dict[str, Any]:
+    """Tiles of quack's products on Hopper: the fastest of its candidates, or within 3 % of it, at widths 768, 2048 and
+    4096 (docs/performance.md). Its own autotuning takes minutes per shape."""
+    if hidden_size < WIDE:
+        return {"tile_m": 128, "tile_n": 128, "pingpong": True, "cluster_m": 1, "cluster_n": 2}
+    tile_m, tile_n = (128, 160) if backward else (256, 192)
+    return {"tile_m": tile_m, "tile_n": tile_n, "pingpong": backward, "cluster_m": 2, "cluster_n": 1}
+
 
 SIZE_MULTIPLE = 8  # TMA rows start at 16 bytes: 8 elements of 16 bits
 
@@ -36,7 +44,7 @@ def _quack_swiglu(x_NC: Tensor, gate_up_GC: Tensor, down_CF: Tensor) -> tuple[Te
 
     before_NG = x_NC.new_empty(x_NC.shape[0], gate_up_GC.shape[0])
     after_NF = x_NC.new_empty(x_NC.shape[0], down_CF.shape[1])
-    config = GemmConfig(is_dynamic_persistent=False, **TILES)
+    config = GemmConfig(is_dynamic_persistent=False, **_tiles(x_NC.shape[1]))
     gemm_gated_tuned.fn(x_NC, gate_up_GC.T, before_NG, after_NF, activation="swiglu", config=config)
     return after_NF @ down_CF.T, before_NG
 
@@ -54,7 +62,7 @@ def _swiglu_backward(grad_NC: Tensor, down_CF: Tensor, before_NG: Tensor) -> tup
 
     dbefore_NG = torch.empty_like(before_NG)
     after_NF = grad_NC.new_empty(grad_NC.shape[0], down_CF.shape[1])
-    config = GemmConfig(is_dynamic_persistent=False, **TILES)
+    config = GemmConfig(is_dynamic_persistent=False, **_tiles(grad_NC.shape[1], backward=True))
     gemm_dgated_tuned.fn(
         grad_NC.contiguous(), down_CF, before_NG, dbefore_NG, after_NF,
         activation="swiglu", dynamic_scheduler=True, config=config,

@@ -9,6 +9,7 @@ from torchxihe.config.options import Config, Model
 from torchxihe.errors import UserError
 from torchxihe.kernels.attention import Attention, sdpa, varlen
 from torchxihe.kernels.flash_attention_4 import FA4_HEAD_DIMS, fa4, has_flash_attention_4
+from torchxihe.kernels.float8_cross_entropy import float8_cross_entropy, has_float8_head
 from torchxihe.kernels.float8_swiglu import has_float8, swiglu_float8
 from torchxihe.kernels.linear_cross_entropy import (
     LinearCrossEntropy,
@@ -46,6 +47,7 @@ LABELS = {
     swiglu_quack: "quack",
     swiglu_float8: "float8",
     linear_cross_entropy: "chunked",
+    float8_cross_entropy: "float8",
     linear_cross_entropy_reference: "full logits",
 }
 
@@ -71,8 +73,10 @@ def select_kernels(config: Config, device: torch.device) -> Kernels:
     return Kernels(
         select_attention(model, device, dtype, config.data.document_mask),
         select_qk_norm_rope(model.head_dim, device, dtype),
-        select_swiglu(model, device, dtype, config.float8.recipe, config.parallelism.tp),
-        linear_cross_entropy,
+        select_swiglu(model, device, dtype, config.float8_blocks, config.parallelism.tp),
+        float8_cross_entropy
+        if config.float8_head and has_float8_head(device, dtype, model.hidden_size, model.vocab_size)
+        else linear_cross_entropy,
     )
 
 
@@ -105,8 +109,8 @@ def select_qk_norm_rope(head_dim: int, device: torch.device, dtype: torch.dtype)
 def select_swiglu(model: Model, device: torch.device, dtype: torch.dtype, recipe: str, tp: int = 1) -> SwiGLU:
     """quack's, our own around float8 products, or PyTorch's, by `model.mlp`. Raises UserError.
 
-    recipe: `float8.recipe`. With `model.mlp = "torch"`, and with `tp` > 1, as our own kernel does not agree on scales,
-    torchao computes the products, around PyTorch's activation.
+    recipe: of the blocks' products. With `model.mlp = "torch"`, and with `tp` > 1, as our own kernel does not agree on
+    scales, torchao computes the products, around PyTorch's activation.
     """
     sizes = model.hidden_size, model.intermediate_size
     if recipe and tp == 1 and model.mlp == "auto" and has_float8(device, dtype, recipe, *sizes):
@@ -145,7 +149,7 @@ def not_chosen(config: Config, device: torch.device, kernels: Kernels) -> list[s
         ],
         swiglu_quack: [
             (model.mlp not in ("auto", "quack"), asked["mlp"]),
-            (bool(config.float8.recipe), "float8.recipe is set"),
+            (bool(config.float8_blocks), "float8.recipe is set"),
             (capability[0] != 9, f"its tiles were chosen for Hopper (compute capability 9.0, this one has {number})"),
             (float32, dtype),
             (not has_quack(device), install),

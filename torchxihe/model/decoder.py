@@ -35,6 +35,18 @@ class Linear(nn.Linear):
         return F.linear(input, local_weight(self.weight).to(input.dtype))
 
 
+class Embedding(nn.Embedding):
+    """The table of the tokens' vectors."""
+
+    def __init__(self, config: Model) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding  # replaced by tensor parallelism
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, T] to [B, T, C] (or what of them this rank has), in the weight's dtype."""
+        return self.lookup(input, local_weight(self.weight))
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention with grouped keys and values and rotary positions."""
 
@@ -117,7 +129,7 @@ class Head(nn.Module):
         self.gather_logits: Callable[[Tensor], Tensor] = _same
 
     def forward(
-        self, x_BTC: Tensor, norm_C: Tensor, w_VC: Tensor, targets_BT: Tensor | None, seq_len: int
+        self, w_VC: Tensor, x_BTC: Tensor, norm_C: Tensor, targets_BT: Tensor | None, seq_len: int
     ) -> Tensor | tuple[Tensor, Tensor]:
         """With targets the summed cross-entropy, over all (float32 scalar) and by row (float32 [B], without a
         gradient); without them logits [B, T, V] in x's dtype."""
@@ -126,6 +138,14 @@ class Head(nn.Module):
             return self.gather_logits(F.linear(x_BTC, w_VC.to(x_BTC.dtype)))
         loss, losses_N = self.cross_entropy(x_BTC.flatten(0, 1), w_VC, targets_BT.flatten())
         return loss, losses_N.view(targets_BT.shape).sum(1)
+
+
+class Output(Linear):
+    """The weight of a head that is not tied: a module, so that FSDP2 can gather it around what is computed with it."""
+
+    def forward(self, head: Head, *args: Any) -> Any:  # type: ignore[override]
+        """`head` called with this weight before the other arguments."""
+        return head(self.weight, *args)
 
 
 class Decoder(nn.Module):
@@ -145,13 +165,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.seq_len, self.dtype = config, seq_len, dtype
         self.first, self.last = True, True  # of a pipeline's stages, which embeds the tokens and which has the head
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed: Callable[[Tensor, Tensor], Tensor] = F.embedding  # replaced by tensor parallelism
+        self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(Block(config, kernels) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Head(config.rms_norm_eps, kernels)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.lm_head = Output(config.hidden_size, config.vocab_size)
         cos, sin = rope_tables(seq_len, config.head_dim, config.rope_theta, torch.device("meta"))
         self.register_buffer("cos_TD", cos, persistent=False)
         self.register_buffer("sin_TD", sin, persistent=False)
@@ -170,20 +189,22 @@ class Decoder(nn.Module):
         `kernels/attention.py`.
         The first is a float32 scalar, the second float32 [B], for reports, without a gradient.
         positions: int64 [T], each token's position in its row; None: 0 to T - 1.
-        The loss is computed inside, so that FSDP2 gathers the head's weight with the root module.
+        The loss is computed inside, where FSDP2 has gathered the head's weight.
         A stage of a pipeline takes x, what the stage before it has returned, and returns x unless it is the last.
         """
         at = slice(tokens_BT.shape[1]) if positions_T is None else positions_T
         cos_TD, sin_TD = self.cos_TD[at], self.sin_TD[at]
         if x_BTC is None:
-            x_BTC = self.embed(tokens_BT, local_weight(self.embed_tokens.weight)).to(self.dtype)
+            x_BTC = self.embed_tokens(tokens_BT).to(self.dtype)
         for layer in self.layers:
             x_BTC = layer(x_BTC, cos_TD, sin_TD, cu_seqlens)
         assert x_BTC is not None
         if not self.last:
             return x_BTC
-        w_VC = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return self.head(x_BTC, self.norm.weight, w_VC, targets_BT, cos_TD.shape[0])
+        inputs = x_BTC, self.norm.weight, targets_BT, cos_TD.shape[0]
+        if self.config.tie_word_embeddings:
+            return self.head(self.embed_tokens.weight, *inputs)
+        return self.lm_head(self.head, *inputs)
 
     def init_tables(self) -> None:
         """Fill RoPE's tables, which are not in checkpoints."""

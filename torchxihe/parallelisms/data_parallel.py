@@ -39,13 +39,17 @@ def apply_ddp(model: Decoder, mesh: DeviceMesh) -> DistributedDataParallel:
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_after_forward: bool) -> None:
     """Shard the parameters in place (FSDP2), over a 1-D mesh, or within each replica of a 2-D one (HSDP).
 
-    Blocks are gathered in `dtype`, the root (table, final norm, head) in float32: it casts itself, so that the
-    table's gradients are summed in float32 everywhere.
+    Blocks, and table and head that are not tied, are gathered in `dtype`, each as a unit, so that most of it overlaps
+    with computation. The root (final norm, tied table) is gathered in float32: it casts itself, so that the gradients
+    of a table's two uses are summed in float32.
     """
-    blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    units = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     root = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in _units(list(model.layers), UNIT_PARAMETERS):
-        fully_shard(unit, mesh=mesh, mp_policy=blocks, reshard_after_forward=reshard_after_forward)
+        fully_shard(unit, mesh=mesh, mp_policy=units, reshard_after_forward=reshard_after_forward)
+    for name in () if model.config.tie_word_embeddings else ("embed_tokens", "lm_head"):
+        if hasattr(model, name):  # a pipeline's stage has one of them, or neither
+            fully_shard(getattr(model, name), mesh=mesh, mp_policy=units, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=root, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -66,7 +66,7 @@ def _build(
     reduce(model)
     apply_tensor_parallel(model, dims)
     apply_context_parallel(model, dims, context_method(config, dims.cp))
-    apply_float8(model, config.float8.recipe, device, dims)
+    apply_float8(model, config.float8_blocks, device, dims)
     compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
     if compiled:

@@ -48,7 +48,8 @@ def apply_tensor_parallel(model: Decoder, dims: ParallelDims) -> None:
     group = mesh.get_group()
     gather = functools.partial(gather_tokens, size=dims.tp, group=group.group_name)
     scatter = functools.partial(scatter_tokens, size=dims.tp, group=group.group_name)
-    model.embed = functools.partial(_embed, mesh=mesh, vocab_size=model.config.vocab_size)
+    if hasattr(model, "embed_tokens"):
+        model.embed_tokens.lookup = functools.partial(_embed, mesh=mesh, vocab_size=model.config.vocab_size)
     for block in model.layers:
         assert isinstance(block, Block)
         block.gather, block.scatter = gather, scatter

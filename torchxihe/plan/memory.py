@@ -242,7 +242,7 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
     inputs, residuals = 2, 2  # normalised inputs of the sublayers, residual stream
     if mode == "selective" and layout.tp > 1:
         residuals = 3  # an eager checkpoint keeps the output of every product and every scatter
-    elif mode == "selective" or config.float8.recipe:
+    elif mode == "selective" or config.float8_blocks:
         inputs = 0  # recomputed, or kept in float8
     if mode == "none" and config.model.qk_norm:
         products += s.E  # before QK-norm
@@ -258,7 +258,7 @@ def saved_weights(config: Config, layout: Layout, s: Sizes) -> float:
 
     All in one process; under FSDP2 the joined copies of gate and up, and of queries and keys, which are no parameters.
     """
-    if s.a == FLOAT or config.float8.recipe or config.parallelism.activation_checkpointing != "none":
+    if s.a == FLOAT or config.float8_blocks or config.parallelism.activation_checkpointing != "none":
         return 0
     return s.a * (2 * s.F * s.C + s.E * s.C) if layout.fsdp else s.a * s.block
 

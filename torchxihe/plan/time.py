@@ -94,7 +94,7 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
     pairs = rows * (pairs or causal_pairs(config.data.seq_len)) // layout.cp
 
     blocks = s.layers * sum(_product(s.N, c, out, gpu) for c, out in _products(s))
-    blocks /= FLOAT8_GAIN if config.float8.recipe else 1
+    blocks /= FLOAT8_GAIN if config.float8_blocks else 1
     last = stage == layout.pp - 1
     head = _product(s.N, s.C, s.V, gpu) if last else 0.0
     attention_rate = gpu.attention[max(dim for dim in gpu.attention if dim <= s.D)]

@@ -46,7 +46,7 @@ KINDS: dict[Kind, dict[str, str]] = {
         "data": "sources document_mask on_bad_rows max_bad_rows",
         "validation": "every max_tokens sets",
         "training": "steps tokens global_batch_size batch_ramp dtype max_grad_norm max_skipped skip_spikes_beyond",
-        "float8": "recipe",
+        "float8": "recipe scope",
         "optimizer": "lr momentum betas eps weight_decay",
         "lr_scheduler": "name warmup_steps decay_fraction decay_shape min_lr_fraction",
     },
