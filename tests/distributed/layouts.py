@@ -28,7 +28,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # At higher rates FSDP2 alone differs by more than the tolerance after ten steps: rounding grows with the rate.
-OPTIMIZERS = {"adamw": {"name": "adamw", "lr": 2e-3}, "muon": {"name": "muon", "lr": 2e-3}}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": {"name": "adamw", "lr": 2e-3}},
+    # benchmarks/time_to_loss/entries/muon.toml at that rate: no warmup, a long decay.
+    "muon": {
+        "optimizer": {"name": "muon", "lr": 2e-3, "momentum": 0.9, "weight_decay": 0.28},
+        "lr_scheduler": {"warmup_steps": 0, "decay_fraction": 0.7},
+    },
+}
 
 INTERLEAVED = {"pp": 2, "pp_schedule": "interleaved", "pp_stages_per_rank": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {

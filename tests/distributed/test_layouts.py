@@ -45,7 +45,7 @@ from torchxihe.trainer import Trainer
 @functools.cache
 def reference(shape: str, optimizer: str) -> tuple[np.ndarray, dict[str, Tensor]]:
     """One process, no accumulation."""
-    return train({"model": SHAPES[shape], "optimizer": OPTIMIZERS[optimizer]}, BATCH)
+    return train({"model": SHAPES[shape], **OPTIMIZERS[optimizer]}, BATCH)
 
 
 # In CI each layout of up to four processes with one shape and optimizer, all of them with --long.
@@ -61,7 +61,7 @@ CASES = [
 def test_a_layout_computes_what_one_process_does(layout: str, shape: str, optimizer: str) -> None:
     degrees = LAYOUTS[layout]
     world = processes(degrees)
-    options = {"model": SHAPES[shape], "optimizer": OPTIMIZERS[optimizer], "parallelism": degrees}
+    options = {"model": SHAPES[shape], **OPTIMIZERS[optimizer], "parallelism": degrees}
     history, parameters = reference(shape, optimizer)
     names = set[str]()
     for found, ours in run_distributed(train, world, options, micro_batch(degrees), timeout=120):
@@ -82,7 +82,7 @@ def test_compiled_and_checkpointed(mode: str, axis: dict[str, Any]) -> None:
     history, parameters = reference("qwen3", "adamw")
     options = {
         "model": SHAPES["qwen3"],
-        "optimizer": OPTIMIZERS["adamw"],
+        **OPTIMIZERS["adamw"],
         "parallelism": degrees | {"activation_checkpointing": mode},
         "training": {"compile": True},
     }
@@ -91,7 +91,7 @@ def test_compiled_and_checkpointed(mode: str, axis: dict[str, Any]) -> None:
         assert max((ours[name] - parameters[name]).abs().max() for name in ours) < 5e-5
 
 
-FLOAT8 = {"float8": {"recipe": "tensorwise", "scope": "blocks"}, "optimizer": OPTIMIZERS["adamw"]}
+FLOAT8 = {"float8": {"recipe": "tensorwise", "scope": "blocks"}, **OPTIMIZERS["adamw"]}
 FLOAT8 |= {"model": SHAPES["qwen3"] | {"intermediate_size": 64}}  # each rank's parts are multiples of 16
 
 
@@ -184,7 +184,7 @@ def _continue(options: dict[str, Any], root: Path, start: int, steps: int) -> tu
     """The losses of some steps from the checkpoint `start` (0: from the initial weights) on, saved at their end; the
     parameters' digests before the first and after the last."""
     values = {"model": SHAPES["qwen3"], "data": {"seq_len": SEQ_LEN}, "parallelism": options}
-    values |= {"optimizer": OPTIMIZERS["muon"], "training": {"micro_batch_size": min(2, micro_batch(options))}}
+    values |= OPTIMIZERS["muon"] | {"training": {"micro_batch_size": min(2, micro_batch(options))}}
     trainer = Trainer(config(**values), torch.device("cpu"), np.ones(VOCAB, np.int32))
     checkpointer = Checkpointer(root, Checkpoint(mode="sync"))
     if start:

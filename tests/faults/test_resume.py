@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 
 from tests.faults.faults import Fault
-from tests.faults.harness import Workspace, token_ledger
+from tests.faults.harness import Workspace, losses, token_ledger
 
 
 def test_a_finished_run_resumes_when_there_is_more_to_do(workspace: Workspace) -> None:
@@ -66,3 +66,21 @@ def test_checkpoints_elsewhere(workspace: Workspace, unbroken: Callable[..., Wor
     assert workspace.ledger() == unbroken(2).ledger()
     assert (workspace.root / "elsewhere" / "config" / "step-00000020" / "MANIFEST.json").exists()
     assert not workspace.checkpoints.exists()
+
+
+def test_the_recipe_resumes_exactly(workspace: Workspace) -> None:
+    """Muon without warmup, its momentum and long decay; on as many processes bit for bit, on others the same tokens."""
+    recipe = ("--optimizer.name=muon", "--optimizer.momentum=0.9", "--optimizer.weight_decay=0.28")
+    recipe = (*recipe, "--lr_scheduler.warmup_steps=0", "--lr_scheduler.decay_fraction=0.7")
+    workspace.finish(2, *recipe, "--run.name=unbroken")
+    reference = workspace.ledger()
+    workspace.forget_ledger()
+    assert workspace.run(2, *recipe, fault=Fault("step", 10, "SIGTERM")).succeeded
+    workspace.finish(2, *recipe)
+    assert workspace.ledger() == reference
+    workspace.forget_ledger()
+    assert workspace.run(2, *recipe, "--run.name=elastic", fault=Fault("step", 10, "SIGTERM")).succeeded
+    workspace.finish(3, *recipe, "--run.name=elastic")
+    found = workspace.ledger()
+    assert token_ledger(found) == token_ledger(reference)
+    assert max(abs(loss - losses(reference)[step]) for step, loss in losses(found).items()) < 1e-5

@@ -29,11 +29,11 @@ SIZE = 1000
 def draw_panels(runs: Runs, by: str, smooth: int) -> list[str]:
     """A `<figure>` per panel that has curves. smooth: log steps of the moving average."""
     drawn = ((panel, list(curves(runs, panel, by))) for panel in panels(runs))
-    return [draw_panel(panel, found, by, smooth) for panel, found in drawn if found]
+    return [draw_panel(panel, found, AXES[by], smooth) for panel, found in drawn if found]
 
 
-def draw_panel(panel: Panel, found: Sequence[Curve], by: str, smooth: int) -> str:
-    """One panel as HTML."""
+def draw_panel(panel: Panel, found: Sequence[Curve], axis: str, smooth: int, names: Sequence[str] = ()) -> str:
+    """One panel as HTML. axis: what x is. names: of x = 0, 1, 2, ..., instead of numbers at the axis."""
     title, log = panel.title, panel.title == "Gradient norm"
     left, right = min(min(c.x) for c in found), max(max(c.x) for c in found)
     right = right if right > left else left + 1
@@ -51,7 +51,7 @@ def draw_panel(panel: Panel, found: Sequence[Curve], by: str, smooth: int) -> st
 
     xs, ys = linear_ticks(left, right, 5), log_ticks(low, high) if log else linear_ticks(low, high, 4)
     grid = "".join(f"M0 {SIZE * height(y):.1f}H{SIZE}" for y in ys)
-    lines, names = "", ""
+    lines, legend = "", ""
     for i, curve in enumerate(found):
         look = f"c{(i if panel.by_source else curve.run) % COLORS}{' dashed' * curve.dashed}"
         label = escape(curve.label.removeprefix(", ") or "training")  # of a run that is shown without its name
@@ -62,16 +62,17 @@ def draw_panel(panel: Panel, found: Sequence[Curve], by: str, smooth: int) -> st
             )
             name = "" if faint else f' data-name="{label}"'
             lines += f'<path class="line {look}{" faint" * faint}" d="{path}"{name}/>'
-        names += f'<li class="{look}">{label}</li>'
+        legend += f'<li class="{look}">{label}</li>'
     marks = "".join(f'<span class="y" style="top:{100 * height(y):.2f}%">{number(y)}</span>' for y in ys)
-    marks += "".join(f'<span class="x" style="left:{100 * at(x):.2f}%">{number(x)}</span>' for x in xs)
+    places = list(enumerate(map(escape, names))) or [(x, number(x)) for x in xs]
+    marks += "".join(f'<span class="x" style="left:{100 * at(x):.2f}%">{name}</span>' for x, name in places)
     unit = f" <small>{escape(panel.unit)}</small>" if panel.unit else ""
-    scale = f'data-x="{left!r} {right!r}" data-y="{low!r} {high!r}" data-log="{int(log)}" data-by="{escape(AXES[by])}"'
+    scale = f'data-x="{left!r} {right!r}" data-y="{low!r} {high!r}" data-log="{int(log)}" data-by="{escape(axis)}"'
     return (
         f'<figure class="panel"><figcaption>{escape(title)}{unit}</figcaption>'
         f'<div class="chart"><div class="plot" {scale}><svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" '
         f'role="img" aria-label="{escape(title)}"><path class="grid" d="{grid}"/>{lines}</svg></div>{marks}</div>'
-        f'<ul class="legend">{names}</ul></figure>'
+        f'<ul class="legend">{legend}</ul></figure>'
     )
 
 

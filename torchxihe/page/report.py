@@ -70,7 +70,7 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{content}</section>" if content else ""
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Callable[[int], bool]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], numbers: Callable[[int], bool]) -> str:
     """Rows of HTML cells. numbers: whether a column is aligned to the right."""
 
     def row(tag: str, cells: Iterable[str]) -> str:
@@ -129,7 +129,7 @@ def _data(messages: list[Message], train: Lines) -> str:
             rows.append((escape(source), escape(what), *numbers))
     columns = 4 if any(row[2] for row in rows) else 2
     head = ("source", "as planned at the last start", "last loss", "epochs read")[:columns]
-    return _table(head, (row[:columns] for row in rows), lambda i: i > 1) if rows else ""
+    return table(head, (row[:columns] for row in rows), lambda i: i > 1) if rows else ""
 
 
 def _validation(valid: Lines) -> str:
@@ -145,7 +145,7 @@ def _validation(valid: Lines) -> str:
         values = [f"{last['step']:,}", f"{last[key]:.4f}", *(f"{value:,.4g}" for value in others)]
         rows.append((escape(set_of(key)) or "all", *values, f"{best[key]:.4f}", f"{best['step']:,}"))
     head = ("held-out documents", "step", "loss", "perplexity", "bits/byte", "best loss", "at step")
-    return _table(head, rows, lambda i: i > 0) if rows else ""
+    return table(head, rows, lambda i: i > 0) if rows else ""
 
 
 def _samples(found: list[tuple[int, str]]) -> str:
@@ -167,7 +167,7 @@ def _incidents(found: list[Incident]) -> str:
         for i in found[-MOST_ROWS:]
     )
     more = f'<p class="soft">The newest {MOST_ROWS} of {len(found):,}.</p>' if len(found) > MOST_ROWS else ""
-    return more + _table(("time", "", ""), rows, lambda i: False)
+    return more + table(("time", "", ""), rows, lambda i: False)
 
 
 def _checkpoints(files: RunFiles) -> tuple[str, dict[str, str]]:
@@ -192,7 +192,7 @@ def _checkpoints(files: RunFiles) -> tuple[str, dict[str, str]]:
                 continue
         rows.append((name, *_checkpoint(manifest)))
     head = ("checkpoint", "size", "validation loss", "content")
-    return _table(head, rows, lambda i: i in (1, 2)) if rows else "", corrupt
+    return table(head, rows, lambda i: i in (1, 2)) if rows else "", corrupt
 
 
 def _checkpoint(manifest: Manifest | None) -> tuple[str, str, str]:
