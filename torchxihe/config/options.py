@@ -156,7 +156,14 @@ class Data(Section):
     document_mask: bool = True
     """Documents in a row do not attend to each other. false: plain causal attention over the row."""
     cache_dir: Place = ".cache/torchxihe"
-    """Where prepared token stores and trained tokenizers are kept; all nodes must share it."""
+    """Where prepared token stores and trained tokenizers are kept; all nodes must share it, unless there is a
+    `remote`."""
+    remote: Place = ""
+    """An fsspec URL ("s3://bucket/prepared", "gs://...") from which training reads what `prepare --upload` has copied
+    there, in ranges; each node keeps what it has read in its own `cache_dir`. "": training reads `cache_dir`."""
+    remote_cache_gib: PositiveFloat = 100.0
+    """With `remote`: disk space for what a node has read; the least recently used is deleted. If it is less than the
+    prepared tokens, they are read from `remote` again and again (docs/data.md)."""
     on_bad_rows: Literal["skip", "error"] = "skip"
     """A row that cannot be read (malformed, not UTF-8, a column missing or not a string): skip and count it, or
     stop."""

@@ -248,6 +248,16 @@ class Recipe(Sealed):
         return self
 
 
+class Blocks(Sealed):
+    """<file>.blocks.json beside a large file in object storage: its parts, each of which is read and checked alone."""
+
+    size: PositiveInt
+    """Bytes of a block; the last one may be shorter."""
+    xxh3_128: Hash
+    """Of the whole file."""
+    blocks: tuple[Hash, ...]
+
+
 class InputFile(Record):
     """An input file as it was when it was hashed."""
 
