@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from torchxihe.config.options import Config, Documents, Model, Parallelism, Source, documents_of
+from torchxihe.config.options import Config, Documents, Model, Parallelism, Source
 from torchxihe.errors import UserError
 from torchxihe.utils.words import counted
 
@@ -333,7 +333,7 @@ def _documents(config: Config) -> Iterator[Finding]:
         f'must be "sources" or the name of one of validation.sets{_listed(sets)}, got {best_by!r}',
     )
     names: list[str] = []
-    for at, source in documents_of(config):
+    for at, source in config.documents:
         yield (
             source.name == "sources",
             f"{at}.name",

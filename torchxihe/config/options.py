@@ -3,9 +3,7 @@
 One frozen pydantic model per TOML section. A config is read in four steps: the file that it `extends` is merged under
 it (tables merge, lists replace), `--section.key=value` overrides are applied, everything is validated, and all mistakes
 are reported at once, each with the file or flag it comes from. Nothing here imports torch, so that a mistake is
-reported in milliseconds.
-
-TOML has no null: no option is ever `None`. 0, -1 or "" means "off", as documented for each option.
+reported in milliseconds. TOML has no null: no option is ever `None`; 0, -1 or "" means "off", where documented.
 """
 
 from pathlib import Path
@@ -156,14 +154,12 @@ class Data(Section):
     document_mask: bool = True
     """Documents in a row do not attend to each other. false: plain causal attention over the row."""
     cache_dir: Place = ".cache/torchxihe"
-    """Where prepared token stores and trained tokenizers are kept; all nodes must share it, unless there is a
-    `remote`."""
+    """Where prepared token stores and trained tokenizers are kept; all nodes must share it, or have a `remote`."""
     remote: Place = ""
-    """An fsspec URL ("s3://bucket/prepared", "gs://...") from which training reads what `prepare --upload` has copied
-    there, in ranges; each node keeps what it has read in its own `cache_dir`. "": training reads `cache_dir`."""
+    """An fsspec URL ("s3://bucket/prepared") from which training reads what `prepare --upload` has copied there; each
+    node keeps what it has read in its own `cache_dir`. "": training reads `cache_dir`."""
     remote_cache_gib: PositiveFloat = 100.0
-    """With `remote`: disk space for what a node has read; the least recently used is deleted. If it is less than the
-    prepared tokens, they are read from `remote` again and again (docs/data.md)."""
+    """With `remote`: disk space for what was read; the least recently used is deleted (docs/data.md)."""
     on_bad_rows: Literal["skip", "error"] = "skip"
     """A row that cannot be read (malformed, not UTF-8, a column missing or not a string): skip and count it, or
     stop."""
@@ -447,10 +443,8 @@ class Config(Section):
         """Directory of this run."""
         return Path(self.run.dir) / self.run.name
 
-
-def documents_of(config: Config) -> list[tuple[str, Documents]]:
-    """The sources and then the validation sets, each with its key ("data.sources.0")."""
-    sets = config.validation.sets
-    return [(f"data.sources.{i}", source) for i, source in enumerate(config.data.sources)] + [
-        (f"validation.sets.{i}", documents) for i, documents in enumerate(sets)
-    ]
+    @property
+    def documents(self) -> list[tuple[str, Documents]]:
+        """The sources and then the validation sets, each with its key ("data.sources.0")."""
+        lists = (("data.sources", self.data.sources), ("validation.sets", self.validation.sets))
+        return [(f"{key}.{i}", documents) for key, all_of in lists for i, documents in enumerate(all_of)]

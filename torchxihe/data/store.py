@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from torchxihe.config.options import Config, documents_of
+from torchxihe.config.options import Config
 from torchxihe.data.expected import ExpectedFile, expected_of_index, expected_of_store, expected_remotely
 from torchxihe.data.manifests import (
     SPLITS,
@@ -295,7 +295,7 @@ def open_prepared(config: Config) -> Prepared:
         recipe is None
         or len(recipe.places) != len(places)
         or any(now not in ("", then) for now, then in zip(places, recipe.places, strict=True))
-        or len(recipe.stores) != len(documents_of(config))
+        or len(recipe.stores) != len(config.documents)
     ):
         raise UserError(f"{path}: nothing is prepared for this config: run `torchxihe prepare CONFIG` first")
     folder = cache / "tokenizers" / recipe.tokenizer
@@ -389,7 +389,7 @@ def place_of(path: str, config: Config) -> str:
 
 def places_of(config: Config) -> list[str]:
     """The place of every path in this config, relative to the cache; "" for what does not exist on this machine."""
-    paths = [source.path for _, source in documents_of(config)] + [config.tokenizer.path]
+    paths = [source.path for _, source in config.documents] + [config.tokenizer.path]
     return [place_of(path, config) if path and os.path.exists(path) else "" for path in paths]
 
 

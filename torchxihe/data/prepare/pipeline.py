@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchxihe.config.options import Config, Documents, documents_of
+from torchxihe.config.options import Config, Documents
 from torchxihe.data.expected import expected_of_store
 from torchxihe.data.manifests import (
     SPLITS,
@@ -136,7 +136,7 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
     """The files of all sources and validation sets, and their shards. Raises UserError."""
     plans: list[Plan] = []
     chat = config.data.format == "chat"
-    for key, source in documents_of(config):
+    for key, source in config.documents:
         with _reading(key, source.path):
             pieces = find_pieces(source, key)
             shards = cut_shards(pieces)
