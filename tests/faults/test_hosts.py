@@ -1,6 +1,9 @@
 """Several hosts: network namespaces, each of which runs the real run_train.sh."""
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +40,20 @@ def test_two_hosts_whose_names_resolve_to_a_loopback_address(
     assert [host.wait(120) for host in network.hosts] == [0, 0], network.logs()
     assert "host host1: eth0 (10.77.0.1) reaches host1:29500" in network.hosts[0].text
     assert "host host2: eth0 (10.77.0.2) reaches host1:29500" in network.hosts[1].text
+    assert workspace.files(20) == unbroken(2).files(20)
+
+
+@pytest.mark.long
+def test_two_hosts_that_share_a_bucket_and_no_cache(
+    network: Network, workspace: Workspace, unbroken: Callable[..., Workspace]
+) -> None:
+    """Seen to fail without `data.remote`: "data.cache_dir: host host1 does not see what host host2 wrote there"."""
+    bucket = f"--data.remote=file://{workspace.root}/bucket"
+    command = [sys.executable, "-m", "torchxihe", "prepare", "config.toml", bucket, "--upload"]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, cwd=workspace.root, env=env, check=True)
+    start(network, bucket, PRIVATE="../cache")
+    assert [host.wait(120) for host in network.hosts] == [0, 0], network.logs()
     assert workspace.files(20) == unbroken(2).files(20)
 
 
