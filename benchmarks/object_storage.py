@@ -93,12 +93,12 @@ def run_case(folder: Path, url: str, gib: float, cache: str, seconds: float) -> 
     requests = 0
     read_range = Bucket.read_range
 
-    def counted(self: Bucket, *args: Any) -> bytes:
+    def counted(*args: Any) -> bytes:
         nonlocal requests
         requests += 1
-        return read_range(self, *args)
+        return read_range(*args)
 
-    Bucket.read_range = counted
+    Bucket.read_range = counted  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(1)
     config = make_config(folder, url, gib, cache)
     begun = time.perf_counter()
