@@ -303,6 +303,8 @@ What is already prepared is not prepared again, and an interrupted preparation i
     text = """only part I (from 0) of N, on one of N machines that share data.cache_dir; when all parts are done, run it
     once without --shard"""
     parser.add_argument("--shard", metavar="I/N", default="", help=text)
+    text = "prepare in data.cache_dir and copy the result to data.remote, from which any machine can then train"
+    parser.add_argument("--upload", action="store_true", help=text)
     return parser
 
 

@@ -28,6 +28,8 @@ OUR_COMMAND = re.compile(r"^(\w+=\S+ )*(\S*/)?(torchxihe|torchrun|python3?|pip|r
 ELSEWHERE = {
     "NNODES=2 NODE_RANK=0 RDZV_ENDPOINT=first-machine:29500 ./run_train.sh configs/llama_8b.toml": "two machines",
     "NNODES=2 NODE_RANK=1 RDZV_ENDPOINT=first-machine:29500 ./run_train.sh configs/llama_8b.toml": "two machines",
+    "torchxihe prepare configs/llama_8b.toml --data.remote=s3://bucket/prepared --upload": "test_data_remote.py",
+    "NGPU=8 ./run_train.sh configs/llama_8b.toml --data.remote=s3://bucket/prepared": "a bucket",
     "torchxihe eval runs/xihe_120m --tasks hellaswag,arc_easy": "network; test_eval_tasks.py has a task without",
     "torchxihe serve runs exported": "does not end; test_serve.py and test_serve_browser.py run it",
     "pip install vllm": "gigabytes",

@@ -1,6 +1,9 @@
 """Several hosts: network namespaces, each of which runs the real run_train.sh."""
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +40,20 @@ def test_two_hosts_whose_names_resolve_to_a_loopback_address(
     assert [host.wait(120) for host in network.hosts] == [0, 0], network.logs()
     assert "host host1: eth0 (10.77.0.1) reaches host1:29500" in network.hosts[0].text
     assert "host host2: eth0 (10.77.0.2) reaches host1:29500" in network.hosts[1].text
+    assert workspace.files(20) == unbroken(2).files(20)
+
+
+@pytest.mark.long
+def test_two_hosts_that_share_a_bucket_and_no_cache(
+    network: Network, workspace: Workspace, unbroken: Callable[..., Workspace]
+) -> None:
+    """Seen to fail without `data.remote`: "data.cache_dir: host host1 does not see what host host2 wrote there"."""
+    bucket = f"--data.remote=file://{workspace.root}/bucket"
+    command = [sys.executable, "-m", "torchxihe", "prepare", "config.toml", bucket, "--upload"]
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, cwd=workspace.root, env=env, check=True)
+    start(network, bucket, PRIVATE="../cache")
+    assert [host.wait(120) for host in network.hosts] == [0, 0], network.logs()
     assert workspace.files(20) == unbroken(2).files(20)
 
 
@@ -93,11 +110,56 @@ def test_a_wrong_host(what: str, network: Network, other_code: str) -> None:
             assert line in network.hosts[0].text.splitlines()[-1], network.logs()
 
 
+FIREWALLS = {
+    "no packet passes": ("blackhole", "10.77.0.1"),
+    "the port's packets are dropped": ("blackhole", "10.77.0.1", "ipproto", "tcp", "dport", "29500"),
+    "the port's packets are rejected": ("prohibit", "10.77.0.1", "ipproto", "tcp", "dport", "29500"),
+}
+
+
 @pytest.mark.long
-def test_an_endpoint_that_cannot_be_reached(network: Network) -> None:
-    """Its packets are dropped."""
-    run("ip", "-n", network.router, "route", "replace", "blackhole", "10.77.0.1")
+@pytest.mark.parametrize("what", FIREWALLS)
+def test_an_endpoint_that_cannot_be_reached(what: str, network: Network) -> None:
+    """One line after 45 s, and the time to start. Seen to fail with one that waits as for a refused connection."""
+    kind, *which = FIREWALLS[what]
+    run("ip", "-n", network.router, "rule", "add", "pref", "10", "to", *which, kind)
+    begun = time.monotonic()
     network.hosts[1].start(NNODES="2", NODE_RANK="1", RDZV_ENDPOINT="host1:29500")
     assert network.hosts[1].wait(75) == 1, network.logs()
     line = network.hosts[1].text.splitlines()[-1]
+    print(f"{what}: {time.monotonic() - begun:.0f} s: {line}")
     assert "RDZV_ENDPOINT=host1:29500: host host2 (10.77.0.2, eth0) does not reach it: " in line, line
+    assert "Traceback" not in network.hosts[1].text
+
+
+@pytest.mark.long
+def test_an_endpoint_that_refuses_connections_is_waited_for(network: Network) -> None:
+    """Its host has not started, or a firewall answers for it: a line says so, and the run begins once it is open."""
+    place = {"NNODES": "2", "RDZV_ENDPOINT": "host1:29500"}
+    begun = time.monotonic()
+    network.hosts[1].start(NODE_RANK="1", **place)
+    line = "host host2 (10.77.0.2, eth0) waits for RDZV_ENDPOINT=host1:29500: nothing listens there yet"
+    while line not in network.hosts[1].text:
+        assert time.monotonic() - begun < 60, network.logs()
+        time.sleep(0.2)
+    print(f"refused: {time.monotonic() - begun:.0f} s")
+    assert "firewall" in network.hosts[1].text
+    network.hosts[0].start(NODE_RANK="0", **place)
+    assert [host.wait(120) for host in network.hosts] == [0, 0], network.logs()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["blackhole", "prohibit"])
+def test_a_host_with_closed_ports(kind: str, network: Network) -> None:
+    """It reaches the endpoint, but its own ports, which gloo and NCCL choose, are dropped or rejected."""
+    rule = ("ip", "-n", network.router, "rule", "add", "pref")
+    run(*rule, "10", "to", "10.77.0.2", "ipproto", "tcp", "sport", "29500", "lookup", "main")
+    run(*rule, "20", "to", "10.77.0.2", "ipproto", "tcp", "dport", "1024-65534", kind)
+    begun = time.monotonic()
+    start(network)
+    assert [host.wait(60) for host in network.hosts] == [1, 1], network.logs()
+    print(f"{kind}: {time.monotonic() - begun:.0f} s")
+    for host in network.hosts:
+        line = host.text.splitlines()[-1]
+        assert "host host2 (10.77.0.2, eth0): host host1 cannot connect to it: " in line, network.logs()
+        assert "open the ports" in line and "Traceback" not in host.text

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from tests.unit.saved_runs import LLAMA, make_config, state_of
-from torchxihe.components.checkpoint import storage, tensor_files
+from torchxihe.components.checkpoint import tensor_files
 from torchxihe.components.checkpoint.checkpointer import Checkpointer
 from torchxihe.components.checkpoint.manifest import (
     CORRUPT,
@@ -45,6 +45,7 @@ from torchxihe.components.optimizer.adamw import create_state
 from torchxihe.config.load import dump_config
 from torchxihe.config.options import Checkpoint
 from torchxihe.errors import UserError
+from torchxihe.utils import files
 
 KEEP_ALL = Checkpoint(mode="sync", keep_last=0)
 FILES = [".metadata", "__0_0.distcp", "train_state.json", MANIFEST]
@@ -246,7 +247,7 @@ def failing_reads(monkeypatch: pytest.MonkeyPatch, times: int, number: int = err
         return original(self)
 
     monkeypatch.setattr(Location, "open", open_)
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     return failed
 
 

@@ -122,13 +122,14 @@ def _meet(launch: Launch, config: Config) -> "Hosts":
     # Imported here because it imports torch: a mistake above is reported without that delay.
     from torchxihe.components.runtime.hosts import Party, meet
 
+    cache = {} if config.data.remote else {"data.cache_dir": Path(config.data.cache_dir)}
     party = Party(
         endpoint=launch.endpoint,
         job=job_name(),
         hosts=0 if launch.least_nodes else launch.nodes,
         node_rank=-1 if launch.least_nodes else launch.node_rank,
         config=config.model_dump(mode="json"),
-        shared={"run.dir": config.run_dir, "data.cache_dir": Path(config.data.cache_dir)},
+        shared={"run.dir": config.run_dir} | cache,
         join_seconds=JOIN_SECONDS,
     )
     return meet(party, link)

@@ -2,6 +2,7 @@
 
 from torchxihe.config.load import load_config
 from torchxihe.data.prepare.pipeline import prepare, prepare_part
+from torchxihe.data.prepare.upload import upload
 from torchxihe.errors import UserError
 from torchxihe.parsers import parse
 
@@ -10,6 +11,9 @@ def main(args: list[str]) -> None:
     """Run the command with its arguments. Raises UserError."""
     options = parse("prepare", args)
     config = load_config(options.config, options.overrides)
+    if options.upload:
+        upload(config)
+        return
     if not options.shard:
         prepare(config)
         return

@@ -20,7 +20,7 @@ from torchxihe.components.checkpoint.manifest import (
 from torchxihe.components.checkpoint.storage import CorruptError, Location
 from torchxihe.components.checkpoint.tensor_files import TensorReader
 from torchxihe.config.load import load_config, presets
-from torchxihe.data.store import ExpectedFile
+from torchxihe.data.expected import ExpectedFile
 from torchxihe.data.verify import files_of_cache, files_of_config, flaws_in
 from torchxihe.errors import UserError, explained
 from torchxihe.parsers import parse

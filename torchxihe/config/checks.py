@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from torchxihe.config.options import Config, Documents, Model, Parallelism, Source, documents_of
+from torchxihe.config.options import Config, Documents, Model, Parallelism, Source
 from torchxihe.errors import UserError
 from torchxihe.utils.words import counted
 
@@ -339,7 +339,7 @@ def _documents(config: Config) -> Iterator[Finding]:
     )
     yield not config.data.loss_roles, "data.loss_roles", 'names no role; the usual one is ["assistant"]'
     names: list[str] = []
-    for at, source in documents_of(config):
+    for at, source in config.documents:
         yield (
             source.name == "sources",
             f"{at}.name",

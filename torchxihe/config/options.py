@@ -3,9 +3,7 @@
 One frozen pydantic model per TOML section. A config is read in four steps: the file that it `extends` is merged under
 it (tables merge, lists replace), `--section.key=value` overrides are applied, everything is validated, and all mistakes
 are reported at once, each with the file or flag it comes from. Nothing here imports torch, so that a mistake is
-reported in milliseconds.
-
-TOML has no null: no option is ever `None`. 0, -1 or "" means "off", as documented for each option.
+reported in milliseconds. TOML has no null: no option is ever `None`; 0, -1 or "" means "off", where documented.
 """
 
 from pathlib import Path
@@ -17,6 +15,7 @@ from torchxihe.config.types import (
     LARGEST,
     BatchRamp,
     BelowOne,
+    DocumentFormat,
     Fraction,
     GivenPlace,
     NonNegativeInt,
@@ -107,9 +106,7 @@ class Documents(Section):
     """Name in logs and metrics. "": derived from `path` and `subset`."""
     glob: str = ""
     """With a directory as `path`: which files below it. "": all that are not hidden."""
-    format: Literal["auto", "text", "lines", "json", "parquet", "arrow", "csv", "dataset", "tokens", "docstrings"] = (
-        "auto"
-    )
+    format: DocumentFormat = "auto"
     """How files are read. "auto": by their suffixes (.jsonl, .ndjson and .json, .parquet, .arrow, .csv and .tsv; any
     other file is one text document; a directory written by `save_to_disk` is a "dataset"). "lines": each line is a
     document; carriage returns at its end are dropped. "json" covers JSON lines. "csv" has a header; a row with a
@@ -138,8 +135,7 @@ class Source(Documents):
     """One source of documents: local files, a saved dataset or a Hugging Face hub dataset."""
 
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
-    """Share of the training tokens, relative to the other sources' weights. It must amount to one sample in 2,048: a
-    weight that rounds to zero samples is refused."""
+    """Share of the training tokens, relative to the other sources' weights; refused below one sample in 2,048."""
 
 
 class Data(Section):
@@ -155,15 +151,18 @@ class Data(Section):
     seq_len: Annotated[int, Field(ge=2, le=LARGEST)]
     """Tokens of one training sequence. A stored row has one more, the last target."""
     packing: Literal["concat", "best_fit"] = "best_fit"
-    """How documents become rows. "best_fit": best-fit-decreasing over documents, long ones split;
-    "concat": consecutive windows of the token stream."""
+    """How documents become rows: best-fit-decreasing, long ones split, or consecutive windows of the token stream."""
     document_mask: bool = True
     """Documents in a row do not attend to each other. false: plain causal attention over the row."""
     cache_dir: Place = ".cache/torchxihe"
-    """Where prepared token stores and trained tokenizers are kept; all nodes must share it."""
+    """Where prepared token stores and trained tokenizers are kept; all nodes must share it, or have a `remote`."""
+    remote: Place = ""
+    """An fsspec URL ("s3://bucket/prepared") from which training reads what `prepare --upload` has copied there; each
+    node keeps what it has read in its own `cache_dir`. "": training reads `cache_dir`."""
+    remote_cache_gib: PositiveFloat = 100.0
+    """With `remote`: disk space for what was read; the least recently used is deleted (docs/data.md)."""
     on_bad_rows: Literal["skip", "error"] = "skip"
-    """A row that cannot be read (malformed, not UTF-8, a column missing or not a string): skip and count it, or
-    stop."""
+    """A row that cannot be read (malformed, not UTF-8, a column missing or no string): skip and count it, or stop."""
     max_bad_rows: Fraction = 0.01
     """With `on_bad_rows = "skip"`: still stop if more than this share of a source's rows is bad."""
     max_epochs: NonNegativeInt = 0
@@ -178,8 +177,7 @@ class Validation(Section):
     every: NonNegativeInt = 0
     """Steps between two validations; a run of at least that many steps also validates after its last step. 0: never."""
     max_tokens: NonNegativeInt = 1_000_000
-    """Maximum tokens of each validation, from all sources in proportion to their size, and of each validation set. 0:
-    all."""
+    """Tokens of a validation at most, from all sources in proportion to their size, and of each set. 0: all."""
     sets: Annotated[tuple[Documents, ...], Field(strict=False)] = ()
     """Separate documents to validate on: one `[[validation.sets]]` table each."""
 
@@ -445,8 +443,8 @@ class Config(Section):
         """Directory of this run."""
         return Path(self.run.dir) / self.run.name
 
-
-def documents_of(config: Config) -> list[tuple[str, Documents]]:
-    """The sources and then the validation sets, each with its key ("data.sources.0")."""
-    tables = {"data.sources": config.data.sources, "validation.sets": config.validation.sets}
-    return [(f"{key}.{i}", documents) for key, table in tables.items() for i, documents in enumerate(table)]
+    @property
+    def documents(self) -> list[tuple[str, Documents]]:
+        """The sources and then the validation sets, each with its key ("data.sources.0")."""
+        lists = (("data.sources", self.data.sources), ("validation.sets", self.validation.sets))
+        return [(f"{key}.{i}", documents) for key, all_of in lists for i, documents in enumerate(all_of)]

@@ -11,7 +11,9 @@ import queue
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor
 
 from torchxihe.data.order import Order
-from torchxihe.data.store import Prepared, Split
+from torchxihe.data.remote import THREADS
+from torchxihe.data.store import Prepared, Rows, Split
 from torchxihe.data.verify import Verification
 
 IGNORE = -100
@@ -29,6 +32,9 @@ MOST_OPEN = 1024
 """Token files of one source that are kept open at most; less if the process has a lower limit."""
 AHEAD = 4
 """Batches that the prefetch thread keeps ready."""
+AHEAD_ROWS = 4096
+AHEAD_TOKENS = 2**22
+"""What is requested from object storage before it is needed, at most: what an H100 needs in seven seconds."""
 VERIFIED_FIRST = 10.0
 """Seconds that the first batch waits for the verification of the files; a larger store is trained on meanwhile."""
 
@@ -78,6 +84,76 @@ class BatchSpec:
     """Reduces a batch in host memory to what this process computes of it."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The rows of a batch."""
+
+    samples: list[int]
+    sources: list[int]
+    """Of each sample, its place among the sources."""
+    rows: list[int]
+
+
+_Row = tuple[tuple[int, ...], np.ndarray, np.ndarray | None]
+"""Lengths of the pieces, tokens, mask."""
+
+
+class _Ahead:
+    """Reads rows from object storage in threads, before they are needed.
+
+    Daemon threads: a process that ends does not wait for a server.
+    """
+
+    def __init__(self, sources: list[Rows], width: int) -> None:
+        """`width`: tokens of a row."""
+        self._sources, self._width, self._closed = sources, width, False
+        self._asked: queue.SimpleQueue[tuple[int, int, Future[_Row]] | None] = queue.SimpleQueue()
+        self._answers: dict[tuple[int, int], deque[Future[_Row]]] = {}
+        for _ in range(THREADS):
+            threading.Thread(target=self._run, name="object storage", daemon=True).start()
+
+    def ask(self, source: int, row: int) -> None:
+        """Read a row, which is taken later."""
+        answer: Future[_Row] = Future()
+        self._answers.setdefault((source, row), deque()).append(answer)
+        self._asked.put((source, row, answer))
+
+    def take(self, source: int, row: int, out: np.ndarray, mask: np.ndarray | None) -> tuple[int, ...]:
+        """As `Rows.read`, of a row that was asked for."""
+        answers = self._answers[source, row]
+        answer = answers.popleft()
+        while not wait([answer], timeout=0.5).done:
+            if self._closed:
+                raise RuntimeError("closed")
+        lengths, tokens, mask_of_row = answer.result()
+        if not answers:
+            del self._answers[source, row]
+        out[: sum(lengths)] = tokens[: sum(lengths)]
+        if mask is not None and mask_of_row is not None:
+            mask[: sum(lengths)] = mask_of_row[: sum(lengths)]
+        return lengths
+
+    def close(self) -> None:
+        """End the threads, each after the row that it reads, and a call of `take`."""
+        self._closed = True
+        with suppress(queue.Empty):
+            while True:
+                self._asked.get_nowait()
+        for _ in range(THREADS):
+            self._asked.put(None)
+
+    def _run(self) -> None:
+        while (asked := self._asked.get()) is not None:
+            source, row, answer = asked
+            rows = self._sources[source]
+            tokens = np.empty(self._width, rows.dtype)
+            mask = np.zeros(self._width, np.uint8) if rows.masked else None
+            try:
+                answer.set_result((rows.read(row, tokens, mask), tokens, mask))
+            except BaseException as error:  # raised where the row is taken
+                answer.set_exception(error)
+
+
 class _Reader:
     """Reads rows into batches in host memory, pinned where the device is a GPU."""
 
@@ -92,9 +168,30 @@ class _Reader:
         self._sources = [source.open(split, max(16, min(share, MOST_OPEN))) for source in sources]
         self._buffers = [np.empty(spec.seq_len + 1, rows.dtype) for rows in self._sources]
         self._masks = [np.zeros(spec.seq_len + 1, np.uint8) if rows.masked else None for rows in self._sources]
+        remote = any(rows.remote for rows in self._sources)
+        self._ahead = _Ahead(self._sources, spec.seq_len + 1) if remote else None
 
-    def read(self, samples: list[int], sources: list[int], rows: list[int]) -> Batch:
-        """The batch of `rows` of `sources`, filled up with padding rows to a micro-batch."""
+    def read_all(self, batches: Iterable[Wanted]) -> Iterator[Batch]:
+        """The batches in order. From object storage, their rows are read in parallel and in advance."""
+        waiting: deque[Wanted] = deque()
+        ahead = min(AHEAD_ROWS, AHEAD_TOKENS // self._seq_len) // self._rows if self._ahead else 0
+        for wanted in batches:
+            waiting.append(wanted)
+            if self._ahead:
+                for source, row in zip(wanted.sources, wanted.rows, strict=True):
+                    self._ahead.ask(source, row)
+            if len(waiting) > ahead:
+                yield self.read(waiting.popleft())
+        yield from map(self.read, waiting)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._ahead:
+            self._ahead.close()
+
+    def read(self, wanted: Wanted) -> Batch:
+        """A batch, filled up with padding rows to a micro-batch."""
+        samples, sources, rows = wanted.samples, wanted.sources, wanted.rows
         seq_len, missing = self._seq_len, self._rows - len(samples)
         tokens_BT = torch.empty(self._rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
         targets_BT = torch.empty(self._rows, seq_len, dtype=torch.int64, pin_memory=self._pin)
@@ -103,7 +200,10 @@ class _Reader:
         valid = pairs = 0
         for b, (source, row) in enumerate(zip(sources, rows, strict=True)):
             buffer, mask = self._buffers[source], self._masks[source]
-            lengths = self._sources[source].read(row, buffer, mask)
+            if self._ahead:
+                lengths = self._ahead.take(source, row, buffer, mask)
+            else:
+                lengths = self._sources[source].read(row, buffer, mask)
             tokens[b] = buffer[:-1]
             targets[b] = buffer[1:]
             at = 0
@@ -215,6 +315,7 @@ class Loader:
     def close(self) -> None:
         """Stop the threads."""
         self._stop.set()
+        self._reader.close()
         if self._verification:
             self._verification.close()
         while self._thread.is_alive():
@@ -229,17 +330,17 @@ class Loader:
                 )  # otherwise this thread's pinned memory creates a context on GPU 0
             if self._verification:
                 self._verification.wait(VERIFIED_FIRST)
-            for step in itertools.count(self._step):
-                for batch in self._read_step(step):
-                    if self._verification:
-                        self._verification.check()
-                    self._ready.put(batch)
-                    if self._stop.is_set():
-                        return
+            steps = map(self._of_step, itertools.count(self._step))
+            for batch in self._reader.read_all(itertools.chain.from_iterable(steps)):
+                if self._verification:
+                    self._verification.check()
+                self._ready.put(batch)
+                if self._stop.is_set():
+                    return
         except BaseException as error:  # is raised by the next call of `next()`
             self._ready.put(error)
 
-    def _read_step(self, step: int) -> Iterator[Batch]:
+    def _of_step(self, step: int) -> Iterator[Wanted]:
         """This rank's micro-batches of `step`."""
         first, global_batch = self._order.batch(step)
         spec = self._spec
@@ -248,9 +349,9 @@ class Loader:
             g = first + np.arange(start, min(start + spec.rows, global_batch))
             if len(g):
                 sources, row, _ = self._order.samples(g)
-                yield self._reader.read(g.tolist(), sources.tolist(), row.tolist())
+                yield Wanted(g.tolist(), sources.tolist(), row.tolist())
             else:
-                yield self._reader.read([], [], [])
+                yield Wanted([], [], [])
 
 
 def validation_rows(prepared: Prepared, seq_len: int, max_tokens: int) -> list[tuple[int, int]]:
@@ -283,11 +384,19 @@ def validation_batches(prepared: Prepared, spec: BatchSpec, max_tokens: int) -> 
     """
     chosen = validation_rows(prepared, spec.seq_len, max_tokens)
     reader = _Reader(prepared, "valid", spec)
-    for i in range(micro_batches(len(chosen), spec.data_ranks, spec.rows)):
-        start = (i * spec.data_ranks + spec.data_rank) * spec.rows
-        mine = chosen[start : start + spec.rows]
-        samples = list(range(start, start + len(mine)))
-        yield to_device(reader.read(samples, [source for source, _ in mine], [row for _, row in mine]), spec.device)
+
+    def wanted() -> Iterator[Wanted]:
+        for i in range(micro_batches(len(chosen), spec.data_ranks, spec.rows)):
+            start = (i * spec.data_ranks + spec.data_rank) * spec.rows
+            mine = chosen[start : start + spec.rows]
+            samples = list(range(start, start + len(mine)))
+            yield Wanted(samples, [source for source, _ in mine], [row for _, row in mine])
+
+    try:
+        for batch in reader.read_all(wanted()):
+            yield to_device(batch, spec.device)
+    finally:
+        reader.close()
 
 
 def micro_batches(global_batch: int, data_ranks: int, rows: int) -> int:

@@ -12,8 +12,8 @@ import xxhash
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from torchxihe.errors import UserError
-from torchxihe.utils.files import write_json
-from torchxihe.utils.records import DamagedError, Record, read_record
+from torchxihe.utils.files import write_text
+from torchxihe.utils.records import DamagedError, Record, parse_record, read_bounded
 
 Split = Literal["train", "valid"]
 SPLITS: tuple[Split, Split] = ("train", "valid")
@@ -47,12 +47,22 @@ S = TypeVar("S", bound=Sealed)
 
 def write_sealed(path: Path, record: Sealed) -> None:
     """Write a record with its checksum: the file is complete and on the disk, or as it was before. Raises OSError."""
-    write_json(path, {**record.content(), "checksum": record.seal()})
+    write_text(path, sealed_json(record))
+
+
+def sealed_json(record: Sealed) -> str:
+    """A record with its checksum."""
+    return json.dumps({**record.content(), "checksum": record.seal()}, indent=1)
 
 
 def read_sealed(path: Path, schema: type[S]) -> S:
     """A record that `write_sealed` wrote. Raises DamagedError, OSError."""
-    record = read_record(path, schema, LIMIT)
+    return parse_sealed(read_bounded(path, LIMIT), schema)
+
+
+def parse_sealed(content: bytes, schema: type[S]) -> S:
+    """The record in the content of such a file. Raises DamagedError."""
+    record = parse_record(content, schema)
     if record.checksum and record.checksum != record.seal():
         raise DamagedError("its checksum differs from its content")
     return record.model_copy(update={"checksum": ""})
@@ -246,6 +256,16 @@ class Recipe(Sealed):
         if not len(self.names) == len(self.stores) == len(self.files):
             raise ValueError("there must be as many names as stores and lists of files")
         return self
+
+
+class Blocks(Sealed):
+    """<file>.blocks.json beside a large file in object storage: its parts, each of which is read and checked alone."""
+
+    size: PositiveInt
+    """Bytes of a block; the last one may be shorter."""
+    xxh3_128: Hash
+    """Of the whole file."""
+    blocks: tuple[Hash, ...]
 
 
 class InputFile(Record):

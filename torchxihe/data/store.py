@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from torchxihe.config.options import Config, documents_of
+from torchxihe.config.options import Config
+from torchxihe.data.expected import ExpectedFile, expected_of_index, expected_of_store, expected_remotely
 from torchxihe.data.manifests import (
     SPLITS,
     InPlaceFile,
@@ -34,6 +34,7 @@ from torchxihe.data.manifests import (
     load_sealed,
     missing,
 )
+from torchxihe.data.remote import Remote, fetch_recipe, fetch_tokenizer
 from torchxihe.data.tokenizer import read_bytes_per_token, read_meta
 from torchxihe.errors import UserError
 
@@ -42,38 +43,6 @@ FORMAT = 3
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """The form of a dataset's or tokenizer's id on the hub; some relative paths have it, too."""
-
-
-@dataclass(frozen=True)
-class ExpectedFile:
-    """A file that training reads, and what it must contain."""
-
-    path: Path
-    size: int
-    """Bytes."""
-    xxh3_128: str
-    """Of its content, in hexadecimal."""
-    in_place: bool = False
-    """Whether it is a token file of the user's."""
-
-    def damaged(self, what: str) -> UserError:
-        """The error that this file is not what was prepared."""
-        if self.in_place:
-            return UserError(
-                f"{self.path}: {what}: not the file that was prepared; run `torchxihe prepare CONFIG` again"
-            )
-        return damaged(self.path, what)
-
-    def check_size(self) -> None:
-        """Raise UserError if the file is missing, has another size or is not a regular file."""
-        try:
-            info = os.stat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise missing(self.path) from None
-        if not stat.S_ISREG(info.st_mode):
-            raise self.damaged("not a regular file")
-        if info.st_size != self.size:
-            raise self.damaged(f"{info.st_size:,} bytes instead of {self.size:,}")
 
 
 @dataclass(frozen=True)
@@ -89,13 +58,22 @@ class TokenFile:
 
 
 class Rows:
-    """The rows of one split of one source. Not thread-safe."""
+    """The rows of one split of one source. Thread-safe only where they are in object storage."""
 
     def __init__(
-        self, index: Path, split: Split, files: Sequence[TokenFile], dtype: np.dtype, open_files: int = 16
+        self,
+        index: Path,
+        split: Split,
+        files: Sequence[TokenFile],
+        dtype: np.dtype,
+        open_files: int = 16,
+        remote: Remote | None = None,
     ) -> None:
-        """`index`: the folder of a row index; `files`: the split's token files in order; `open_files`: at most."""
-        self.dtype = dtype
+        """`index`: the folder of a row index; `files`: the split's token files in order; `open_files`: at most.
+
+        `remote`: where all of them are, if not on this machine.
+        """
+        self.dtype, self.remote = dtype, remote
         self._most = open_files
         self._store = index.parents[1]
         self._files = files
@@ -132,6 +110,10 @@ class Rows:
         return pieces[1::2]
 
     def _read_into(self, i: int, at: int, view: memoryview) -> None:
+        if self.remote:
+            if self.remote.read_into(self._paths[i], at, view) < len(view):
+                raise self._damaged(i, f"is needed at byte {at + len(view)}, beyond its end")
+            return
         try:
             count = os.preadv(self._file(i), [view], at)
         except (FileNotFoundError, NotADirectoryError):
@@ -158,7 +140,7 @@ class Rows:
     def _damaged(self, i: int, what: str) -> UserError:
         in_place = not self._paths[i].is_relative_to(self._store)
         what = f"changed ({what})" if in_place else what
-        return ExpectedFile(self._paths[i], 0, "", in_place).damaged(what)
+        return ExpectedFile(self._paths[i], 0, "", in_place, self.remote).damaged(what)
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -186,10 +168,13 @@ class SourceRows:
     """Of the store."""
     summary: RowIndex
     """Of the row index."""
+    remote: Remote | None = None
+    """Where its large files are; None: on this machine."""
 
     def open(self, split: Split, open_files: int = 16) -> Rows:
         """A reader of the rows of `split` that keeps at most `open_files` files open (opening one takes 10 us)."""
-        return Rows(self.index, split, self._token_files(split), np.dtype(self.manifest.dtype), open_files)
+        dtype = np.dtype(self.manifest.dtype)
+        return Rows(self.index, split, self._token_files(split), dtype, open_files, self.remote)
 
     def _token_files(self, split: Split) -> list[TokenFile]:
         """The token files of `split` in order. Files that are used in place serve both splits."""
@@ -206,7 +191,9 @@ class SourceRows:
 
     @property
     def expected_files(self) -> list[ExpectedFile]:
-        """Every large file that training reads of this source, and `.idx`, which `prepare` reads."""
+        """Every large file that training reads of this source, and, on this machine, `.idx`, which `prepare` reads."""
+        if self.remote:
+            return expected_remotely(self.store, self.manifest, self.index, self.summary, self.remote)
         return [
             *expected_of_store(self.store, self.manifest),
             *expected_of_index(self.index, self.summary),
@@ -249,20 +236,6 @@ class SourceRows:
         return {**self.manifest.dropped, **self.manifest.bad}
 
 
-def expected_of_store(store: Path, manifest: Manifest) -> list[ExpectedFile]:
-    """The large files of a store."""
-    return [
-        ExpectedFile(store / name, size, shard.xxh3_128[name])
-        for shard in manifest.shards
-        for name, size in shard.sizes().items()
-    ]
-
-
-def expected_of_index(index: Path, summary: RowIndex) -> list[ExpectedFile]:
-    """The large files of a row index."""
-    return [ExpectedFile(index / name, size, summary.xxh3_128[name]) for name, size in summary.sizes().items()]
-
-
 @dataclass(frozen=True)
 class Prepared:
     """All that training reads."""
@@ -282,7 +255,7 @@ class Prepared:
 
     @property
     def cache(self) -> Path:
-        """`data.cache_dir`."""
+        """`data.cache_dir`, or the folder with copies of what is in object storage."""
         return self.tokenizer_dir.parents[1]
 
     @property
@@ -304,10 +277,17 @@ class Prepared:
 def open_prepared(config: Config) -> Prepared:
     """What `torchxihe prepare` made for this config, in milliseconds; the sources are not read again.
 
-    Small files and the sizes of large ones are checked here; `verify.py` checks the content of the large ones.
+    Small files and the sizes of large ones are checked here; `verify.py` checks the content of the large ones. Of
+    object storage (`data.remote`), only small files are read, and copied; the large ones are checked as they are read.
     Raises UserError if something is missing or damaged.
     """
-    path = recipe_path(config)
+    cache, remote = Path(config.data.cache_dir), None
+    if config.data.remote:
+        remote = Remote(config.data.remote, cache, int(config.data.remote_cache_gib * 2**30))
+        cache = remote.folder
+    path = cache / "recipes" / recipe_path(config).name
+    if remote:
+        fetch_recipe(path, remote)
     recipe = find_sealed(path, Recipe)
     places = places_of(config)
     # An input that no longer exists does not matter; another one under its path is another project's.
@@ -315,17 +295,18 @@ def open_prepared(config: Config) -> Prepared:
         recipe is None
         or len(recipe.places) != len(places)
         or any(now not in ("", then) for now, then in zip(places, recipe.places, strict=True))
-        or len(recipe.stores) != len(documents_of(config))
+        or len(recipe.stores) != len(config.documents)
     ):
         raise UserError(f"{path}: nothing is prepared for this config: run `torchxihe prepare CONFIG` first")
-    cache = Path(config.data.cache_dir)
     folder = cache / "tokenizers" / recipe.tokenizer
+    if remote:
+        fetch_tokenizer(folder, remote)
     meta = read_meta(folder)
     check_vocab_size(config, meta.vocab_size)
     weights = [source.weight for source in config.data.sources] + [0.0] * len(config.validation.sets)
     stores = [cache / "stores" / key for key in recipe.stores]
     wanted = zip(stores, recipe.names, weights, recipe.files, strict=True)
-    opened = tuple(open_source(store, config, name, weight, files) for store, name, weight, files in wanted)
+    opened = tuple(open_source(store, config, name, weight, files, remote) for store, name, weight, files in wanted)
     count = len(config.data.sources)
     return Prepared(
         sources=opened[:count],
@@ -338,26 +319,40 @@ def open_prepared(config: Config) -> Prepared:
     )
 
 
-def open_source(store: Path, config: Config, name: str, weight: float, files: tuple[InPlaceFile, ...]) -> SourceRows:
+def open_source(
+    store: Path,
+    config: Config,
+    name: str,
+    weight: float,
+    files: tuple[InPlaceFile, ...],
+    remote: Remote | None = None,
+) -> SourceRows:
     """One source's store with the row index that `config` asks for. Raises UserError.
 
-    `files`: the token files that are used in place.
+    `files`: the token files that are used in place. `remote`: where the store is, if not on this machine.
     """
     for file in files:
         expected = ExpectedFile(Path(file.path), file.size, file.xxh3_128, in_place=True)
         expected.check_size()
         if os.stat(file.path).st_mtime_ns != file.mtime_ns:
             raise expected.damaged("changed")
+    index = index_path(store, config)
+    if remote:
+        remote.fetch(store / "manifest.json")
+        remote.fetch(index / "index.json")
     manifest = load_sealed(store / "manifest.json", Manifest)
     if manifest.key != store.name:
         raise damaged(store / "manifest.json", f"it is that of the store {manifest.key}")
     if len(files) != sum(shard.file is not None for shard in manifest.shards):
         raise UserError(f"{recipe_path(config)}: does not fit {store}: run `torchxihe prepare CONFIG` again")
-    index = index_path(store, config)
     summary = load_sealed(index / "index.json", RowIndex)
-    for file in [*expected_of_store(store, manifest), *expected_of_index(index, summary)]:
-        file.check_size()
-    return SourceRows(name, manifest.key, weight, store, index, files, manifest, summary)
+    if remote:
+        for file in expected_remotely(store, manifest, index, summary, remote):
+            remote.expect(file.path, file.size, file.xxh3_128)
+    else:
+        for file in [*expected_of_store(store, manifest), *expected_of_index(index, summary)]:
+            file.check_size()
+    return SourceRows(name, manifest.key, weight, store, index, files, manifest, summary, remote)
 
 
 def check_vocab_size(config: Config, size: int) -> None:
@@ -376,7 +371,7 @@ def recipe_path(config: Config) -> Path:
     """
     what = config.model_dump(mode="json", include={"data", "tokenizer", "validation"})
     what["validation"] = {name: what["validation"][name] for name in ("fraction", "sets")}
-    for name in ("cache_dir", "document_mask", "max_epochs"):
+    for name in ("cache_dir", "remote", "remote_cache_gib", "document_mask", "max_epochs"):
         del what["data"][name]
     for source in what["data"]["sources"]:
         del source["weight"]
@@ -394,7 +389,7 @@ def place_of(path: str, config: Config) -> str:
 
 def places_of(config: Config) -> list[str]:
     """The place of every path in this config, relative to the cache; "" for what does not exist on this machine."""
-    paths = [source.path for _, source in documents_of(config)] + [config.tokenizer.path]
+    paths = [source.path for _, source in config.documents] + [config.tokenizer.path]
     return [place_of(path, config) if path and os.path.exists(path) else "" for path in paths]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import xxhash
 
 from torchxihe.config.options import Config
+from torchxihe.data.expected import ExpectedFile, expected_of_index, expected_of_store
 from torchxihe.data.manifests import (
     Hashes,
     Manifest,
@@ -27,11 +28,11 @@ from torchxihe.data.manifests import (
     load_sealed,
     write_sealed,
 )
-from torchxihe.data.store import ExpectedFile, Prepared, expected_of_index, expected_of_store, open_prepared
+from torchxihe.data.store import Prepared, open_prepared
 from torchxihe.data.tokenizer import read_bytes_per_token, read_meta
 from torchxihe.errors import UserError, explained
 from torchxihe.utils.files import CHUNK_BYTES
-from torchxihe.utils.records import DamagedError, open_regular
+from torchxihe.utils.records import DamagedError
 
 LARGE = 2**30
 """Bytes from which on it is logged that files are being hashed."""
@@ -51,14 +52,14 @@ def check_content(file: ExpectedFile, progress: Progress = lambda count: None) -
     file.check_size()
     digest = xxhash.xxh3_128()
     try:
-        with open_regular(file.path) as stream:
+        with file.open() as stream:
             while chunk := stream.read(CHUNK_BYTES):
                 digest.update(chunk)
                 progress(len(chunk))
     except DamagedError as error:
         raise file.damaged(str(error)) from None
     except OSError as error:
-        raise explained(error, file.path) from None
+        raise explained(error, file.name) from None
     if digest.hexdigest() != file.xxh3_128:
         raise file.damaged("changed" if file.in_place else "its content differs from what was written")
 
@@ -120,7 +121,8 @@ class Verification:
     def __init__(self, prepared: Prepared, held_out: bool = False) -> None:
         """`held_out`: only what a validation reads."""
         self._marks = prepared.cache / f"verified-{socket.gethostname()}.json"
-        self._files = [file for file in files_of(prepared) if not (held_out and file.path.name.startswith("train"))]
+        files = (file for file in files_of(prepared) if not file.remote)  # these are checked whenever they are read
+        self._files = [file for file in files if not (held_out and file.path.name.startswith("train"))]
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="verification", daemon=True)

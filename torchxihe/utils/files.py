@@ -1,4 +1,4 @@
-"""Files: locks, hashes, durable writes."""
+"""Files: locks, hashes, durable writes, reads that are tried again."""
 
 import errno
 import fcntl
@@ -7,16 +7,20 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import xxhash
 
 from torchxihe.errors import UserError
 
 CHUNK_BYTES = 8 << 20
+READ_ATTEMPTS = 4
+
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -129,3 +133,20 @@ def write_bytes(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)  # of a full disk, or where a folder is in the way
     sync_folder(path.parent)
+
+
+def with_retries(read: Callable[[], T], pause: float = 0.5) -> T:
+    """Call `read` again, with growing pauses, while it raises OSError: a busy server is not a corrupt file.
+
+    A missing file is not retried. The last error is raised unchanged.
+    """
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except OSError:
+            if attempt == READ_ATTEMPTS - 1:
+                raise
+            time.sleep(pause * 2**attempt)
+    raise AssertionError("unreachable")

@@ -148,7 +148,8 @@ def wait_for(endpoint: str, seconds: float, link: Link) -> None:
         if now - start > seconds:
             raise UserError(f"RDZV_ENDPOINT={endpoint}: {here}: {why} after {seconds:.0f} s; start its host, too")
         if now - said > 60 and now - start > 3:
-            print(f"{here} waits for RDZV_ENDPOINT={endpoint}: {why} yet", file=sys.stderr, flush=True)
+            hint = "its host has not started, or a firewall refuses"
+            print(f"{here} waits for RDZV_ENDPOINT={endpoint}: {why} yet; {hint}", file=sys.stderr, flush=True)
             said = now
         time.sleep(0.5)
 

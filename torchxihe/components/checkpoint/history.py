@@ -31,7 +31,7 @@ KINDS: dict[Kind, dict[str, str]] = {
     "free": {
         "run": "name dir",
         "model": "attention mlp",
-        "data": "cache_dir max_epochs",
+        "data": "cache_dir remote remote_cache_gib max_epochs",
         "training": "micro_batch_size compile deterministic time_limit init_timeout step_timeout",
         "parallelism": "dp_replicate dp_shard cp cp_method tp pp pp_schedule pp_stages_per_rank "
         "reshard_after_forward activation_checkpointing "

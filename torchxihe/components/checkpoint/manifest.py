@@ -23,9 +23,10 @@ from typing import Annotated
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 
-from torchxihe.components.checkpoint.storage import CorruptError, Location, hash_file, with_retries
+from torchxihe.components.checkpoint.storage import CorruptError, Location, hash_file
 from torchxihe.config.options import Config
 from torchxihe.errors import UserError
+from torchxihe.utils.files import with_retries
 from torchxihe.utils.records import LIMIT, DamagedError, Record, parse_record
 
 if sys.version_info >= (3, 11):

@@ -28,11 +28,12 @@ from torchxihe.components.checkpoint.manifest import (
     steps_in,
 )
 from torchxihe.components.checkpoint.staging import Entry, describe_state
-from torchxihe.components.checkpoint.storage import CorruptError, Location, with_retries
+from torchxihe.components.checkpoint.storage import CorruptError, Location
 from torchxihe.components.checkpoint.tensor_files import TensorReader
 from torchxihe.config.options import Model
 from torchxihe.errors import UserError, explained
 from torchxihe.model.decoder import Decoder
+from torchxihe.utils.files import with_retries
 
 T = TypeVar("T")
 

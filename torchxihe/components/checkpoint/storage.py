@@ -3,9 +3,8 @@
 import contextlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import fsspec
 import xxhash
@@ -14,10 +13,6 @@ from fsspec.implementations.local import LocalFileSystem
 from torchxihe.errors import UserError
 from torchxihe.utils.files import hash_stream, sync_folder
 from torchxihe.utils.records import LIMIT, DamagedError, open_regular, read_stream
-
-READ_ATTEMPTS = 4
-
-T = TypeVar("T")
 
 
 class CorruptError(Exception):
@@ -210,20 +205,3 @@ def hash_file(file: Location, progress: Callable[[int], object] = lambda size: N
     """
     with file.open() as stream:
         return hash_stream(stream, progress)
-
-
-def with_retries(read: Callable[[], T], pause: float = 0.5) -> T:
-    """Call `read` again, with growing pauses, while it raises OSError: a busy server is not a corrupt file.
-
-    A missing file is not retried. The last error is raised unchanged.
-    """
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            return read()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise
-        except OSError:
-            if attempt == READ_ATTEMPTS - 1:
-                raise
-            time.sleep(pause * 2**attempt)
-    raise AssertionError("unreachable")

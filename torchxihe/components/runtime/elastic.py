@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from torch.distributed import DistError
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import (
@@ -62,6 +62,8 @@ class Rendezvous(DynamicRendezvousHandler):
 
     stopping: Callable[[], bool]
     """Whether this host was asked to stop."""
+    broken = False
+    """Whether this host has lost its connection, and not the run its end."""
     _size = 0
 
     def get_backend(self) -> str:
@@ -96,10 +98,16 @@ class Rendezvous(DynamicRendezvousHandler):
         return 1
 
     def shutdown(self) -> bool:
-        """End the run for all hosts, or only leave it."""
-        if not self.stopping():
+        """End the run for all hosts, or only leave it.
+
+        torchrun calls this after every error. Where the connection was lost and is there again by now, the run of the
+        other hosts would end.
+        """
+        if not self.stopping() and not self.broken:
             return super().shutdown()
         self._stop_heartbeats()
+        if not self.stopping():
+            return False
         try:
             self._op_executor.run(_RendezvousExitOp(), self._get_deadline(self._settings.timeout.close))
         except RendezvousError:
@@ -116,6 +124,16 @@ class Agent(LocalElasticAgent):
         """`finished`: called when the workers of this host have succeeded."""
         super().__init__(*args, **options, exit_barrier_timeout=END_SECONDS)
         self._finished, self._most_restarts = finished, self._remaining_restarts
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Train. Raises RendezvousError and DistError where the connection to the other hosts is lost."""
+        try:
+            return super().run(role)  # pyright: ignore[reportCallIssue]
+        except (RendezvousError, DistError):
+            handler = self._worker_group.spec.rdzv_handler
+            if isinstance(handler, Rendezvous):
+                handler.broken = True
+            raise
 
     def _exit_barrier(self) -> None:
         self._finished()

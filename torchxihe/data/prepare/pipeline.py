@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchxihe.config.options import Config, Documents, documents_of
+from torchxihe.config.options import Config, Documents
+from torchxihe.data.expected import expected_of_store
 from torchxihe.data.manifests import (
     SPLITS,
     Counts,
@@ -43,7 +44,6 @@ from torchxihe.data.store import (
     SourceRows,
     check_vocab_size,
     digest,
-    expected_of_store,
     open_prepared,
     places_of,
     recipe_path,
@@ -79,8 +79,20 @@ class Plan:
 def prepare(config: Config) -> Prepared:
     """Make everything that training with `config` reads, unless it exists already, and print a line per source.
 
-    A second process that prepares in the same cache waits for the first. Raises UserError.
+    A second process that prepares in the same cache waits for the first. With `data.remote`, nothing is made: what is
+    there must be complete. Raises UserError.
     """
+    if not config.data.remote:
+        _make(config)
+    prepared = open_prepared(config)
+    _check(config, prepared)
+    for source in prepared.held_out:
+        print(_summary(source), flush=True)
+    return prepared
+
+
+def _make(config: Config) -> None:
+    """Make everything below `data.cache_dir`, unless it exists already."""
     cache = Path(config.data.cache_dir)
     with _writing(cache), _alone(cache / "prepare.lock"):
         plans = make_plans(config, cache)
@@ -100,11 +112,6 @@ def prepare(config: Config) -> Prepared:
             files=tuple(plan.files[: len(m.shards)] for plan, m in zip(plans, manifests, strict=True)),
         )
         write_sealed(path, recipe)
-    prepared = open_prepared(config)
-    _check(config, prepared)
-    for source in prepared.held_out:
-        print(_summary(source), flush=True)
-    return prepared
 
 
 def prepare_part(config: Config, part: int, parts: int) -> None:
@@ -129,7 +136,7 @@ def make_plans(config: Config, cache: Path) -> list[Plan]:
     """The files of all sources and validation sets, and their shards. Raises UserError."""
     plans: list[Plan] = []
     chat = config.data.format == "chat"
-    for key, source in documents_of(config):
+    for key, source in config.documents:
         with _reading(key, source.path):
             pieces = find_pieces(source, key)
             shards = cut_shards(pieces)

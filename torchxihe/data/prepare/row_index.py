@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from torchxihe.config.options import Config
+from torchxihe.data.expected import expected_of_index
 from torchxihe.data.manifests import (
     SPLITS,
     Manifest,
@@ -20,7 +21,7 @@ from torchxihe.data.manifests import (
     write_sealed,
 )
 from torchxihe.data.prepare.packing import AT_ONCE, best_fit, concat
-from torchxihe.data.store import expected_of_index, index_path
+from torchxihe.data.store import index_path
 from torchxihe.errors import UserError
 from torchxihe.utils.files import draft
 from torchxihe.utils.records import DamagedError, open_regular
