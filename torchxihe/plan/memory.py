@@ -16,8 +16,10 @@ from dataclasses import dataclass, fields
 
 from torchxihe.components.optimizer.adamw import BFloat16AdamW
 from torchxihe.config.options import Config
-from torchxihe.kernels.float8_product import float8_recipe
-from torchxihe.kernels.linear_cross_entropy import chunk_rows
+from torchxihe.kernels.float8_cross_entropy import CHUNK_LOGITS as FLOAT8_CHUNK
+from torchxihe.kernels.float8_cross_entropy import CHUNKS_OF_DW
+from torchxihe.kernels.float8_product import float8_recipe, wants_float8_head
+from torchxihe.kernels.linear_cross_entropy import CHUNK_LOGITS, chunk_rows
 from torchxihe.parallelisms.context_parallel import context_method
 from torchxihe.parallelisms.data_parallel import UNIT_PARAMETERS
 from torchxihe.parallelisms.pipeline_parallel import stage_layers
@@ -77,6 +79,10 @@ class Sizes:
     """Parameters of one layer, before FSDP2 shards them."""
     root: int
     """Those of table, head and final norm."""
+    table: int
+    """Those of a table that FSDP2 gathers by itself, in the dtype of the activations: one that is not tied."""
+    head: int
+    """Those of a head of which the same is true."""
     chunk: int
     """Rows of one chunk of logits."""
 
@@ -104,6 +110,7 @@ def sizes_of(config: Config, layout: Layout, rows: int, stage: int = 0) -> Sizes
     norms = 2 * c + (2 * d if model.qk_norm else 0)
     tokens = rows * config.data.seq_len // layout.cp
     layers, root = model.num_hidden_layers, vocab * c * (1 if model.tie_word_embeddings else 2) + c
+    apart = 0 if model.tie_word_embeddings else vocab * c
     if layout.pp > 1:
         per_rank = config.parallelism.pp_stages_per_rank
         parts = stage_layers(model, config.data.seq_len, layout.pp * per_rank)
@@ -118,7 +125,9 @@ def sizes_of(config: Config, layout: Layout, rows: int, stage: int = 0) -> Sizes
         layers=layers,
         block=c * d * 2 * (h + k) + 3 * c * f + norms,
         root=root,
-        chunk=chunk_rows(tokens, vocab),
+        table=apart * (stage == 0),
+        head=apart * (stage == layout.pp - 1),
+        chunk=chunk_rows(tokens, vocab, FLOAT8_CHUNK if wants_float8_head(config) else CHUNK_LOGITS),
     )  # fmt: skip
 
 
@@ -150,22 +159,27 @@ def moments(config: Config, layout: Layout, rows: int, stage: int = 0, *, fused:
     saved, copies = saved_activations(config, layout, s, fused=fused), saved_weights(config, layout, s)
     held = s.layers * in_flight(config, layout, stage, micro_batches)  # layers whose activations are kept
     hidden = s.a * s.n * s.C * micro_batches * ((stage > 0) + (not last)) if layout.pp > 1 else 0  # to be received
-    root = FLOAT * s.root if layout.fsdp else 0  # gathered in float32, for the whole step
+    root = FLOAT * (s.root - s.table - s.head) if layout.fsdp else 0  # gathered in float32, for the whole step
+    table, output = (s.a * s.table, s.a * s.head) if layout.fsdp else (0, 0)  # gathered: all along, and for the loss
     gathered = s.a * s.block * s.layers if keeps_gathered else 0
     head = FLOAT * s.V * s.C if last else 0  # the gradient of the head's weight
     unit = s.a * s.unit if layout.fsdp else 0  # gathered, for the forward or the backward pass
-    kept = FLOAT * s.root if layout.fsdp and micro_batches > 1 and not unsharded_sums else 0  # as `reduced`
+    # As `reduced` below: of the last of these that are reduced.
+    kept = FLOAT * (s.table or s.root - s.head) if layout.fsdp and micro_batches > 1 and not unsharded_sums else 0
     fixed = {"parameters": parameters, "optimizer": optimizer}
 
     # The last chunk of logits: everything is saved, and the loss's operator has computed its gradients.
-    cast = s.a * s.V * s.C if s.a < FLOAT else 0
+    cast = s.a * s.V * s.C if s.a < FLOAT and not output else 0
     logits = s.chunk * s.V * s.a if layout.tp == 1 else s.chunk * s.V * (s.a + 3 * FLOAT)
+    if wants_float8_head(config):  # the gradient in both orders; input and weight, too
+        logits, cast = s.chunk * s.V * (s.a + 1 + CHUNKS_OF_DW) + 2 * s.N * s.C, 2 * s.V * s.C
     if last:
         yield Memory(
             **fixed,
             gradients=before,
             activations=held * saved + s.a * (s.n + s.N) * s.C,  # the final norm's input and output
-            weights=held * copies + root + gathered + cast + unit,
+            # Of the unit gathered last, which is the head or the last layer, FSDP2 still has the buffer.
+            weights=held * copies + root + table + output + gathered + cast + (output or unit),
             communication=kept + hidden,
             loss=head + s.a * s.N * s.C + logits + 2 * FLOAT * s.N,
             moment="loss",
@@ -175,12 +189,15 @@ def moments(config: Config, layout: Layout, rows: int, stage: int = 0, *, fused:
     recomputed, layer = layer_backward(config, layout, s, fused=fused)
     mine = s.a * s.block if layout.fsdp or s.a < FLOAT else 0  # its gradients, in the dtype of its weights
     reduced = FLOAT * s.unit if layout.fsdp else 0  # the input of the last reduction, until the next one
+    first = FLOAT * s.head if s.head else kept
+    if output and not unsharded_sums:
+        head /= s.S  # it is reduced at once
     yield Memory(
         **fixed,
         gradients=(before or head) + mine,
         activations=held * saved + recomputed + layer,
-        weights=held * copies + root + (gathered or 2 * unit),  # the next layer's are prefetched
-        communication=max(reduced, kept) + hidden,
+        weights=held * copies + root + table + (gathered or 2 * unit),  # the next layer's are prefetched
+        communication=(max(reduced, first) if layout.fsdp else 0) + hidden,
         moment="first layer of the backward pass",
     )
 
@@ -189,20 +206,21 @@ def moments(config: Config, layout: Layout, rows: int, stage: int = 0, *, fused:
         **fixed,
         gradients=max(before, FLOAT * s.block * s.layers / s.S) + (0 if before else head) + mine,
         activations=saved + recomputed + layer,
-        weights=copies + root + (gathered or 2 * unit),
+        weights=copies + root + table + (gathered or unit),
         communication=reduced + hidden,
         moment="last layer of the backward pass",
     )
 
-    # The table's gradient, dense; FSDP2 then reduces those of table and head together.
+    # The table's gradient, dense, which FSDP2 then reduces: a tied one is the head's, too.
     if layout.fsdp:
+        tied = FLOAT * (s.root - s.table - s.head)
         yield Memory(
             **fixed,
-            gradients=max(before, FLOAT * s.block * s.layers / s.S) + FLOAT * s.root,
-            weights=root,
+            gradients=max(before, FLOAT * (s.block * s.layers + s.head) / s.S) + tied + table,
+            weights=root + table,
             activations=s.a * s.N * s.C,
-            communication=reduced,
-            moment="gradients of table and head",
+            communication=max(reduced, FLOAT * s.table),
+            moment="gradient of the table",
         )
     yield Memory(
         parameters=parameters,

@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields
 
 from torchxihe.config.options import Config
 from torchxihe.data.loader import causal_pairs, micro_batches
-from torchxihe.kernels.float8_product import float8_recipe
+from torchxihe.kernels.float8_product import float8_recipe, wants_float8_head
 from torchxihe.model.flops import training_flops
 from torchxihe.parallelisms.context_parallel import context_method
 from torchxihe.plan.hardware import (
     FLOAT8_GAIN,
+    FLOAT8_HEAD_GAIN,
     FLOAT32_LOSS,
     HALF_WIDTH,
     HOST_GPUS,
@@ -98,6 +99,7 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
     blocks /= FLOAT8_GAIN if float8_recipe(config) else 1
     last = stage == layout.pp - 1
     head = _product(s.N, s.C, s.V, gpu) if last else 0.0
+    head /= FLOAT8_HEAD_GAIN if (float8_head := wants_float8_head(config)) else 1
     attention_rate = gpu.attention[max(dim for dim in gpu.attention if dim <= s.D)]
     tiles = pairs + s.N * TILE  # at the diagonal, tiles are computed whole
     attention = 12 * s.layers * s.H * s.D * tiles / attention_rate  # 4 forward, 8 backward
@@ -105,7 +107,8 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
         blocks, head, attention = (FLOAT32_LOSS * seconds for seconds in (blocks, head, attention))
     attention += s.a * s.layers * s.N * ATTENTION * s.H * s.D / traffic
     elementwise = s.a * s.layers * (s.n * NORMS * s.C + s.N * ROPE * s.E + (0 if gpu.hopper else s.N * SWIGLU * s.F))
-    softmax = 2 * s.a * s.N * s.V * (1 if layout.tp == 1 else 3) if last else 0.0
+    passes = 3 if float8_head else 2 if layout.tp == 1 else 6  # reading or writing all logits in `a` bytes
+    softmax = passes * s.a * s.N * s.V if last else 0.0
     weights = (WEIGHTS_FSDP if layout.fsdp else WEIGHTS) * s.parameters
     again = 0.0 if mode == "none" else AGAIN * elementwise / traffic
     if mode in ("full", "budget"):
@@ -193,7 +196,7 @@ def _communication(config: Config, layout: Layout, s: Sizes, gpu: Gpu, count: in
     if layout.shards > 1:
         for size, times, calls in (
             (s.a * s.layers * s.block, passes * (2 if reshard else 1), units - 1),  # all-gathers, again for backward
-            (FLOAT * s.root, passes, 1),
+            (s.a * (s.table + s.head) + FLOAT * (s.root - s.table - s.head), passes, 1),
             (FLOAT * s.parameters, count if reshard else 1, units),  # reduce-scatters
         ):
             collective = Collective(size, layout.shards, layout.tp, gpu, calls)
