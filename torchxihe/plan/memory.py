@@ -189,7 +189,6 @@ def moments(config: Config, layout: Layout, rows: int, stage: int = 0, *, fused:
     recomputed, layer = layer_backward(config, layout, s, fused=fused)
     mine = s.a * s.block if layout.fsdp or s.a < FLOAT else 0  # its gradients, in the dtype of its weights
     reduced = FLOAT * s.unit if layout.fsdp else 0  # the input of the last reduction, until the next one
-    first = FLOAT * s.head if s.head else kept
     if output and not unsharded_sums:
         head /= s.S  # it is reduced at once
     yield Memory(
@@ -197,7 +196,7 @@ def moments(config: Config, layout: Layout, rows: int, stage: int = 0, *, fused:
         gradients=(before or head) + mine,
         activations=held * saved + recomputed + layer,
         weights=held * copies + root + table + (gathered or 2 * unit),  # the next layer's are prefetched
-        communication=(max(reduced, first) if layout.fsdp else 0) + hidden,
+        communication=max(reduced, FLOAT * s.head if output else kept) + hidden,
         moment="first layer of the backward pass",
     )
 
