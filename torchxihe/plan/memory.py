@@ -212,10 +212,9 @@ def moments(config: Config, layout: Layout, rows: int, stage: int = 0, *, fused:
 
     # The table's gradient, dense, which FSDP2 then reduces: a tied one is the head's, too.
     if layout.fsdp:
-        tied = FLOAT * (s.root - s.table - s.head)
         yield Memory(
             **fixed,
-            gradients=max(before, FLOAT * (s.block * s.layers + s.head) / s.S) + tied + table,
+            gradients=max(before, FLOAT * (s.block * s.layers + s.head) / s.S) + root + table,
             weights=root + table,
             activations=s.a * s.N * s.C,
             communication=max(reduced, FLOAT * s.table),
