@@ -93,7 +93,7 @@ class Story:
     def finish(self) -> None:
         """At full speed."""
         (self.network.folder / "slow").unlink()
-        codes = {host.name: host.wait(180) for host in self.network.hosts}
+        codes = {host.name: host.wait(300) for host in self.network.hosts}
         assert set(codes.values()) == {0}, f"{codes}\n{self.network.logs()}"
 
 
@@ -103,7 +103,7 @@ def test_random_losses_and_returns(
     losses: int, network: Network, workspace: Workspace, unbroken: Callable[..., Workspace]
 ) -> None:
     """The token ledger is the unbroken run's, no step is twice in the metrics, and each is over within 60 s."""
-    steps = 400 if losses < 20 else 4000
+    steps = 400 if losses < 20 else 1500  # about a third of them pass while hosts come and go
     flags = (f"--training.steps={steps}", "--checkpoint.every=10")
     chooser, story = random.Random(losses), Story(network, flags)
     begun = time.time()
