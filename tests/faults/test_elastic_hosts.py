@@ -93,7 +93,7 @@ class Story:
     def finish(self) -> None:
         """At full speed."""
         (self.network.folder / "slow").unlink()
-        codes = {host.name: host.wait(300) for host in self.network.hosts}
+        codes = {host.name: host.wait(1200) for host in self.network.hosts}
         assert set(codes.values()) == {0}, f"{codes}\n{self.network.logs()}"
 
 
