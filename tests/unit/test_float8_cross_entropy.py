@@ -79,7 +79,7 @@ def test_what_is_not_finite_stays_not_finite() -> None:
     x, w, targets = case(32, 16, 48, torch.float32)
     for value in (float("inf"), float("nan")):
         x[3, 5] = value
-        assert not any(part.isfinite().all() for part in computed(float8_cross_entropy, x, w, targets)[:1])
+        assert not computed(float8_cross_entropy, x, w, targets)[0].isfinite()
 
 
 def test_zeros_have_a_loss() -> None:

@@ -8,6 +8,8 @@ dimension, so dX reads it by rows and dW transposed. dW is summed in float32.
 Axes: N rows (tokens), C hidden size, V vocabulary, n rows of one chunk, m rows of `CHUNKS_OF_DW` chunks.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -18,6 +20,7 @@ from torchxihe.utils.device import compile_obstacle, compute_capability
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
+LOG2E = math.log2(math.e)
 CHUNK_LOGITS = 2**28  # logits of one chunk, about: 0.5 GiB, and half as much for each order of their gradient
 CHUNKS_OF_DW = 2  # chunks whose gradients are kept for one product: each adds V·C float32 numbers to the sum
 _TINY = 2.0**-100  # a tensor of zeros needs a scale, too
@@ -120,7 +123,7 @@ def _losses(logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor) -> Tensor:
     lse_n = torch.logsumexp(logits, dim=-1)
     target_n = logits.gather(-1, torch.where(valid_n, targets_n, 0).unsqueeze(-1)).squeeze(-1)
     losses_n.copy_(torch.where(valid_n, lse_n - target_n, 0.0))
-    return torch.where(valid_n, lse_n * torch.log2(torch.exp(torch.ones(()))), torch.inf)
+    return torch.where(valid_n, lse_n * LOG2E, torch.inf)
 
 
 def _gradient(logits_nV: Tensor, targets_n: Tensor, lse_n: Tensor, grad_Vn: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ def _gradient(logits_nV: Tensor, targets_n: Tensor, lse_n: Tensor, grad_Vn: Tens
         from torchxihe.kernels.float8_cross_entropy_triton import gradient
 
         return gradient(logits_nV, targets_n, lse_n, grad_Vn)
-    grad = torch.exp2(logits_nV.float() * torch.log2(torch.exp(torch.ones(()))) - lse_n.unsqueeze(-1))
+    grad = torch.exp2(logits_nV.float() * LOG2E - lse_n.unsqueeze(-1))
     valid_n1 = (targets_n != IGNORE_INDEX).unsqueeze(-1)
     grad.scatter_add_(-1, torch.where(valid_n1, targets_n.unsqueeze(-1), 0), -valid_n1.float())
     grad_nV = (grad * LARGEST).to(E4M3)
