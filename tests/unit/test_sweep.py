@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 import torchxihe
+from tests.unit.tiny_model import TINY_MODEL
 from torchxihe.components.observe.metrics import METRICS, read_metrics
 
 SWEEP = Path(__file__).parents[2] / "benchmarks" / "sweep.py"
-CONFIG = """
+CONFIG = (
+    """
 tokenizer.vocab_size = 300
 validation = {fraction = 0.2, every = 20}
 optimizer.name = "muon"
@@ -27,20 +29,14 @@ micro_batch_size = 4
 dtype = "float32"
 compile = false
 max_skipped = 1
-[model]
-hidden_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 2
-head_dim = 16
-intermediate_size = 64
-vocab_size = 384
 [data]
 seq_len = 32
 [[data.sources]]
 path = "text.txt"
 format = "lines"
 """
+    + TINY_MODEL
+)
 
 
 @pytest.fixture

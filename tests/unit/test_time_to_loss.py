@@ -16,10 +16,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from tests.unit.tiny_model import TINY_MODEL
 from torchxihe.errors import UserError
 
 TRACK = Path(__file__).parents[2] / "benchmarks" / "time_to_loss"
-TINY = """
+TINY = (
+    """
 extends = "base.toml"
 run.dir = "runs"
 data.seq_len = 64
@@ -29,18 +31,12 @@ validation = {fraction = 0.2, every = 4}
 training = {steps = 12, global_batch_size = 4, micro_batch_size = 4, dtype = "float32", compile = false}
 checkpoint.every = 4
 metrics = {log_every = 3, sample_tokens = 0}
-[model]
-hidden_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 2
-head_dim = 16
-intermediate_size = 64
-vocab_size = 384
 [[data.sources]]
 path = "corpus"
 glob = "**/*.py"
 """
+    + TINY_MODEL
+)
 
 SETTINGS = """
 jobs = [["adamw", 0], ["muon", 1]]
