@@ -263,6 +263,7 @@ def markdown_row(seeds: list[dict[str, Any]]) -> str:
     first = seeds[0]
     cells = [
         f"[{first['entry']}](entries/{first['entry']}.toml)",
+        f"{len(seeds)}",
         f"{first['steps']:,}",
         cell([r["validation"][-1][1] for r in seeds], ".4f"),
         cell([r["steps_to_target"] for r in seeds], ",.0f"),

@@ -128,7 +128,7 @@ def test_the_jobs_of_the_track_run_and_are_reported(track: Path) -> None:
     target = adamw["validation"][-1][1]  # the first entry sets it, unless the track has one
     assert adamw["target"] == muon["target"] == target and adamw["steps_to_target"] == 12
     assert adamw["seconds_to_target"] == adamw["seconds"] == pytest.approx(adamw["validation"][-1][2])
-    row = f"| [adamw](entries/adamw.toml) | 12 | {target:.4f} | 12 | {adamw['seconds']:.1f} |"
+    row = f"| [adamw](entries/adamw.toml) | 1 | 12 | {target:.4f} | 12 | {adamw['seconds']:.1f} |"
     assert row in done.stdout and "| reached by 0 of 1 |" in done.stdout
     assert muon["optimizer"]["name"] == "muon" and adamw["data_key"] in done.stdout
 
@@ -165,9 +165,9 @@ def test_the_row_of_several_seeds_has_mean_and_spread(monkeypatch: pytest.Monkey
         }
         for loss, at in ((1.42, 800.0), (1.44, 850.0), (1.43, 810.0))
     ]
-    row = "| [e](entries/e.toml) | 910 | 1.4300 (1.4200 to 1.4400) | 820 (800 to 850) | 164.0 (160.0 to 170.0) |"
+    row = "| [e](entries/e.toml) | 3 | 910 | 1.4300 (1.4200 to 1.4400) | 820 (800 to 850) | 164.0 (160.0 to 170.0) |"
     assert module.markdown_row(seeds) == row
-    assert module.markdown_row([*seeds, seeds[0] | {"steps_to_target": None}]).split(" | ")[3] == "reached by 3 of 4"
+    assert module.markdown_row([*seeds, seeds[0] | {"steps_to_target": None}]).split(" | ")[4] == "reached by 3 of 4"
 
 
 def test_steps_to_the_target_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
