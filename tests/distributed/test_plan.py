@@ -56,8 +56,8 @@ SETTINGS = {
 @pytest.mark.filterwarnings("ignore")
 def test_the_closed_form_is_what_a_step_allocates(name: str) -> None:
     """Within 5 %. Seen to fail: 10 settings when the loss kept two chunks of logits, 6 when the closed form had none,
-    accumulation under FSDP2 when it lacked the kept input of a reduction; with torch 2.11, long
-    rows when the checkpoint was inside of what is compiled."""
+    accumulation under FSDP2 when it lacked the kept input of a reduction; with torch 2.11, long rows when
+    the checkpoint was inside of what is compiled."""
     preset, gpus, overrides = SETTINGS[name]
     config = load_config(CONFIGS / f"{preset}.toml", [*FEW_LAYERS, *overrides])
     planned = plan_of(config, layout_of(config.parallelism, gpus), find_gpu("H100 80GB"))

@@ -34,8 +34,7 @@ def apply_compile(model: Decoder, *, one_graph: bool) -> None:
     for block in model.layers:
         assert isinstance(block, Block)
         if block.checkpoint is not None and (_keeps_too_much(block) or _has_dtensors(block)):
-            # An eager checkpoint around a compiled body. It recomputes the last product, too, which the compiler leaves
-            # out.
+            # An eager checkpoint around a compiled body. It recomputes the last product, too; a compiled one does not.
             block.body = torch.compile(block.body, **options)
         else:
             block.compile(**options)
