@@ -48,6 +48,8 @@ OURS = {
     "torchxihe_plain": ["--model.attention=sdpa", "--model.mlp=torch"],
     "torchxihe_float8": ["--float8.recipe=tensorwise"],
 }
+LAUNCHER_SECONDS = 45
+"""torchrun gives its workers 30 s after SIGTERM, and then kills them."""
 
 
 def main() -> None:
@@ -75,6 +77,7 @@ def main() -> None:
         entries = options.entries.split(",") if options.entries else [f"{name}@{rows}" for name in names]
     except UserError as error:
         sys.exit(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # as Ctrl-C does: ends the run under way
     results: dict[str, list[dict[str, Any]]] = {entry: [] for entry in entries}
     for entry in [*entries] * options.rounds:
         result = run_entry(entry, options, overrides)
@@ -103,9 +106,9 @@ def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> 
     try:
         stdout, stderr = run.communicate(timeout=options.timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)  # the launcher's workers, too
-        run.wait()
         return {"entry": entry, "error": f"timeout after {options.timeout} s"}
+    finally:
+        stop(run)
     if run.returncode:
         said = (stderr.strip() or stdout.strip() or "failed without an error message").splitlines()
         errors = [line for line in said if "Error" in line and "ChildFailedError" not in line]
@@ -121,6 +124,15 @@ def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> 
         "loss": result["loss"],
         "version": result["versions"].get(name.partition("_")[0], ""),
     }
+
+
+def stop(run: subprocess.Popen[str]) -> None:
+    """End a run that has not ended. The launcher's workers have sessions of their own: only it can end them."""
+    run.terminate()
+    try:
+        run.wait(timeout=LAUNCHER_SECONDS)
+    except subprocess.TimeoutExpired:
+        run.kill()
 
 
 def run_peer(name: str, config: Config, steps: int, warmup: int) -> dict[str, Any]:
@@ -256,7 +268,7 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
         job.quantize.linear.float8.filter_fqns = ["output"]
         job.quantize.linear.float8.enable_fsdp_float8_all_gather = "WORLD_SIZE" in os.environ
         job.quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp = "WORLD_SIZE" in os.environ
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update({name: value for name, value in alone.items() if name not in os.environ})
     trainer = Trainer(job)
     losses: list[torch.Tensor] = []

@@ -1,6 +1,7 @@
 """Several GPUs over NCCL give the losses of one GPU, under every layout for which there are enough GPUs."""
 
 import functools
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -39,7 +40,7 @@ def shares(part: int, parts: int) -> list[Batch]:
 
 def data_ranks(parallelism: dict[str, Any], world_size: int) -> int:
     """How many ranks read different rows."""
-    return world_size // parallelism.get("tp", 1) // parallelism.get("cp", 1)
+    return world_size // math.prod(parallelism.get(axis, 1) for axis in ("pp", "tp", "cp"))
 
 
 def of_rank(batch: Batch, spec: BatchSpec) -> Batch:
@@ -92,6 +93,8 @@ LAYOUTS = [
     (4, {"dp_shard": 2, "cp": 2}),
     (4, {"cp": 2, "cp_method": "gather", "tp": 2}),
     (4, {"cp": 4}),
+    (2, {"pp": 2}),
+    (4, {"pp": 2, "dp_shard": 2}),
 ]
 
 

@@ -27,8 +27,8 @@ from torchxihe.utils.device import PEAK_BF16_TFLOPS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-RESULTS = ROOT / "benchmarks" / "results" / "plan_h100_2026-11-27.md"
-H100 = find_gpu("H100 80GB")
+RESULTS = ROOT / "benchmarks" / "results"
+H100, H200 = find_gpu("H100 80GB"), find_gpu("H200")
 
 
 # Against measurements
@@ -36,8 +36,9 @@ H100 = find_gpu("H100 80GB")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A row of the calibration table."""
+    """A row of the calibration tables."""
 
+    gpu: Gpu
     gpus: int
     config: str
     flags: list[str]
@@ -50,21 +51,22 @@ class Measured:
 
 
 def measured() -> Iterator[Measured]:
-    for line in RESULTS.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 10 and cells[0].isdecimal():
-            gib, speed = (0.0 if cells[i] == "–" else float(cells[i].replace(",", "")) for i in (4, 7))
-            flags = [flag for flag in cells[2].strip("`").split() if flag.startswith("--")]
-            yield Measured(int(cells[0]), cells[1], flags, int(cells[3]), gib, speed)
+    for gpu, name in ((H100, "plan_h100_2026-11-27.md"), (H200, "plan_h200_2026-11-27.md")):
+        for line in (RESULTS / name).read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if len(cells) == 10 and cells[0].isdecimal():
+                gib, speed = (0.0 if cells[i] == "–" else float(cells[i].replace(",", "")) for i in (4, 7))
+                flags = [flag for flag in cells[2].strip("`").split() if flag.startswith("--")]
+                yield Measured(gpu, int(cells[0]), cells[1], flags, int(cells[3]), gib, speed)
 
 
 def predicted(row: Measured) -> tuple[float, float]:
-    """GiB, with the second chunk of logits that the loss kept when they were measured, and tokens/s and GPU."""
+    """GiB, with the second chunk of logits that the loss kept when H100s were measured, and tokens/s and GPU."""
     config = load_config(CONFIGS / f"{row.config}.toml", row.flags)
     layout = layout_of(config.parallelism, row.gpus)
-    rows = plan_of(config, layout, H100).rows
+    rows = plan_of(config, layout, row.gpu).rows
     sizes = sizes_of(config, layout, rows)
-    chunk = sizes.a * sizes.chunk * sizes.V if sizes.chunk < sizes.N else 0
+    chunk = sizes.a * sizes.chunk * sizes.V if row.gpu == H100 and sizes.chunk < sizes.N else 0
 
     def as_then(memory: Memory) -> float:
         return memory.total + chunk * (memory.moment == "loss")
@@ -72,12 +74,14 @@ def predicted(row: Measured) -> tuple[float, float]:
     peak = max(map(as_then, moments(config, layout, rows, fused=config.model.mlp != "torch")))
     edges = [i * config.data.seq_len // row.documents for i in range(row.documents + 1)]
     pairs = sum(causal_pairs(end - start) for start, end in itertools.pairwise(edges))
-    speed = tokens_per_second(config, step_seconds(config, layout, rows, H100, pairs)) / row.gpus
+    speed = tokens_per_second(config, step_seconds(config, layout, rows, row.gpu, pairs)) / row.gpus
     return peak / 2**30, speed
 
 
-@pytest.mark.parametrize("row", [*measured()], ids=lambda row: f"{row.gpus} {row.config} {' '.join(row.flags)}")
-def test_closed_forms_against_h100s(row: Measured) -> None:
+@pytest.mark.parametrize(
+    "row", [*measured()], ids=lambda row: f"{row.gpus} {row.gpu.name} {row.config} {' '.join(row.flags)}"
+)
+def test_closed_forms_against_gpus(row: Measured) -> None:
     gib, speed = predicted(row)
     assert not row.gib or gib == pytest.approx(row.gib, rel=0.05)
     assert not row.speed or speed == pytest.approx(row.speed, rel=0.05)
@@ -85,17 +89,17 @@ def test_closed_forms_against_h100s(row: Measured) -> None:
 
 def test_the_table_is_read() -> None:
     rows = list(measured())
-    assert len(rows) == 24 and sum(row.gib > 0 for row in rows) == 24 and sum(row.speed > 0 for row in rows) == 21
+    assert len(rows) == 42 and sum(row.gib > 0 for row in rows) == 36 and sum(row.speed > 0 for row in rows) == 39
 
 
 def test_the_predicted_fastest_is_within_3_percent_of_the_measured() -> None:
-    groups: dict[tuple[str, str], list[Measured]] = {}
+    groups: dict[tuple[str, int, str, str], list[Measured]] = {}
     for row in measured():
-        if row.gpus == 2 and row.speed:
+        if row.gpus > 1 and row.speed:
             others = [flag for flag in row.flags if not flag.startswith("--parallelism.")]
-            groups.setdefault((row.config, " ".join(others)), []).append(row)
+            groups.setdefault((row.gpu.name, row.gpus, row.config, " ".join(others)), []).append(row)
     several = [rows for rows in groups.values() if len(rows) > 1]
-    assert len(several) == 3
+    assert len(several) == 6
     for rows in several:
         chosen = max(rows, key=lambda row: predicted(row)[1])
         assert chosen.speed > 0.97 * max(row.speed for row in rows)
@@ -292,6 +296,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_nearest_that_does(monkeypatch
 def test_what_was_measured_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU of exactly the memory that was allocated. Seen to fail with CERTAIN = 1."""
     for row in measured():
+        if not row.gib:
+            continue
         memory = gpu_of(row.gib)
         monkeypatch.setattr(check, "gpu_of", lambda device, memory=memory: memory)
         check.check_memory(config(row.config, *row.flags), torch.device("cpu"), row.gpus)
@@ -334,4 +340,4 @@ def test_the_bubble_is_that_of_the_schedule() -> None:
     given = config("llama_8b", "--training.global_batch_size=16", "--training.micro_batch_size=1")
     seconds = step_seconds(given, Layout(pp=4), 1, H100)
     busy = seconds.products + seconds.attention + seconds.recomputation + seconds.traffic
-    assert seconds.bubble == pytest.approx(busy * 3 / 16)
+    assert seconds.bubble == pytest.approx(busy * 3 / 16, rel=0.02)  # gathers come once a step

@@ -97,7 +97,8 @@ def track(tmp_path: Path) -> Path:
     (tmp_path / "entries").mkdir()
     for name in ("adamw", "muon"):
         (tmp_path / "entries" / f"{name}.toml").write_text(
-            f'extends = "../code.toml"\noptimizer = {{name = "{name}", lr = 1e-2}}\nlr_scheduler.warmup_steps = 0\n'
+            f'extends = "../code.toml"\noptimizer = {{name = "{name}", lr = 1e-2}}\n'
+            "lr_scheduler = {warmup_steps = 0, decay_fraction = 0.2}\n"
         )
     (tmp_path / "track.toml").write_text(SETTINGS)
     write_list(tmp_path, package("one-package"), package("another"))
@@ -195,7 +196,7 @@ def test_the_entries_of_the_track_are_valid(monkeypatch: pytest.MonkeyPatch) -> 
     for corpus in ("code", "english"):
         configs = [module.entry_config(TRACK, corpus, entry, seed, []) for entry, seed in jobs]
         assert len({config.run.name for config in configs}) == len(jobs)
-        assert {config.tokens_per_step for config in configs} == {131_072}
+        assert {config.tokens_per_step for config in configs} == {65_536, 131_072}
         assert {config.data.sources[0].path for config in configs} == {f".cache/time_to_loss/{corpus}"}
 
 

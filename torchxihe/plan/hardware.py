@@ -1,7 +1,8 @@
 """GPUs by name: memory, peak rates and links, and the rates that a training step reaches.
 
-The reached rates are fitted to H100s (benchmarks/results/plan_h100_2026-11-27.md) and scaled by the datasheets' figures
-for other GPUs. Links between hosts, and anything beyond two GPUs, are assumptions that nothing has measured yet.
+The reached rates are fitted to H100s and H200s (benchmarks/results/plan_h200_2026-11-27.md) and scaled by the
+datasheets' figures for other GPUs. Links between hosts, and anything beyond four GPUs, are assumptions that nothing has
+measured yet.
 """
 
 from dataclasses import dataclass
@@ -32,14 +33,14 @@ DATASHEETS = {
 HOPPER = ("H100", "H200", "GH200")
 
 
-# Fitted to 20 measured settings on one and two H100s, 120 M to 8 B (benchmarks/results/plan_h100_2026-11-27.md).
-H100_PRODUCTS = 672e12
-H100_ATTENTION = {0: 430e12, 128: 440e12}
+# Fitted to 38 settings on one to four H100s and H200s, 120 M to 8 B (benchmarks/results/plan_h200_2026-11-27.md).
+H100_PRODUCTS = 684e12
+H100_ATTENTION = {0: 440e12, 128: 510e12}
 H100_TRAFFIC = 3.2e12
 H100_LINK = 290e9
-HALF_WIDTH = 130
+HALF_WIDTH = 155
 """Width k of a product at which it reaches half of the rate of a large one: k / (k + HALF_WIDTH)."""
-FLOAT8_GAIN = 1.36
+FLOAT8_GAIN = 1.33
 """Of the blocks' products."""
 FLOAT8_HEAD_GAIN = 1.75
 """Of the head's, whose factors are quantised by kernels that run anyway."""
@@ -73,7 +74,7 @@ class Gpu:
     traffic: float
     """Bytes/s from and to memory."""
     link: float
-    """Bytes/s that collectives within a host cost: their own time, and what they slow down beside them."""
+    """Bytes/s that each GPU sends in a collective within a host."""
     hopper: bool
     """Whether quack's SwiGLU works."""
 

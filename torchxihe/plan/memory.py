@@ -3,7 +3,7 @@
 A peak is at one of a few moments of the step; the estimate is the largest of them. Each counts what is alive then, with
 the kernels of a GPU: FlashAttention, QK-norm and RoPE in one kernel, SwiGLU (quack's on Hopper, else the compiler's).
 `tests/distributed/test_plan.py` compares this with the storages that the trainer's own step allocates (on fake
-tensors), `tests/unit/test_plan.py` with peaks measured on GPUs (benchmarks/results/plan_h100_2026-11-27.md).
+tensors), `tests/unit/test_plan.py` with peaks measured on GPUs (benchmarks/results/plan_*.md).
 
 Letters, all of one rank: a bytes of an activation's element, N tokens of a micro-batch (B·T / cp), n = N / tp of them
 where activations are sharded over the sequence, C hidden size, D head dimension; H query heads, K key-value heads and

@@ -36,16 +36,20 @@ ATTENTION = 17
 """The same of attention per width of the queries."""
 AGAIN = 0.4
 """Share of this traffic that activation checkpointing repeats: the forward pass's."""
-TILE = 128
+TILE = 150
 """Keys per query that a tile at the diagonal adds."""
 SWIGLU = 9
 """The same per feed-forward width, where the activation is not fused into the products."""
-WEIGHTS, WEIGHTS_FSDP = 9, 23
+WEIGHTS, WEIGHTS_FSDP = 9, 33
 """Bytes per parameter and micro-batch: casts and gradient additions; under FSDP2 also copies around collectives."""
-BLOCK_SECONDS = 2.8e-4
+BLOCK_SECONDS = 3.5e-4
 """Per layer and micro-batch, where every block is a graph of its own."""
 UPDATE, UPDATE_16BIT = 31, 47
 """Bytes per parameter of AdamW and the gradient norm; with moments in bfloat16."""
+SLOWDOWN = 0.41
+"""What a collective takes from the computation beside it: its whole size at the link's rate, times this."""
+TENSOR = 2.3
+"""Time of tensor parallelism's collectives, which are short, relative to that of their bytes."""
 HOST_SECONDS = 1e-3
 """Of every step, in which no kernel runs."""
 
@@ -107,9 +111,10 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
         blocks, head, attention = (FLOAT32_LOSS * seconds for seconds in (blocks, head, attention))
     attention += s.a * s.layers * s.N * ATTENTION * s.H * s.D / traffic
     elementwise = s.a * s.layers * (s.n * NORMS * s.C + s.N * ROPE * s.E + (0 if gpu.hopper else s.N * SWIGLU * s.F))
-    passes = 3 if float8_head else 2 if layout.tp == 1 else 6  # reading or writing all logits in `a` bytes
+    passes = 3 if float8_head else 2 if layout.tp == 1 else 22  # reading or writing all logits in `a` bytes
     softmax = passes * s.a * s.N * s.V if last else 0.0
-    weights = (WEIGHTS_FSDP if layout.fsdp else WEIGHTS) * s.parameters
+    weights = (WEIGHTS_FSDP if layout.fsdp and layout.pp == 1 else WEIGHTS) * s.parameters
+    once = WEIGHTS_FSDP * s.parameters / traffic if layout.pp > 1 else 0.0  # a pipeline gathers and reduces once a step
     again = 0.0 if mode == "none" else AGAIN * elementwise / traffic
     if mode in ("full", "budget"):
         again += (blocks + attention) / 3
@@ -117,7 +122,7 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
         products=count * (blocks + head),
         attention=count * attention,
         recomputation=count * again,
-        traffic=count * (elementwise + softmax + weights) / traffic,
+        traffic=count * (elementwise + softmax + weights) / traffic + once,
     )
     return Seconds(
         **{
@@ -125,7 +130,7 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
             "update": _update(config, layout, s, gpu),
             "host": HOST_SECONDS + (count * s.layers * BLOCK_SECONDS if layout.gpus > 1 else 0),
             "communication": _communication(config, layout, s, gpu, count, compute.total),
-            "bubble": compute.total / count * (layout.pp - 1) / config.parallelism.pp_stages_per_rank,
+            "bubble": (layout.pp - 1) / config.parallelism.pp_stages_per_rank * (compute.total - once) / count,
         }
     )
 
@@ -180,7 +185,7 @@ def _communication(config: Config, layout: Layout, s: Sizes, gpu: Gpu, count: in
     if layout.tp > 1:
         again = {"full": 4, "selective": 2}.get(mode, 0)
         each = Collective(s.a * s.N * s.C, layout.tp, 1, gpu)
-        waits += count * s.layers * (8 + again) * each.alone
+        waits += count * s.layers * (8 + again) * TENSOR * each.alone
     if layout.cp > 1:
         forward = 2 if mode in ("full", "selective") else 1
         if context_method(config, layout.cp) == "gather":  # gradients return in float32
@@ -228,8 +233,8 @@ class Collective:
 
     @property
     def cost(self) -> float:
-        """Seconds that it takes from the computation beside it."""
-        return self.moved / self.gpu.link
+        """Seconds that it takes from the computation beside it, which hardly depend on the number of ranks."""
+        return SLOWDOWN * self.size / self.gpu.link
 
     @property
     def local(self) -> int:
