@@ -1,4 +1,4 @@
-"""Step times, and the time in which communication alone keeps a GPU busy; shared by the benchmarks."""
+"""Step times, compile times, and the time of communication alone; shared by the benchmarks."""
 
 import itertools
 import time
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.utils import calculate_time_spent
 
 
 def timed(step: Callable[[], Any], steps: int, device: torch.device) -> list[float]:
@@ -23,6 +24,13 @@ def timed(step: Callable[[], Any], steps: int, device: torch.device) -> list[flo
         step()
         marks.append(time.perf_counter())
     return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def compile_seconds() -> dict[str, float]:
+    """Seconds that this process has spent in torch.compile: tracing (with all but the last part), and Inductor."""
+    spent = calculate_time_spent()
+    inductor = spent.get("inductor_compile", 0.0)
+    return {"tracing": spent["total_wall_time"] - inductor, "inductor": inductor}
 
 
 Interval = tuple[float, float]

@@ -3,7 +3,8 @@
 Calls `Trainer.train_step` on synthetic rows (three documents per row if documents are masked) or, with `--data real`,
 on prepared data. Under torchrun it measures all processes. Config options can be overridden
 (`--training.micro_batch_size=32`). A step is the config's global batch, with gradient accumulation as in training.
-Prints a table, then one line of JSON; `--json FILE` appends that line to a file.
+Prints a table, then one line of JSON; `--json FILE` appends that line to a file. "kernels" of the start are those that
+compile themselves at their first call, and autotuning.
 """
 
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from clock import exposed_share, timed
+from clock import compile_seconds, exposed_share, timed
 
 from torchxihe.components.runtime.micro_batch import fit_micro_batch
 from torchxihe.config.load import load_config
@@ -43,6 +44,7 @@ DOCUMENTS_A_ROW = 3
 
 def main() -> None:
     """Parse the command line, measure, print."""
+    imported = time.perf_counter() - STARTED
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="CONFIG")
     parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps (default 20)")
@@ -56,6 +58,7 @@ def main() -> None:
         with process_group() as device:
             config = fit_micro_batch(config, device, trial_step, build_dims(config.parallelism).size("data"))
             result = measure(config, device, steps=options.steps, warmup=options.warmup, data=options.data)
+            result["start_seconds"] = {"imports": round(imported, 1)} | result["start_seconds"]
     except UserError as error:
         sys.exit(str(error))
     if is_main():
@@ -80,6 +83,7 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
     step = partial(trainer.train_step, loader)
     first_step = timed(step, 1, device)[0]
     to_first_step = time.perf_counter() - STARTED
+    compiling = compile_seconds()
     timed(step, max(warmup - 1, 0), device)
     barrier()
     if isinstance(loader, Loader):
@@ -116,8 +120,11 @@ def measure(config: Config, device: torch.device, *, steps: int, warmup: int, da
         "step_ms_p10": round(1e3 * float(np.quantile(seconds, 0.1)), 2),
         "step_ms_p90": round(1e3 * float(np.quantile(seconds, 0.9)), 2),
         "exposed_communication": None if alone is None else round(alone, 4),
-        "compile_seconds": round(max(first_step - median, 0.0), 1),
         "seconds_to_first_step": round(to_first_step, 1),
+        "start_seconds": {
+            **{part: round(seconds, 1) for part, seconds in compiling.items()},
+            "kernels": round(max(first_step - sum(compiling.values()) - median, 0.0), 1),
+        },
         "loss": round(loss, 4),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
@@ -148,7 +155,9 @@ def print_table(result: dict[str, Any]) -> None:
         ),
         (
             "start",
-            f"{result['seconds_to_first_step']} s to the first step, {result['compile_seconds']} of it compiling",
+            f"{result['seconds_to_first_step']} s to the first step: "
+            + ", ".join(f"{part} {seconds}" for part, seconds in result["start_seconds"].items())
+            + "; the rest is data, device and model",
         ),
         ("communication", f"{percent(result['exposed_communication'])} of a step alone on rank 0's GPU"),
         ("loss", f"{result['loss']}"),

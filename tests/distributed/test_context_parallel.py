@@ -26,17 +26,17 @@ def _ulysses(heads: int, keys: int, documents: bool) -> float:
     expected.backward(rows[3])
     group = torch.distributed.group.WORLD
     assert group is not None
-    out = ulysses(*part, cu_seqlens, attention=sdpa, size=size, group=group.group_name)
+    out = ulysses(*part, cu_seqlens, attention=sdpa, size=size, rank=rank, group=group.group_name)
     out.backward(rows[3][:, rank * length : (rank + 1) * length])
     pairs = [(out, expected), *((mine.grad, full.grad) for mine, full in zip(part, whole, strict=True))]
     mine = slice(rank * length, (rank + 1) * length)
     return max(float((a - b[:, mine]).detach().abs().max()) for a, b in pairs if a is not None and b is not None)
 
 
-@pytest.mark.parametrize(("world", "heads", "keys"), [(2, 4, 4), (2, 4, 2), (4, 8, 2), (3, 6, 1)])
+@pytest.mark.parametrize(("world", "heads", "keys"), [(2, 4, 4), (2, 4, 2), (4, 8, 2), (3, 6, 1), (4, 6, 6), (2, 6, 3)])
 @pytest.mark.parametrize("documents", [False, True])
 def test_attention_exchanges_sequence_for_heads(world: int, heads: int, keys: int, documents: bool) -> None:
-    """Also with fewer key-value heads than ranks."""
+    """Also with fewer key-value heads than ranks, and with a number that they do not divide."""
     assert max(run_distributed(_ulysses, world, heads, keys, documents)) < 1e-5
 
 

@@ -72,6 +72,19 @@ def test_a_layout_computes_what_one_process_does(layout: str, shape: str, optimi
     assert names == parameters.keys()
 
 
+@pytest.mark.parametrize(
+    ("degrees", "keys", "compile"), [({"cp": 4}, 6, False), ({"cp": 2, "tp": 2}, 6, False), ({"cp": 2}, 3, True)]
+)
+def test_ulysses_with_more_heads_on_some_ranks(degrees: dict[str, Any], keys: int, compile: bool) -> None:
+    model = SHAPES["qwen3"] | {"num_attention_heads": 6, "num_key_value_heads": keys}
+    options = {"model": model, **OPTIMIZERS["muon"]}
+    history, parameters = train(options, BATCH)
+    options |= {"parallelism": degrees | {"cp_method": "ulysses"}, "training": {"compile": compile}}
+    for found, ours in run_distributed(train, processes(degrees), options, 2, timeout=200):
+        assert np.abs(found - history).max() < (2e-5 if compile else 1e-5)
+        assert max((ours[name] - parameters[name]).abs().max() for name in ours) < 5e-5
+
+
 @pytest.mark.parametrize("axis", [{"tp": 2}, {"cp": 2}, {"cp": 2, "cp_method": "gather"}, {"pp": 2}], ids=str)
 @pytest.mark.parametrize(
     "mode", [pytest.param("none", marks=pytest.mark.long), pytest.param("selective", marks=pytest.mark.long), "full"]

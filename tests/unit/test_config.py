@@ -592,12 +592,14 @@ def test_a_budget_needs_the_compiler() -> None:
         (
             "cp=8 cp_method=ulysses",
             8,
-            "8 does not divide data.seq_len = 256, 4 query heads and 2 key-value heads (or a multiple of these)",
+            "8 does not divide data.seq_len = 256, or exceeds 2 key-value heads and is no multiple of these that "
+            "divides 4 query heads; valid: 1, 2, 4",
         ),
         (
             "cp=4 tp=2 cp_method=ulysses",
             8,
-            "2 query heads and 1 key-value heads a tensor-parallel rank (or a multiple of these); valid: 1, 2",
+            "exceeds 1 key-value heads a tensor-parallel rank and is no multiple of these that divides 2 query "
+            "heads; valid: 1, 2",
         ),
         ("cp=3", 3, "3 does not divide data.seq_len = 256; valid: 1, 2, 4, 8, 16, 32, 64, 128"),
         (

@@ -232,7 +232,7 @@ def context_methods(config: Config, cp: int) -> list[str]:
     tp, seq_len = config.parallelism.tp, config.data.seq_len
     heads, keys = config.model.num_attention_heads // tp, config.model.num_key_value_heads // tp
     works = {
-        "ulysses": heads % cp == 0 and keys > 0 and (keys % cp == 0 or cp % keys == 0),
+        "ulysses": keys >= cp or (keys > 0 and cp % keys == 0 and heads % cp == 0),
         "gather": seq_len % (2 * cp) == 0,
     }
     order = ("ulysses", "gather") if keys % cp == 0 else ("gather", "ulysses")
@@ -251,8 +251,8 @@ def _context_parallelism(config: Config) -> Iterator[Finding]:
     heads, keys = model.num_attention_heads // tp, model.num_key_value_heads // tp
     a_rank = " a tensor-parallel rank" if tp > 1 else ""
     why = {
-        "ulysses": f"does not divide data.seq_len = {seq_len}, {heads} query heads and {keys} key-value heads{a_rank} "
-        "(or a multiple of these)",
+        "ulysses": f"does not divide data.seq_len = {seq_len}, or exceeds {keys} key-value heads{a_rank} and is no "
+        f"multiple of these that divides {heads} query heads",
         "gather": f"does not divide data.seq_len = {seq_len} into two chunks a rank",
     }
     why["auto"] = f"does not divide data.seq_len = {seq_len}" + (f" / tp = {seq_len // tp}" if tp > 1 else "")

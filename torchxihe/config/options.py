@@ -274,9 +274,9 @@ class Parallelism(Section):
     1: off."""
     cp_method: Literal["auto", "ulysses", "gather"] = "auto"
     """How attention sees the other parts of a row. "ulysses": each process attends with some of the heads to full rows
-    (`cp` must divide the query heads of a tensor-parallel rank; and its key-value heads, or be a multiple of them).
-    "gather": each with all heads, to gathered keys and values (`2 × cp` must divide `seq_len`). "auto": "ulysses" while
-    `cp` divides the key-value heads, then "gather"."""
+    (a tensor-parallel rank has at least `cp` key-value heads, or `cp` is a multiple of these that divides its query
+    heads). "gather": each with all heads, to gathered keys and values (`2 × cp` must divide `seq_len`). "auto":
+    "ulysses" while `cp` divides the key-value heads, then "gather"."""
     tp: PositiveInt = 1
     """Tensor parallelism: number of processes over which every layer's matrices, heads and activations are divided;
     best within one host. Must divide the key-value heads, `intermediate_size` and `seq_len`. 1: off."""

@@ -2,7 +2,8 @@
 
 "ulysses" (arXiv:2309.14509): each rank of the "cp" axis has a contiguous part of every row. Before attention an
 all-to-all gives it the full rows of H / cp heads, so any attention kernel works, with documents masked as without
-context parallelism; another all-to-all reverses that. The work is always balanced.
+context parallelism; another all-to-all reverses that. The work is balanced if cp divides the key-value heads; else some
+ranks have one of these more than others.
 
 "gather" (the way of Llama 3, arXiv:2407.21783): a row is cut into 2·cp chunks, of which rank r has chunk r from the
 head and chunk r from the tail, since later queries attend to more keys. Keys and values of all ranks are gathered;
@@ -10,7 +11,7 @@ each document's keys end where the chunk of queries ends, and the kernels' right
 works with any number of heads, and moves less where few ranks share few key-value heads.
 
 Axes: B batch, T position in the row, t = T / cp of them, c = t / 2 a chunk's, S the keys that a rank's queries see, H
-query heads, K key-value heads, D head dimension.
+query heads, K key-value heads, h those of them that a rank attends with, D head dimension.
 """
 
 import functools
@@ -107,10 +108,9 @@ def apply_context_parallel(model: Decoder, dims: ParallelDims, method: str) -> N
     group = dims.group("cp")
     if group is None:
         return
-    options: dict[str, Any] = {"size": dims.cp, "group": group.group_name}
-    exchange = functools.partial(ulysses, **options)
-    if method == "gather":
-        exchange = functools.partial(gathered, rank=dims.rank("cp"), **options)
+    exchange = functools.partial(
+        gathered if method == "gather" else ulysses, size=dims.cp, rank=dims.rank("cp"), group=group.group_name
+    )
     for module in model.modules():
         if isinstance(module, SelfAttention):
             module.attention = functools.partial(exchange, attention=module.attention)
@@ -139,16 +139,20 @@ def ulysses(
     *,
     attention: Attention,
     size: int,
+    rank: int,
     group: str,
 ) -> Tensor:
     """Attention over rows of which this rank has t positions: [B, t, H, D], as `kernels/attention.py` defines it.
 
-    `cu_seqlens` is that of the full rows. `size` divides H, and K or a multiple of it.
+    `cu_seqlens` is that of the full rows. K is at least `size`, or else divides it, and it H.
     """
     if k_BtKD.shape[2] < size:  # a key-value head for each rank: exact, since all query heads of a rank share one
         k_BtKD, v_BtKD = (x.repeat_interleave(size // x.shape[2], 2) for x in (k_BtKD, v_BtKD))
-    q, k, v = (_to_heads(x, size, group) for x in (q_BtHD, k_BtKD, v_BtKD))
-    return _to_sequence(attention(q, k, v, cu_seqlens), size, group)
+    keys = _shares(k_BtKD.shape[2], size)
+    queries = [n * (q_BtHD.shape[2] // k_BtKD.shape[2]) for n in keys]
+    q = _to_heads(q_BtHD, queries, rank, group)
+    k, v = (_to_heads(x, keys, rank, group) for x in (k_BtKD, v_BtKD))
+    return _to_sequence(attention(q, k, v, cu_seqlens), queries, rank, group)
 
 
 def gathered(
@@ -194,37 +198,58 @@ class _GatherKeys(torch.autograd.Function):
         return mine.to(grad.dtype), None, None, None
 
 
-def _to_heads(x_BtHD: Tensor, size: int, group: str) -> Tensor:
-    """[B, t, H, D] to [B, T, H / size, D]."""
-    parts = x_BtHD.unflatten(2, (size, -1)).movedim(2, 0)
-    return _exchange(parts, group).movedim(0, 1).flatten(1, 2)
+def _shares(heads: int, size: int) -> list[int]:
+    """How many of `heads` each of `size` ranks has: 6 of 4 are 2, 2, 1, 1."""
+    return [heads // size + (i < heads % size) for i in range(size)]
 
 
-def _to_sequence(x_BThD: Tensor, size: int, group: str) -> Tensor:
-    """[B, T, H / size, D] to [B, t, H, D]."""
+def _to_heads(x_BtHD: Tensor, heads: list[int], rank: int, group: str) -> Tensor:
+    """[B, t, H, D] to [B, T, h, D]; `heads` of each rank."""
+    rows, positions, _, head_dim = x_BtHD.shape
+    each = rows * positions * head_dim
+    received = _exchange(_by_heads(x_BtHD, heads), [n * each for n in heads], [heads[rank] * each] * len(heads), group)
+    return received.view(len(heads), rows, positions, heads[rank], head_dim).movedim(0, 1).flatten(1, 2)
+
+
+def _to_sequence(x_BThD: Tensor, heads: list[int], rank: int, group: str) -> Tensor:
+    """[B, T, h, D] to [B, t, H, D]."""
+    size = len(heads)
     parts = x_BThD.unflatten(1, (size, -1)).movedim(1, 0)
-    return _exchange(parts, group).movedim(0, 2).flatten(2, 3)
+    _, rows, positions, _, head_dim = parts.shape
+    each = rows * positions * head_dim
+    received = _exchange(parts.flatten(), [heads[rank] * each] * size, [n * each for n in heads], group)
+    if len(set(heads)) == 1:
+        return received.view(parts.shape).movedim(0, 2).flatten(2, 3)
+    pieces = received.split([n * each for n in heads])
+    return torch.cat([x.view(rows, positions, n, head_dim) for x, n in zip(pieces, heads, strict=True)], 2)
 
 
-def _exchange(parts: Tensor, group: str) -> Tensor:
-    """Part i of every rank goes to rank i; [size, ...] to the same shape, by sender."""
-    out: Tensor = _AllToAll.apply(parts, group)  # type: ignore[assignment]
+def _by_heads(x_BtHD: Tensor, heads: list[int]) -> Tensor:
+    """The elements of each rank's heads, one rank after another."""
+    if len(set(heads)) == 1:
+        return x_BtHD.unflatten(2, (len(heads), -1)).movedim(2, 0).flatten()
+    return torch.cat([part.flatten() for part in x_BtHD.split(heads, 2)])
+
+
+def _exchange(parts: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    """To rank i go the next `sent[i]` elements, and from it come `received[i]`; both 1-D, by rank."""
+    out: Tensor = _AllToAll.apply(parts, sent, received, group)  # type: ignore[assignment]
     return out
 
 
 class _AllToAll(torch.autograd.Function):
-    """Equal parts along dim 0; its gradient returns the same way."""
+    """Parts of a tensor to the other ranks; its gradient returns the same way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return _all_to_all(x, group)
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(x, sent, received, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_to_all(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
-def _all_to_all(x: Tensor, group: str) -> Tensor:
-    op, ones = torch.ops._c10d_functional, [1] * x.shape[0]
-    return op.wait_tensor(op.all_to_all_single(x.contiguous(), ones, ones, group))
+def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
+    op = torch.ops._c10d_functional
+    return op.wait_tensor(op.all_to_all_single(x.contiguous(), received, sent, group))

@@ -253,9 +253,11 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
     if mode == "full":
         return s.a * s.n * s.C
     keys: float = max(s.K, layout.cp)  # Ulysses repeats them where there are fewer than its ranks
+    heads = (2 * s.H + 2 * keys) * busiest(keys, layout.cp)  # q, k, v and attention's output
     if layout.cp > 1 and context_method(config, layout.cp) == "gather":
-        keys = s.K * (layout.cp + 0.5)  # those of the row, and once more what the first of two chunks sees
-    products = (2 * s.H + 2 * keys) * s.D + 2 * s.F  # q, k, v and attention's output; gate and up
+        # Keys of the row, and once more what the first of two chunks sees.
+        heads = 2 * s.H + 2 * s.K * (layout.cp + 0.5)
+    products = heads * s.D + 2 * s.F  # and gate and up
     inputs, residuals = 2, 2  # normalised inputs of the sublayers, residual stream
     if mode == "selective" and layout.tp > 1:
         residuals = 3  # an eager checkpoint keeps the output of every product and every scatter
@@ -264,10 +266,15 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
     if mode == "none" and config.model.qk_norm:
         products += s.E  # before QK-norm
     if mode == "none" and layout.cp > 1 and context_method(config, layout.cp) == "ulysses":
-        products += s.H * s.D  # attention's output before and after its exchange
+        products += s.H * s.D  # attention's output before its exchange, too
     if mode == "none" and not fused:
         products += s.F  # the activation
     return s.a * (s.N * (inputs * s.C + products) + s.n * residuals * s.C) + FLOAT * s.N * s.H
+
+
+def busiest(keys: int, cp: int) -> float:
+    """What Ulysses gives to the rank with most heads, relative to the average; 1 where `cp` divides the key heads."""
+    return -(-keys // cp) * cp / keys
 
 
 def saved_weights(config: Config, layout: Layout, s: Sizes) -> float:

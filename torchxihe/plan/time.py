@@ -25,7 +25,7 @@ from torchxihe.plan.hardware import (
     Gpu,
 )
 from torchxihe.plan.layout import Layout
-from torchxihe.plan.memory import FLOAT, Sizes, sizes_of
+from torchxihe.plan.memory import FLOAT, Sizes, busiest, sizes_of
 
 # Fitted, as the rates in `hardware.py`.
 NORMS = 16
@@ -107,6 +107,8 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
     attention_rate = gpu.attention[max(dim for dim in gpu.attention if dim <= s.D)]
     tiles = pairs + s.N * TILE  # at the diagonal, tiles are computed whole
     attention = 12 * s.layers * s.H * s.D * tiles / attention_rate  # 4 forward, 8 backward
+    if layout.cp > 1 and context_method(config, layout.cp) == "ulysses":
+        attention *= busiest(max(s.K, layout.cp), layout.cp)
     if s.a == FLOAT:
         blocks, head, attention = (FLOAT32_LOSS * seconds for seconds in (blocks, head, attention))
     attention += s.a * s.layers * s.N * ATTENTION * s.H * s.D / traffic
