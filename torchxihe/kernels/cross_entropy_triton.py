@@ -43,13 +43,44 @@ def _kernel(
     if keep:
         tl.store(lses + row, shift)
     if gradients:
-        for start in range(0, whole, block):
-            x = tl.load(base + start + columns).to(tl.float32) * log2e
-            tl.store(base + start + columns, tl.exp2(x - shift).to(logits.dtype.element_ty))
-        x = tl.load(base + whole + columns, mask=rest, other=float("-inf")).to(tl.float32) * log2e
-        tl.store(base + whole + columns, tl.exp2(x - shift).to(logits.dtype.element_ty), mask=rest)
-        tl.debug_barrier()  # the target's element was just written by another thread
-        tl.store(base + target, (tl.exp2(target_logit * log2e - shift) - 1.0).to(logits.dtype.element_ty), mask=valid)
+        _write_gradient(base, vocab, shift, target, target_logit, valid, block)
+
+
+@triton.jit
+def _write_gradient(base, vocab, shift, target, target_logit, valid, block: tl.constexpr):
+    """Overwrite a row of logits with exp2(log2(e) x - shift), less 1 at its target if that is `valid`."""
+    columns = tl.arange(0, block)
+    log2e = 1.4426950408889634
+    dtype = base.dtype.element_ty
+    whole = vocab // block * block
+    rest = whole + columns < vocab
+    for start in range(0, whole, block):
+        x = tl.load(base + start + columns).to(tl.float32) * log2e
+        tl.store(base + start + columns, tl.exp2(x - shift).to(dtype))
+    x = tl.load(base + whole + columns, mask=rest, other=float("-inf")).to(tl.float32) * log2e
+    tl.store(base + whole + columns, tl.exp2(x - shift).to(dtype), mask=rest)
+    tl.debug_barrier()  # the target's element was just written by another thread
+    tl.store(base + target, (tl.exp2(target_logit * log2e - shift) - 1.0).to(dtype), mask=valid)
+
+
+@triton.jit
+def _gradient_kernel(logits, targets, lses, vocab, stride, ignore, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    base, target = logits + row * stride, tl.load(targets + row)
+    valid = target != ignore
+    target_logit = tl.load(base + tl.where(valid, target, 0)).to(tl.float32)
+    tl.debug_barrier()  # read by every thread before any overwrites it
+    _write_gradient(base, vocab, tl.load(lses + row), target, target_logit, valid, block)
+
+
+def softmax_gradient_(logits_nV: Tensor, targets_n: Tensor, lse_n: Tensor, ignore: int) -> None:
+    """Overwrite a chunk's logits with exp(logits) / sum, less 1 at their targets, where that sum is given.
+
+    logits, targets, ignore: as below, but a row of target `ignore` has a gradient. lse: float32 [n], log2 of the sums;
+    infinite for a row without a gradient.
+    """
+    grid: Any = _gradient_kernel[(logits_nV.shape[0],)]  # type: ignore[index]
+    grid(logits_nV, targets_n, lse_n, logits_nV.shape[1], logits_nV.stride(0), ignore, BLOCK, num_warps=WARPS)
 
 
 def cross_entropy_(

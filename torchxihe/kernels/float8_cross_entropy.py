@@ -8,19 +8,22 @@ dimension, so dX reads it by rows and dW transposed. dW is summed in float32.
 Axes: N rows (tokens), C hidden size, V vocabulary, n rows of one chunk, m rows of `CHUNKS_OF_DW` chunks.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchxihe.kernels.float8_swiglu import ALIGNED
-from torchxihe.kernels.linear_cross_entropy import IGNORE_INDEX, add_gradients, chunk_rows, linear_cross_entropy_flops
+from torchxihe.kernels.linear_cross_entropy import (
+    IGNORE_INDEX,
+    LOG2E,
+    add_gradients,
+    chunk_rows,
+    linear_cross_entropy_flops,
+)
 from torchxihe.utils.device import compile_obstacle, compute_capability
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
-LOG2E = math.log2(math.e)
 CHUNK_LOGITS = 2**28  # logits of one chunk, about: 0.5 GiB, and half as much for each order of their gradient
 CHUNKS_OF_DW = 2  # chunks whose gradients are kept for one product: each adds V·C float32 numbers to the sum
 _TINY = 2.0**-100  # a tensor of zeros needs a scale, too

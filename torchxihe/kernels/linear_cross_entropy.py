@@ -7,6 +7,7 @@ logits would take 13 GB, twice.
 Axes: N rows (tokens), C hidden size, V vocabulary, n rows of one chunk.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,12 +18,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchxihe.utils.device import compile_obstacle
+from torchxihe.utils.distributed import all_gather_single
 
 LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 IGNORE_INDEX = -100
 CHUNK_LOGITS = 2**29  # logits of one chunk, about: 1 GiB in bfloat16
 ROWS_MULTIPLE = 128  # tensor-core tile alignment
+LOG2E = math.log2(math.e)
 
 
 def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,8 +44,8 @@ def vocab_parallel_cross_entropy(
     """The same where each rank of the process group named `group` has its part of the `vocab_size` rows of w.
 
     x and targets are the same on every rank, and so are the results; dX is this rank's part of a sum over the ranks. No
-    rank ever has the logits of another's rows: per chunk the maximum, and then the sum of the exponentials and the
-    target's logit are reduced. group "": one process.
+    rank ever has the logits of another's rows: per chunk the ranks exchange the sums of their exponentials and the
+    targets' logits. group "": one process.
     """
     gradients = torch.is_grad_enabled() and (x_NC.requires_grad or w_VC.requires_grad)
     loss, losses_N, _, _ = _chunked(x_NC, w_VC, targets_N, gradients, vocab_size, group)
@@ -85,21 +88,44 @@ def _vocab_parallel_cross_entropy_(
     logits_nV: Tensor, targets_n: Tensor, losses_n: Tensor, gradients: bool, first: int, group: dist.ProcessGroup
 ) -> None:
     """The same for the logits of the rows of w from `first` on, of which every rank of `group` has others."""
-    logits = logits_nV.float()
-    highest_n1 = logits.amax(-1, keepdim=True)
-    dist.all_reduce(highest_n1, dist.ReduceOp.MAX, group=group)
-    exponentials = torch.exp(logits - highest_n1)
-    valid_n1, index_n1 = (targets_n != IGNORE_INDEX).unsqueeze(-1), (targets_n - first).unsqueeze(-1)
-    mine_n1 = valid_n1 & (index_n1 >= 0) & (index_n1 < logits.shape[1])
-    index_n1 = torch.where(mine_n1, index_n1, 0)
-    target_n1 = torch.where(mine_n1, logits.gather(-1, index_n1) - highest_n1, 0.0)
-    sums_n2 = torch.cat([exponentials.sum(-1, keepdim=True), target_n1], dim=1)
-    dist.all_reduce(sums_n2, group=group)
-    losses_n.copy_(torch.where(valid_n1[:, 0], sums_n2[:, 0].log() - sums_n2[:, 1], 0.0))
+    valid_n, index_n = targets_n != IGNORE_INDEX, targets_n - first
+    mine_n = valid_n & (index_n >= 0) & (index_n < logits_nV.shape[1])
+    targets_n = torch.where(mine_n, index_n, IGNORE_INDEX)  # of this rank
+    target_n = logits_nV.gather(-1, torch.where(mine_n, index_n, 0).unsqueeze(-1)).squeeze(-1).float()
+    mine_2n = torch.stack([_log2_sum_exp(logits_nV), torch.where(mine_n, target_n, 0.0)])
+    all_2n = mine_2n.new_empty(group.size(), *mine_2n.shape)  # of each rank
+    all_gather_single(all_2n.flatten(0, 1), mine_2n, group=group)
+    lse_n = (all_2n[:, 0] / LOG2E).logsumexp(0)
+    losses_n.copy_(torch.where(valid_n, lse_n - all_2n[:, 1].sum(0), 0.0))
     if gradients:
-        probabilities = exponentials.div_(sums_n2[:, :1])
-        probabilities.scatter_add_(-1, index_n1, -mine_n1.float())
-        logits_nV.copy_(probabilities.mul_(valid_n1))
+        _softmax_gradient_(logits_nV, targets_n, torch.where(valid_n, lse_n * LOG2E, torch.inf))
+
+
+def _log2_sum_exp(logits_nV: Tensor) -> Tensor:
+    """log2 of the sum of a row's exponentials, float32 [n]."""
+    if not (logits_nV.is_cuda and not compile_obstacle()):
+        return torch.logsumexp(logits_nV.float(), dim=-1) * LOG2E
+    # Triton only comes with PyTorch's CUDA builds.
+    from torchxihe.kernels.cross_entropy_triton import cross_entropy_
+
+    lse_n = torch.empty(logits_nV.shape[0], dtype=torch.float32, device=logits_nV.device)
+    first = torch.zeros(logits_nV.shape[0], dtype=torch.int64, device=logits_nV.device)
+    cross_entropy_(logits_nV, first, torch.empty_like(lse_n), IGNORE_INDEX, gradients=False, lse_n=lse_n)
+    return lse_n
+
+
+def _softmax_gradient_(logits_nV: Tensor, targets_n: Tensor, lse_n: Tensor) -> None:
+    """Overwrite logits with 2^(log2(e) logit - lse), less 1 at their targets, if they have one."""
+    if logits_nV.is_cuda and not compile_obstacle():
+        # Triton only comes with PyTorch's CUDA builds.
+        from torchxihe.kernels.cross_entropy_triton import softmax_gradient_
+
+        softmax_gradient_(logits_nV, targets_n, lse_n, IGNORE_INDEX)
+        return
+    probabilities = torch.exp2(logits_nV.float() * LOG2E - lse_n.unsqueeze(-1))
+    has_n1 = (targets_n != IGNORE_INDEX).unsqueeze(-1)
+    probabilities.scatter_add_(-1, torch.where(has_n1, targets_n.unsqueeze(-1), 0), -has_n1.float())
+    logits_nV.copy_(probabilities)
 
 
 @torch.library.custom_op("torchxihe::linear_cross_entropy", mutates_args=())

@@ -170,7 +170,7 @@ def moments(config: Config, layout: Layout, rows: int, stage: int = 0, *, fused:
 
     # The last chunk of logits: everything is saved, and the loss's operator has computed its gradients.
     cast = s.a * s.V * s.C if s.a < FLOAT and not output else 0
-    logits = s.chunk * s.V * s.a if layout.tp == 1 else s.chunk * s.V * (s.a + 3 * FLOAT)
+    logits = s.chunk * s.V * s.a
     if wants_float8_head(config):  # the gradient in both orders; input and weight, too
         logits, cast = s.chunk * s.V * (s.a + 1 + CHUNKS_OF_DW) + 2 * s.N * s.C, 2 * s.V * s.C
     if last:

@@ -48,7 +48,7 @@ UPDATE, UPDATE_16BIT = 31, 47
 """Bytes per parameter of AdamW and the gradient norm; with moments in bfloat16."""
 SLOWDOWN = 0.41
 """What a collective takes from the computation beside it: its whole size at the link's rate, times this."""
-TENSOR = 2.3
+TENSOR = 2.5
 """Time of tensor parallelism's collectives, which are short, relative to that of their bytes."""
 HOST_SECONDS = 1e-3
 """Of every step, in which no kernel runs."""
@@ -113,7 +113,7 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
         blocks, head, attention = (FLOAT32_LOSS * seconds for seconds in (blocks, head, attention))
     attention += s.a * s.layers * s.N * ATTENTION * s.H * s.D / traffic
     elementwise = s.a * s.layers * (s.n * NORMS * s.C + s.N * ROPE * s.E + (0 if gpu.hopper else s.N * SWIGLU * s.F))
-    passes = 3 if float8_head else 2 if layout.tp == 1 else 22  # reading or writing all logits in `a` bytes
+    passes = 2 if layout.tp == 1 and not float8_head else 3  # reading or writing all logits in `a` bytes
     softmax = passes * s.a * s.N * s.V if last else 0.0
     weights = (WEIGHTS_FSDP if layout.fsdp and layout.pp == 1 else WEIGHTS) * s.parameters
     once = WEIGHTS_FSDP * s.parameters / traffic if layout.pp > 1 else 0.0  # a pipeline gathers and reduces once a step
