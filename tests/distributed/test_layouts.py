@@ -127,7 +127,7 @@ def test_float8_scales_are_those_of_one_process(degrees: dict[str, Any], compile
     options = FLOAT8 | {"parallelism": degrees | checkpointing, "training": {"compile": compile}}
     for found, _ in run_distributed(train, processes(degrees), options, 2, timeout=280):
         assert np.abs(found[0] - history[0]).max() < (1e-4 if compile else 1e-5)
-        assert np.abs(found - history).max() < 5e-3
+        assert np.abs(found - history).max() < 1e-2
 
 
 def _logits(degrees: dict[str, Any]) -> list[Tensor]:
