@@ -31,6 +31,7 @@ from torchxihe.components.observe import (
     wanted_trackers,
 )
 from torchxihe.components.runtime import (
+    Compiled,
     Ranks,
     Stop,
     Watchdog,
@@ -189,6 +190,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog, o
             history.resume(saved)
         else:
             history.start_from(saved, start.directory, full=not start.only)
+    compiled = Compiled(config.run_dir) if compiles(config.training) else None
     with memory_explained(config):
         config = fit_micro_batch(config, device, trial_step, dims.size("data"))
         trainer = Trainer(config, device, prepared.bytes_per_token, dims=dims)
@@ -218,7 +220,7 @@ def _run(config: Config, device: torch.device, stop: Stop, watchdog: Watchdog, o
     noted = Noted(config.run_dir) if is_main() else None
     checkpointer.ranks.each(lambda: noted and noted.start(trainer.step, hosts))
     with memory_explained(config), Exporter(config, checkpointer) as exporter:
-        Loop(trainer, order, prepared, history, checkpointer, stop, watchdog, on_step).run()
+        Loop(trainer, order, prepared, history, checkpointer, stop, watchdog, on_step, compiled).run()
         if trainer.step < config.total_steps:
             exporter.cancel()
         watchdog.begin("exports", slow=True)
@@ -286,10 +288,12 @@ class Loop:
         stop: Stop,
         watchdog: Watchdog,
         on_step: OnStep,
+        compiled: Compiled | None,
     ) -> None:
         config = trainer.config
         self.trainer, self.order, self.prepared, self.history = trainer, order, prepared, history
         self.checkpointer, self.stop, self.watchdog, self.on_step = checkpointer, stop, watchdog, on_step
+        self.compiled = compiled if is_main() else None
         self.total, self.lr = config.total_steps, 0.0
         self.validation_loss: float | None = None
         # A trial of two steps must not end in an hour of validation.
@@ -337,6 +341,8 @@ class Loop:
             if trainer.step == first and compiles(trainer.config.training):
                 with compiling():
                     trainer.train_step(self.loader)
+                if self.compiled:
+                    self.compiled.save()
                 self._begin_window()  # the first step's time is not that of a step
             else:
                 trainer.train_step(self.loader)
@@ -403,3 +409,5 @@ class Loop:
 
     def _save(self) -> None:
         self.trainer.save(self.checkpointer, self.history, self.validation_loss)
+        if self.compiled:
+            self.compiled.save()

@@ -73,7 +73,8 @@ def test_a_layout_computes_what_one_process_does(layout: str, shape: str, optimi
 
 
 @pytest.mark.parametrize(
-    ("degrees", "keys", "compile"), [({"cp": 4}, 6, False), ({"cp": 2, "tp": 2}, 6, False), ({"cp": 2}, 3, True)]
+    ("degrees", "keys", "compile"),
+    [({"cp": 4}, 6, False), ({"cp": 2, "tp": 2}, 6, False), pytest.param({"cp": 2}, 3, True, marks=pytest.mark.long)],
 )
 def test_ulysses_with_more_heads_on_some_ranks(degrees: dict[str, Any], keys: int, compile: bool) -> None:
     model = SHAPES["qwen3"] | {"num_attention_heads": 6, "num_key_value_heads": keys}
