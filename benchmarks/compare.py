@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -106,7 +107,11 @@ def run_entry(entry: str, options: argparse.Namespace, overrides: list[str]) -> 
     try:
         stdout, stderr = run.communicate(timeout=options.timeout)
     except subprocess.TimeoutExpired:
-        return {"entry": entry, "error": f"timeout after {options.timeout} s"}
+        stop(run)
+        said = run.communicate()[1].splitlines()
+        said = list(itertools.takewhile(lambda line: "death signal" not in line, said))  # torchrun's, of being stopped
+        last = f"; it last said: {said[-1][:200]}" if said else ""
+        return {"entry": entry, "error": f"timeout after {options.timeout} s{last}"}
     finally:
         stop(run)
     if run.returncode:
