@@ -41,7 +41,7 @@ def step(run_dir: Path, machine: Path) -> tuple[int, int]:
     return int(missed), int(found)
 
 
-def test_another_machine_compiles_nothing_again(tmp_path: Path) -> None:
+def test_another_machine_compiles_nothing_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Seen to fail without the copy in the run directory."""
     missed, found = step(tmp_path, tmp_path / "first")
     assert missed > 0 and found == 0
@@ -49,8 +49,12 @@ def test_another_machine_compiles_nothing_again(tmp_path: Path) -> None:
     written = file.stat().st_mtime_ns
     assert step(tmp_path, tmp_path / "second") == (0, missed)
     assert file.stat().st_mtime_ns == written
-    file.write_bytes(file.read_bytes()[:1000])
-    Compiled(tmp_path)  # damaged: as if it were not there
+    whole = file.read_bytes()
+    for content, line in ((whole[:1000], "is damaged; compiling again"), (b"torch 1.0 x\n", "is of another version")):
+        file.write_bytes(content)
+        with caplog.at_level("INFO"):
+            Compiled(tmp_path)
+        assert caplog.messages[-1].startswith(f"{file} {line}")
 
 
 def test_a_copy_that_cannot_be_written_is_no_error(
