@@ -36,7 +36,7 @@ def _vocab_parallel(vocab: int) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize(("world", "vocab"), [(2, 67), (3, 67), (4, 13)])
 def test_the_loss_is_parallel_over_the_vocabulary(world: int, vocab: int) -> None:
-    """In several chunks. Seen to fail with the maximum of one rank only and with a target's row on two ranks."""
+    """In several chunks. Seen to fail with the sum of one rank only and with a target's row on two ranks."""
     for differences in run_distributed(_small_chunks, world, vocab):
         assert max(differences) < 2e-5
 
