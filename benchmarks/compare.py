@@ -263,6 +263,8 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
         sharing = layout.pp * layout.tp * layout.cp
         job.training.local_batch_size = config.training.global_batch_size * sharing // int(os.environ["WORLD_SIZE"])
         rows = rows.repeat(job.training.local_batch_size // len(rows), 1)
+    if layout.dp_shard * layout.dp_replicate * layout.cp == 1 < layout.pp * layout.tp:
+        job.training.dtype = "bfloat16"  # its mixed precision is FSDP's; weights and moments are 16-bit then
     job.training.seq_len, job.training.steps = config.data.seq_len, 10**6
     job.compile.enable = True
     job.activation_checkpoint.mode = layout.activation_checkpointing

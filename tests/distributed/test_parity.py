@@ -227,7 +227,7 @@ def test_losses_agree_with_moments_in_bfloat16(optimizer: str) -> None:
     expected, _ = losses(options)
     assert 1e-4 < np.abs(np.array(expected) - reference(optimizer)).max() < 2e-3
     for history, _ in run_distributed(rank_losses, 2, options | {"parallelism": {"dp_shard": 2}}, 2):
-        assert np.abs(np.array(history) - expected).max() < 1e-4
+        assert np.abs(np.array(history) - expected).max() < 4e-4
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 3])
@@ -318,15 +318,15 @@ def graphs_of_some_steps(parallelism: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.skipif(bool(compile_obstacle()), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(("world_size", "graphs"), [(1, 1), (2, 2)])
-def test_another_number_of_documents_compiles_nothing(world_size: int, graphs: int) -> None:
-    """One graph for the model; by blocks, one for all blocks and one for the head.
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_another_number_of_documents_compiles_nothing(world_size: int) -> None:
+    """One graph for the table, one for all blocks, the first one, too, and one for the head.
 
     Seen to fail without `dynamic_sources`.
     """
     run = functools.partial(run_distributed, graphs_of_some_steps, 2, {"dp_shard": 2}, timeout=240)
     for counts in run() if world_size == 2 else [graphs_of_some_steps({})]:
-        assert counts == [graphs] * 10
+        assert counts == [3] * 10
 
 
 def kept_bytes(**parallelism: Any) -> int:

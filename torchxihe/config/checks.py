@@ -235,7 +235,7 @@ def context_methods(config: Config, cp: int) -> list[str]:
         "ulysses": keys >= cp or (keys > 0 and cp % keys == 0 and heads % cp == 0),
         "gather": seq_len % (2 * cp) == 0,
     }
-    order = ("ulysses", "gather") if keys % cp == 0 else ("gather", "ulysses")
+    order = ("ulysses", "gather") if keys >= cp else ("gather", "ulysses")
     return [method for method in order if works[method] and seq_len % (cp * tp) == 0]
 
 

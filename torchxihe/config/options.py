@@ -204,7 +204,7 @@ class Training(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of activations and matrix multiplications. Master weights, gradient sums and optimizer are float32."""
     compile: bool = True
-    """torch.compile: the entire model in one process, each block under DDP and FSDP2."""
+    """torch.compile, block by block."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the global gradient norm to this. 0: measure it, never clip."""
     deterministic: bool = False
@@ -276,7 +276,7 @@ class Parallelism(Section):
     """How attention sees the other parts of a row. "ulysses": each process attends with some of the heads to full rows
     (a tensor-parallel rank has at least `cp` key-value heads, or `cp` is a multiple of these that divides its query
     heads). "gather": each with all heads, to gathered keys and values (`2 × cp` must divide `seq_len`). "auto":
-    "ulysses" while `cp` divides the key-value heads, then "gather"."""
+    "ulysses" up to `cp` = key-value heads, then "gather"."""
     tp: PositiveInt = 1
     """Tensor parallelism: number of processes over which every layer's matrices, heads and activations are divided;
     best within one host. Must divide the key-value heads, `intermediate_size` and `seq_len`. 1: off."""

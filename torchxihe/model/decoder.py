@@ -42,9 +42,9 @@ class Embedding(nn.Embedding):
         super().__init__(config.vocab_size, config.hidden_size)
         self.lookup: Callable[[Tensor, Tensor], Tensor] = F.embedding  # replaced by tensor parallelism
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, T] to [B, T, C] (or what of them this rank has), in the weight's dtype."""
-        return self.lookup(input, local_weight(self.weight))
+    def forward(self, input: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        """[B, T] to [B, T, C] (or what of them this rank has), in `dtype`."""
+        return self.lookup(input, local_weight(self.weight)).to(dtype)
 
 
 class SelfAttention(nn.Module):
@@ -87,6 +87,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One decoder layer: attention, then feed-forward, each with a pre-norm and a residual connection.
 
+    The last addition, of what the feed-forward returns, is left to the next layer. Compiled block by block, it then
+    becomes a part of that layer's norm instead of a pass over memory of its own.
+
     Tensor parallelism sets `gather` and `scatter`: between the sublayers x is then sharded over the tokens.
     """
 
@@ -98,18 +101,21 @@ class Block(nn.Module):
         self.mlp = MLP(config, kernels)
         self.gather: Callable[[Tensor, int], Tensor] = _same  # a sublayer's input, [B, T, C]
         self.scatter: Callable[[Tensor, Tensor], Tensor] = _same  # its output, laid out as x
-        self.checkpoint: Callable[..., Tensor] | None = None  # set from outside: activation checkpointing of `body`
+        self.checkpoint: Callable[..., tuple[Tensor, Tensor]] | None = None  # of `body`; set from outside
 
-    def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """What the block computes: [B, T, C] to [B, T, C], or what of them this rank has."""
+    def body(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From x to (x with attention's output, the feed-forward's): [B, T, C], or what of them this rank has."""
         x, seq_len = x_BTC, cos_TD.shape[0]
         h_BTC = self.gather(self.input_layernorm(x), seq_len)
         x = x + self.scatter(self.self_attn(h_BTC, cos_TD, sin_TD, cu_seqlens), x)
         h_BTC = self.gather(self.post_attention_layernorm(x), seq_len)
-        return x + self.scatter(self.mlp(h_BTC), x)
+        return x, self.scatter(self.mlp(h_BTC), x)
 
-    def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """`body`, checkpointed if so set."""
+    def forward(
+        self, x_BTC: Tensor, added_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`body` of the sum of what the layer before has returned, checkpointed if so set."""
+        x_BTC = x_BTC + added_BTC
         if self.checkpoint is not None:
             return self.checkpoint(self.body, x_BTC, cos_TD, sin_TD, cu_seqlens)
         return self.body(x_BTC, cos_TD, sin_TD, cu_seqlens)
@@ -117,6 +123,19 @@ class Block(nn.Module):
 
 def _same(x: Tensor, *_: Any) -> Tensor:
     return x
+
+
+class _Zeros(torch.autograd.Function):
+    """Zeros like x, for the first layer to add. They have a gradient, which nobody needs, if x has one: as what the
+    other layers add, so that one compilation serves all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # type: ignore[override]
+        return None
 
 
 class Head(nn.Module):
@@ -195,12 +214,15 @@ class Decoder(nn.Module):
         at = slice(tokens_BT.shape[1]) if positions_T is None else positions_T
         cos_TD, sin_TD = self.cos_TD[at], self.sin_TD[at]
         if x_BTC is None:
-            x_BTC = self.embed_tokens(tokens_BT).to(self.dtype)
+            x_BTC = self.embed_tokens(tokens_BT, self.dtype)
+        added_BTC: Tensor = _Zeros.apply(x_BTC)  # type: ignore[assignment, no-untyped-call]
         for layer in self.layers:
-            x_BTC = layer(x_BTC, cos_TD, sin_TD, cu_seqlens)
+            x_BTC, added_BTC = layer(x_BTC, added_BTC, cos_TD, sin_TD, cu_seqlens)
         assert x_BTC is not None
+        x_BTC = x_BTC + added_BTC
         if not self.last:
             return x_BTC
+        del added_BTC  # not needed during the loss
         inputs = x_BTC, self.norm.weight, targets_BT, cos_TD.shape[0]
         if self.config.tie_word_embeddings:
             return self.head(self.embed_tokens.weight, *inputs)

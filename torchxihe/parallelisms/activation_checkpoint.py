@@ -11,8 +11,9 @@ from torchxihe.config.options import Parallelism
 from torchxihe.errors import UserError
 from torchxihe.model.decoder import Block, Decoder
 
-# Expensive to recompute: matrix products, attention, and what tensor parallelism sums over its ranks. Everything else
-# is elementwise, or a gather, which is cheaper than the memory of its result.
+# Expensive to recompute: matrix products, attention, what tensor parallelism sums over its ranks, and what Ulysses
+# exchanges (saved instead of the products that it is made of). Everything else is elementwise, or a gather, which is
+# cheaper than the memory of its result.
 _SAVED = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_mm.default,
@@ -23,6 +24,7 @@ _SAVED = {
     torch.ops.torchxihe.flash_attention_4.default,
     torch.ops.torchxihe.swiglu.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
 }
 
 

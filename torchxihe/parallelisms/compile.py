@@ -1,4 +1,4 @@
-"""torch.compile: the entire model in one process, per block under FSDP2 and DDP."""
+"""torch.compile, block by block: one compilation for all of them, and hooks of FSDP2 and DDP between them."""
 
 import functools
 from typing import Any
@@ -17,19 +17,19 @@ def compiles(training: Training) -> bool:
     return training.compile and not compile_obstacle()
 
 
-def apply_compile(model: Decoder, *, one_graph: bool) -> None:
-    """Compile in place; parameters keep their names.
+def apply_compile(model: Decoder) -> None:
+    """Compile embedding, blocks and head, each by itself, in place; parameters keep their names.
 
-    one_graph: the entire model. Otherwise per block, because FSDP2's hooks cannot be traced, and because with one graph
-    DDP would get all gradients at the end, with nothing left to overlap their reduction with.
+    FSDP2's hooks cannot be traced, and with one graph of the entire model DDP would get all gradients at the end, with
+    nothing left to overlap their reduction with. On one GPU such a graph takes longer to compile and is no faster
+    (docs/performance.md).
     """
     # The number of documents differs between batches: the graph's one dynamic size. Padded to a maximum, the empty
     # documents would cost 6 % of a step (docs/performance.md).
     torch.compiler.config.dynamic_sources = "L['cu_seqlens']"
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-    if one_graph:
-        model.compile(**options)
-        return
+    if model.first:
+        model.embed_tokens.compile(**options)
     model.head.compile(**options)
     for block in model.layers:
         assert isinstance(block, Block)

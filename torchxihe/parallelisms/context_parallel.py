@@ -2,8 +2,8 @@
 
 "ulysses" (arXiv:2309.14509): each rank of the "cp" axis has a contiguous part of every row. Before attention an
 all-to-all gives it the full rows of H / cp heads, so any attention kernel works, with documents masked as without
-context parallelism; another all-to-all reverses that. The work is balanced if cp divides the key-value heads; else some
-ranks have one of these more than others.
+context parallelism; another all-to-all reverses that. If cp does not divide the key-value heads, some ranks have one of
+these more than others.
 
 "gather" (the way of Llama 3, arXiv:2407.21783): a row is cut into 2·cp chunks, of which rank r has chunk r from the
 head and chunk r from the tail, since later queries attend to more keys. Keys and values of all ranks are gathered;
@@ -145,14 +145,28 @@ def ulysses(
     """Attention over rows of which this rank has t positions: [B, t, H, D], as `kernels/attention.py` defines it.
 
     `cu_seqlens` is that of the full rows. K is at least `size`, or else divides it, and it H.
+
+    An even number of rows is halved: what one half exchanges travels while the other attends, and where some ranks have
+    a head more, it is the first ranks in one half and the last in the other.
     """
     if k_BtKD.shape[2] < size:  # a key-value head for each rank: exact, since all query heads of a rank share one
         k_BtKD, v_BtKD = (x.repeat_interleave(size // x.shape[2], 2) for x in (k_BtKD, v_BtKD))
-    keys = _shares(k_BtKD.shape[2], size)
-    queries = [n * (q_BtHD.shape[2] // k_BtKD.shape[2]) for n in keys]
-    q = _to_heads(q_BtHD, queries, rank, group)
-    k, v = (_to_heads(x, keys, rank, group) for x in (k_BtKD, v_BtKD))
-    return _to_sequence(attention(q, k, v, cu_seqlens), queries, rank, group)
+    rows, positions, heads, _ = q_BtHD.shape
+    halves = 2 if rows % 2 == 0 else 1
+    tokens = rows // halves * positions * size  # of a half
+    parts = zip(*(x_BtHD.chunk(halves) for x_BtHD in (q_BtHD, k_BtKD, v_BtKD)), strict=True)
+    shares = [_shares(k_BtKD.shape[2], size), _shares(k_BtKD.shape[2], size)[::-1]]
+    groups = heads // k_BtKD.shape[2]
+    under_way = [
+        _to_heads([*part], of_ranks, groups, rank, group) for part, of_ranks in zip(parts, shares, strict=False)
+    ]
+    sent = []
+    for i, (exchanged, of_ranks) in enumerate(zip(under_way, shares, strict=False)):
+        q, k, v = exchanged()
+        documents = None if cu_seqlens is None else (cu_seqlens - i * tokens).clamp(0, tokens)  # others become empty
+        queries = [n * groups for n in of_ranks]
+        sent.append(_to_sequence(attention(q, k, v, documents), queries, rank, group))
+    return torch.cat([received() for received in sent])
 
 
 def gathered(
@@ -198,58 +212,90 @@ class _GatherKeys(torch.autograd.Function):
         return mine.to(grad.dtype), None, None, None
 
 
+def _to_heads(
+    qkv_BtHD: list[Tensor], shares: list[int], groups: int, rank: int, group: str
+) -> Callable[[], list[Tensor]]:
+    """Queries, keys and values: [B, t, H or K, D] to [B, T, h, D], once the result is called.
+
+    `shares`: each rank's key-value heads; `groups`: query heads of each.
+    """
+    rows, positions, _, head_dim = qkv_BtHD[0].shape
+    heads = [[n * groups for n in shares], shares, shares]
+    pieces = [x_BtHD.split(of_ranks, 2) for x_BtHD, of_ranks in zip(qkv_BtHD, heads, strict=True)]
+    parts = torch.cat([piece.flatten() for of_rank in zip(*pieces, strict=True) for piece in of_rank])
+    each = rows * positions * head_dim
+    mine = [of_ranks[rank] * each for of_ranks in heads]
+    wait = _exchange(parts, [n * (groups + 2) * each for n in shares], [sum(mine)] * len(shares), group)
+
+    def received() -> list[Tensor]:
+        shape = len(shares), rows, positions, -1, head_dim
+        return [x.reshape(shape).movedim(0, 1).flatten(1, 2) for x in wait().view(len(shares), -1).split(mine, 1)]
+
+    return received
+
+
+def _to_sequence(x_BThD: Tensor, heads: list[int], rank: int, group: str) -> Callable[[], Tensor]:
+    """[B, T, h, D] to [B, t, H, D], once the result is called; `heads` of each rank."""
+    size = len(heads)
+    parts = x_BThD.unflatten(1, (size, -1)).movedim(1, 0)
+    _, rows, positions, _, head_dim = parts.shape
+    each = rows * positions * head_dim
+    sizes = [n * each for n in heads]
+    wait = _exchange(parts.flatten(), [sizes[rank]] * size, sizes, group)
+
+    def received() -> Tensor:
+        pieces = zip(wait().split(sizes), heads, strict=True)
+        return torch.cat([x.view(rows, positions, n, head_dim) for x, n in pieces], 2)
+
+    return received
+
+
 def _shares(heads: int, size: int) -> list[int]:
     """How many of `heads` each of `size` ranks has: 6 of 4 are 2, 2, 1, 1."""
     return [heads // size + (i < heads % size) for i in range(size)]
 
 
-def _to_heads(x_BtHD: Tensor, heads: list[int], rank: int, group: str) -> Tensor:
-    """[B, t, H, D] to [B, T, h, D]; `heads` of each rank."""
-    rows, positions, _, head_dim = x_BtHD.shape
-    each = rows * positions * head_dim
-    received = _exchange(_by_heads(x_BtHD, heads), [n * each for n in heads], [heads[rank] * each] * len(heads), group)
-    return received.view(len(heads), rows, positions, heads[rank], head_dim).movedim(0, 1).flatten(1, 2)
+def _exchange(parts: Tensor, sent: list[int], received: list[int], group: str) -> Callable[[], Tensor]:
+    """To rank i go the next `sent[i]` elements, and from it come `received[i]`; both 1-D, by rank.
+
+    It is under way when this returns; the result waits for it. The gradient begins to return where the result is used
+    last, and is waited for where `parts` were made.
+    """
+    under_way = _all_to_all(parts.detach(), sent, received, group)
+    origin = _WaitForGradient.apply(parts)
+    return lambda: _Wait.apply(origin, under_way, sent, received, group)  # type: ignore[return-value]
 
 
-def _to_sequence(x_BThD: Tensor, heads: list[int], rank: int, group: str) -> Tensor:
-    """[B, T, h, D] to [B, t, H, D]."""
-    size = len(heads)
-    parts = x_BThD.unflatten(1, (size, -1)).movedim(1, 0)
-    _, rows, positions, _, head_dim = parts.shape
-    each = rows * positions * head_dim
-    received = _exchange(parts.flatten(), [heads[rank] * each] * size, [n * each for n in heads], group)
-    if len(set(heads)) == 1:
-        return received.view(parts.shape).movedim(0, 2).flatten(2, 3)
-    pieces = received.split([n * each for n in heads])
-    return torch.cat([x.view(rows, positions, n, head_dim) for x, n in zip(pieces, heads, strict=True)], 2)
-
-
-def _by_heads(x_BtHD: Tensor, heads: list[int]) -> Tensor:
-    """The elements of each rank's heads, one rank after another."""
-    if len(set(heads)) == 1:
-        return x_BtHD.unflatten(2, (len(heads), -1)).movedim(2, 0).flatten()
-    return torch.cat([part.flatten() for part in x_BtHD.split(heads, 2)])
-
-
-def _exchange(parts: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
-    """To rank i go the next `sent[i]` elements, and from it come `received[i]`; both 1-D, by rank."""
-    out: Tensor = _AllToAll.apply(parts, sent, received, group)  # type: ignore[assignment]
-    return out
-
-
-class _AllToAll(torch.autograd.Function):
-    """Parts of a tensor to the other ranks; its gradient returns the same way."""
+class _Wait(torch.autograd.Function):
+    """An all-to-all of `origin`, which is under way; its gradient, too, is only under way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(x, sent, received, group)
+    def forward(
+        ctx: Any, origin: Tensor, under_way: Tensor, sent: list[int], received: list[int], group: str
+    ) -> Tensor:
+        ctx.sizes = received, sent, group
+        return _wait(under_way)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return _all_to_all(grad, *ctx.sizes), None, None, None, None
+
+
+class _WaitForGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is one of `_Wait`'s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _wait(grad)
 
 
 def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: str) -> Tensor:
-    op = torch.ops._c10d_functional
-    return op.wait_tensor(op.all_to_all_single(x.contiguous(), received, sent, group))
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group)
+
+
+def _wait(x: Tensor) -> Tensor:
+    return torch.ops._c10d_functional.wait_tensor(x)

@@ -71,7 +71,7 @@ def _build(
     compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
     if compiled:
-        apply_compile(model, one_graph=dims.size("world") == 1)
+        apply_compile(model)
     if dims.sharded:
         mesh = dims.mesh("dp_replicate", "fsdp")
         # A stage's parameters stay gathered from its first micro-batch to its last.

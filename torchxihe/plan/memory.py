@@ -85,6 +85,8 @@ class Sizes:
     """Those of a head of which the same is true."""
     chunk: int
     """Rows of one chunk of logits."""
+    rows: int
+    """Of a micro-batch."""
 
     @property
     def E(self) -> int:
@@ -128,6 +130,7 @@ def sizes_of(config: Config, layout: Layout, rows: int, stage: int = 0) -> Sizes
         table=apart * (stage == 0),
         head=apart * (stage == layout.pp - 1),
         chunk=chunk_rows(tokens, vocab, FLOAT8_CHUNK if wants_float8_head(config) else CHUNK_LOGITS),
+        rows=rows,
     )  # fmt: skip
 
 
@@ -253,7 +256,7 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
     if mode == "full":
         return s.a * s.n * s.C
     keys: float = max(s.K, layout.cp)  # Ulysses repeats them where there are fewer than its ranks
-    heads = (2 * s.H + 2 * keys) * busiest(keys, layout.cp)  # q, k, v and attention's output
+    heads = (2 * s.H + 2 * keys) * busiest(keys, layout.cp, s.rows)  # q, k, v and attention's output
     if layout.cp > 1 and context_method(config, layout.cp) == "gather":
         # Keys of the row, and once more what the first of two chunks sees.
         heads = 2 * s.H + 2 * s.K * (layout.cp + 0.5)
@@ -272,9 +275,15 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
     return s.a * (s.N * (inputs * s.C + products) + s.n * residuals * s.C) + FLOAT * s.N * s.H
 
 
-def busiest(keys: int, cp: int) -> float:
-    """What Ulysses gives to the rank with most heads, relative to the average; 1 where `cp` divides the key heads."""
-    return -(-keys // cp) * cp / keys
+def busiest(keys: float, cp: int, rows: int) -> float:
+    """What Ulysses gives to the rank with most heads, relative to the average; 1 where `cp` divides the key heads.
+
+    Ranks with one more in one half of the rows have one less in the other, as far as there are such.
+    """
+    whole, more = divmod(keys, cp)
+    if rows % 2:
+        return (whole + (more > 0)) * cp / keys
+    return (2 * whole + (more > 0) + (2 * more > cp)) * cp / (2 * keys)
 
 
 def saved_weights(config: Config, layout: Layout, s: Sizes) -> float:

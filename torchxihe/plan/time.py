@@ -108,7 +108,7 @@ def _stage_seconds(config: Config, layout: Layout, rows: int, gpu: Gpu, pairs: i
     tiles = pairs + s.N * TILE  # at the diagonal, tiles are computed whole
     attention = 12 * s.layers * s.H * s.D * tiles / attention_rate  # 4 forward, 8 backward
     if layout.cp > 1 and context_method(config, layout.cp) == "ulysses":
-        attention *= busiest(max(s.K, layout.cp), layout.cp)
+        attention *= busiest(max(s.K, layout.cp), layout.cp, s.rows)
     if s.a == FLOAT:
         blocks, head, attention = (FLOAT32_LOSS * seconds for seconds in (blocks, head, attention))
     attention += s.a * s.layers * s.N * ATTENTION * s.H * s.D / traffic
@@ -189,14 +189,14 @@ def _communication(config: Config, layout: Layout, s: Sizes, gpu: Gpu, count: in
         each = Collective(s.a * s.N * s.C, layout.tp, 1, gpu)
         waits += count * s.layers * (8 + again) * TENSOR * each.alone
     if layout.cp > 1:
-        forward = 2 if mode in ("full", "selective") else 1
         if context_method(config, layout.cp) == "gather":  # gradients return in float32
+            forward = 2 if mode in ("full", "selective") else 1
             gathered = Collective(s.a * s.N * layout.cp * 2 * s.K * s.D, layout.cp, layout.tp, gpu)
             waits += count * s.layers * (forward + FLOAT / s.a) * gathered.alone
         else:
             keys = max(s.K, layout.cp)
             moved = Collective(s.a * s.N * (2 * s.H + 2 * keys) * s.D, layout.cp, layout.tp, gpu)
-            waits += count * s.layers * (forward + 1) * moved.all_to_all
+            waits += count * s.layers * (3 if mode == "full" else 2) * moved.all_to_all
     beside = waiting = 0.0
     units = s.layers * s.block // s.unit + 1
     passes = 1 if layout.pp > 1 else count  # a pipeline gathers and reduces once a step
