@@ -17,18 +17,21 @@ def compiles(training: Training) -> bool:
     return training.compile and not compile_obstacle()
 
 
-def apply_compile(model: Decoder) -> None:
-    """Compile embedding, blocks and head, each by itself, in place; parameters keep their names.
+def apply_compile(model: Decoder, *, sharded: bool) -> None:
+    """Compile every block and the head, each by itself, in place; parameters keep their names.
 
     FSDP2's hooks cannot be traced, and with one graph of the entire model DDP would get all gradients at the end, with
-    nothing left to overlap their reduction with. On one GPU such a graph takes longer to compile and is no faster
-    (docs/performance.md).
+    nothing left to overlap their reduction with. On one GPU such a graph is 0.6 % faster, and takes 13 s more to
+    compile (docs/performance.md).
+
+    sharded: by FSDP2. The embedding is then left out: compiled, it would sum the gradient of a table that is gathered
+    in 16-bit in a float32 copy of it, 2 GiB for `llama_8b`.
     """
     # The number of documents differs between batches: the graph's one dynamic size. Padded to a maximum, the empty
     # documents would cost 6 % of a step (docs/performance.md).
     torch.compiler.config.dynamic_sources = "L['cu_seqlens']"
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-    if model.first:
+    if model.first and not sharded:
         model.embed_tokens.compile(**options)
     model.head.compile(**options)
     for block in model.layers:

@@ -71,7 +71,7 @@ def _build(
     compiled = compiles(config.training)
     apply_activation_checkpointing(model, config.parallelism, compiled=compiled)
     if compiled:
-        apply_compile(model)
+        apply_compile(model, sharded=dims.sharded)
     if dims.sharded:
         mesh = dims.mesh("dp_replicate", "fsdp")
         # A stage's parameters stay gathered from its first micro-batch to its last.
