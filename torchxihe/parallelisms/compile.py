@@ -36,23 +36,30 @@ def apply_compile(model: Decoder, *, sharded: bool) -> None:
     model.head.compile(**options)
     for block in model.layers:
         assert isinstance(block, Block)
-        if block.checkpoint is not None and (_keeps_too_much(block) or _has_dtensors(block)):
+        if _checkpoints_all(block) and (_keeps_too_much() or _has_dtensors(block)):
             # An eager checkpoint around a compiled body. It recomputes the last product, too; a compiled one does not.
             block.body = torch.compile(block.body, **options)
         else:
             block.compile(**options)
 
 
+def _checkpoints_all(block: Block) -> bool:
+    """Whether its checkpoint is "full"; a "selective" one is always a part of what is compiled.
+
+    Around what is compiled it would see custom operators alone, and recompute every other product.
+    """
+    return isinstance(block.checkpoint, functools.partial) and "context_fn" not in block.checkpoint.keywords
+
+
 def _has_dtensors(block: Block) -> bool:
-    """Torch 2.13 cannot compile a checkpoint around them."""
+    """Torch 2.13 cannot compile a "full" checkpoint around them."""
     return any(isinstance(parameter, DTensor) for parameter in block.parameters())
 
 
-def _keeps_too_much(block: Block) -> bool:
-    """In torch 2.11, a compiled checkpoint keeps what functions with a gradient of their own compute inside it.
+def _keeps_too_much() -> bool:
+    """In torch 2.11, a compiled "full" checkpoint keeps what functions with a gradient of their own compute inside it.
 
-    2.12 was not tried. With "full" these are the joined weights of gate and up, and under Ulysses what the exchanges
-    return: 27 GiB for `llama_8b` with 131,072 tokens over four GPUs.
+    2.12 was not tried. These are the joined weights of gate and up, and under Ulysses what the exchanges return: 27 GiB
+    for `llama_8b` with 131,072 tokens over four GPUs.
     """
-    assert isinstance(block.checkpoint, functools.partial)
-    return "context_fn" not in block.checkpoint.keywords and torch.__version__ < "2.13"  # compares versions
+    return torch.__version__ < "2.13"  # compares versions

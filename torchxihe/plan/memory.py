@@ -262,9 +262,7 @@ def saved_activations(config: Config, layout: Layout, s: Sizes, *, fused: bool) 
         heads = 2 * s.H + 2 * s.K * (layout.cp + 0.5)
     products = heads * s.D + 2 * s.F  # and gate and up
     inputs, residuals = 2, 2  # normalised inputs of the sublayers, residual stream
-    if mode == "selective" and layout.tp > 1:
-        residuals = 3  # an eager checkpoint keeps the output of every product and every scatter
-    elif mode == "selective" or float8_recipe(config):
+    if mode == "selective" or float8_recipe(config):
         inputs = 0  # recomputed, or kept in float8
     if mode == "none" and config.model.qk_norm:
         products += s.E  # before QK-norm
