@@ -182,7 +182,10 @@ def exported(tuned: Path) -> Path:
 
 
 def test_the_exported_model_answers_in_its_chat_format(tuned: Path, exported: Path) -> None:
-    """Through `transformers` alone. Its origin, asked the same, does not know how to end."""
+    """Through `transformers` alone. Its origin, asked the same, does not know how to end.
+
+    Sampled: 19 of 24 end on one CPU, which differ in rounding; at temperature 1 it was 3 to 8 of 8.
+    """
     transformers: Any = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     chat = Chat(tuned / "tokenizer")
@@ -194,15 +197,17 @@ def test_the_exported_model_answers_in_its_chat_format(tuned: Path, exported: Pa
         assert model.generation_config.eos_token_id == chat.end_of_turn == 0
         torch.manual_seed(0)
         ended[folder] = 0
-        for messages in questions(tuned, 8):
+        for messages in questions(tuned, 24):
             asked = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
             assert asked["input_ids"][0].tolist() == chat.prompt(messages)
             length = asked["input_ids"].shape[1]
-            out = model.generate(**asked, do_sample=True, top_k=0, max_new_tokens=120)[0, length:].tolist()
+            out = model.generate(**asked, do_sample=True, top_k=0, temperature=0.7, max_new_tokens=120)[
+                0, length:
+            ].tolist()
             ended[folder] += out[-1] == chat.end_of_turn and len(out) > 3
-    assert ended[exported] >= 6 and ended[origin] <= 1
+    assert ended[exported] >= 12 and ended[origin] <= 2
     assert (exported / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     assert not (origin / "chat_template.jinja").exists()
     assert "A chat model (`LlamaForCausalLM`), fine-tuned on conversations" in (exported / "README.md").read_text()
