@@ -10,6 +10,7 @@ Entries are `name@rows`; rows is the micro-batch size. Names: torchxihe, torchxi
 torchtitan, transformers; torchxihe_float8 and torchtitan_float8 use tensorwise float8 (torchtitan with float8
 all-gathers). With `--gpus N` each entry runs on N GPUs of this machine, torchxihe and torchtitan in the layout that the
 config and flags such as `--parallelism.tp=2` name, with the same activation checkpointing ("selective": by operator).
+Where a layout is pp and tp alone, torchtitan has no mixed precision: its weights and moments are bfloat16 there.
 """
 
 import time
@@ -263,8 +264,8 @@ def torchtitan_step(config: Config, device: torch.device, float8: bool) -> Calla
         sharing = layout.pp * layout.tp * layout.cp
         job.training.local_batch_size = config.training.global_batch_size * sharing // int(os.environ["WORLD_SIZE"])
         rows = rows.repeat(job.training.local_batch_size // len(rows), 1)
-    if layout.dp_shard * layout.dp_replicate * layout.cp == 1 < layout.pp * layout.tp:
-        job.training.dtype = "bfloat16"  # its mixed precision is FSDP's; weights and moments are 16-bit then
+    if int(os.environ.get("WORLD_SIZE", "1")) == layout.pp * layout.tp > 1:
+        job.training.dtype = "bfloat16"  # its mixed precision is FSDP's, and here it has none
     job.training.seq_len, job.training.steps = config.data.seq_len, 10**6
     job.compile.enable = True
     job.activation_checkpoint.mode = layout.activation_checkpointing

@@ -203,9 +203,8 @@ def test_the_exported_model_answers_in_its_chat_format(tuned: Path, exported: Pa
             )
             assert asked["input_ids"][0].tolist() == chat.prompt(messages)
             length = asked["input_ids"].shape[1]
-            out = model.generate(**asked, do_sample=True, top_k=0, temperature=0.7, max_new_tokens=120)[
-                0, length:
-            ].tolist()
+            asked |= {"do_sample": True, "top_k": 0, "temperature": 0.7, "max_new_tokens": 120}
+            out = model.generate(**asked)[0, length:].tolist()
             ended[folder] += out[-1] == chat.end_of_turn and len(out) > 3
     assert ended[exported] >= 12 and ended[origin] <= 2
     assert (exported / "chat_template.jinja").read_text() == CHAT_TEMPLATE
